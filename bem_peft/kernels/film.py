@@ -1,0 +1,26 @@
+r"""Bounded feature-wise modulation:  y' = y + gamma * y + beta rms(y),  gamma = c G^T, beta = c T^T.
+
+A row of coefficients is bounded as a whole:  G_i = bound * s w_i / (1 + s |w_i|_1),  so that |c| <= 1 gives
+|G_i . c| < bound whatever w and c are, without a nonlinearity on the wide axis.
+
+Source: Perez et al., FiLM: visual reasoning with a general conditioning layer, 2018, arXiv:1709.07871; theirs is unbounded.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def bounded_rows(weight: torch.Tensor, scaling: float, bound: float, dtype: torch.dtype) -> torch.Tensor:
+    """(rows, units) -> (rows, units) in `dtype`, each row's sum of absolute values below `bound`.
+
+    The bound is kept in `dtype` as well: rounding may add one part in 1/eps, which is taken off before.
+    """
+    scaled = weight.float() * scaling
+    rows = scaled / (1.0 + scaled.abs().sum(dim=1, keepdim=True))
+    return (rows * (bound * (1.0 - 2.0 * torch.finfo(dtype).eps))).to(dtype)
+
+
+def token_rms(y: torch.Tensor) -> torch.Tensor:
+    """Root mean square of each row of y (N, out), (N, 1), in y's dtype; accumulated in float32 by the norm's kernel."""
+    return torch.linalg.vector_norm(y, dim=1, keepdim=True) * y.shape[1] ** -0.5

@@ -1,0 +1,36 @@
+r"""The k-hot mask:  m_i = 1 where fewer than k logits stand before l_i in the order (value descending, index ascending)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def k_hot_mask(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Exactly k ones per row; equal logits are taken in the order of their index, on every device.
+
+    Args:
+        logits: (..., R), float32.
+        k: number of ones, 1 <= k <= R.
+
+    Returns:
+        (..., R) in {0, 1}, the dtype of `logits`.
+
+    `torch.topk` leaves the order of ties to the device; a stable sort does not.
+    """
+    kept = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.zeros_like(logits).scatter_(-1, kept, 1.0)
+
+
+def straight_through_k_hot(logits: torch.Tensor, k: int, temperature: float) -> torch.Tensor:
+    r"""`k_hot_mask` whose gradient is that of sigmoid((l - t) / temperature), t midway between the k-th and the next logit.
+
+    The value is the hard mask exactly (soft - soft = 0 in floating point).
+
+    Source: Bengio, Leonard, Courville, Estimating or propagating gradients through stochastic neurons, 2013
+    (straight-through). Their threshold is fixed; ours moves with the token.
+    """
+    hard = k_hot_mask(logits.detach(), k)
+    top = logits.detach().topk(min(k + 1, logits.shape[-1]), dim=-1).values
+    threshold = (top[..., k - 1 : k] + top[..., -1:]) / 2
+    soft = torch.sigmoid((logits - threshold) / temperature)
+    return hard + (soft - soft.detach())

@@ -1,0 +1,298 @@
+"""What the methods share: the config fields, and the maths of one adapter at one site.
+
+An `Adapter` maps what enters a site, x (..., in), and what the base layer returned, y (..., out), to y' (..., out).
+A fresh adapter returns y. Its parameters are direct attributes, so that a saved key reads
+`<site>.<prefix>_<container>.<parameter>`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from bem_peft.tuners import field_checks as check
+from bem_peft.tuners.call_state import CallState
+from bem_peft.tuners.optimizer_hooks import watch
+from bem_peft.tuners.registry import extend_peft_type
+from bem_peft.tuners.sites import ATTENTION_OUTPUT, MLP_DOWN
+
+MODEL_CARD_HEADING = "## Loading this adapter"
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Fields that every method has. The method's own config adds its sizes."""
+
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names (suffixes) of the modules to adapt, or a regular expression. None: W_O and W_down are found "
+            "from the model's structure; `bem-peft sites MODEL` prints them."
+        },
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names (suffixes) or a regular expression of modules to leave out."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train in full and to save with the adapter."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to adapt; None: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the block list, where `layers_to_transform` cannot tell it."}
+    )
+    rank_pattern: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Sizes that differ from the defaults, by module name or regular expression: an int for the "
+            "method's rank, or a mapping from field to value."
+        },
+    )
+    sites: list[str] | None = field(
+        default=None,
+        metadata={"help": "Which of the method's sites to adapt: 'attention_output' (W_O), 'mlp_down' (W_down)."},
+    )
+    fused_experts: str = field(
+        default="error",
+        metadata={
+            "help": "What to do where W_down is a fused 3-D expert weight that no module owns: 'error', or 'skip' to "
+            "adapt the rest of the model."
+        },
+    )
+    scaling: float = field(default=2.0, metadata={"help": "The factor s of the update; not divided by the rank."})
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True: the fresh adapter is the identity. False: random output weights, for tests."},
+    )
+
+    method: ClassVar[str] = ""  # lower-case name of the PEFT type
+    roles: ClassVar[tuple[str, ...]] = (ATTENTION_OUTPUT, MLP_DOWN)
+    rank_fields: ClassVar[tuple[str, ...]] = ()  # sizes that `rank_pattern` may set; an int sets the first
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_peft_type(self.method.upper())
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                setattr(self, name, set(value))
+            elif value is not None and not isinstance(value, (set, str)):
+                raise TypeError(f"`{name}` = {value!r}: must be a list of names, a regular expression or None.")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise check.field_error(
+                "layers_pattern", self.layers_pattern, "needs `layers_to_transform`", "set both or neither"
+            )
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise check.field_error(
+                        name, getattr(self, name), "cannot be used when `target_modules` is a str", "pass a list"
+                    )
+        check.check_choice(self, "fused_experts", ("error", "skip"))
+        check.check_number(self, "scaling", 0.0, exclusive=True)
+        check.check_bool(self, "init_weights")
+        self._check_layers()
+        self._check_sites()
+        self._check_rank_pattern()
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        indices = [layers] if isinstance(layers, int) else layers
+        if indices is None:
+            return
+        if not isinstance(indices, list) or not indices:
+            raise TypeError(f"`layers_to_transform` = {layers!r}: must be an int or a non-empty list of ints.")
+        for index in indices:
+            if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+                raise check.field_error("layers_to_transform", layers, "must hold block indices of at least 0")
+
+    def _check_sites(self) -> None:
+        if self.sites is None:
+            return
+        if not isinstance(self.sites, list) or not self.sites or not set(self.sites) <= set(self.roles):
+            raise check.field_error("sites", self.sites, f"must be a non-empty list out of {list(self.roles)}")
+
+    def _check_rank_pattern(self) -> None:
+        if not isinstance(self.rank_pattern, dict):
+            raise TypeError(f"`rank_pattern` = {self.rank_pattern!r}: must map module names to sizes.")
+        for key in self.rank_pattern:
+            self.at(key, exact=True)
+
+    def at(self, module_name: str, exact: bool = False) -> AdapterConfig:
+        """This config with the sizes that `rank_pattern` gives to `module_name` (`exact`: a key of it)."""
+        if not self.rank_pattern:
+            return self
+        key = module_name if exact else get_pattern_key(list(self.rank_pattern), module_name)
+        if key not in self.rank_pattern:
+            return self
+        sizes = self.rank_pattern[key]
+        if not isinstance(sizes, dict):
+            sizes = {self.rank_fields[0]: sizes}
+        unknown = set(sizes) - set(self.rank_fields)
+        if unknown:
+            raise check.field_error(
+                "rank_pattern", {key: sizes}, f"may set {', '.join(self.rank_fields)}", f"remove {sorted(unknown)}"
+            )
+        return dataclasses.replace(self, rank_pattern={}, **sizes)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the config; if the folder has a model card, add how to load the adapter to it."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_loading_section(save_directory, self)
+
+
+def add_loading_section(folder: str, config: AdapterConfig) -> None:
+    """Append the import line and the base model to the folder's model card, once; no card, nothing to do."""
+    from pathlib import Path
+
+    card = Path(folder) / "README.md"
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    if MODEL_CARD_HEADING in text:
+        return
+    base = config.base_model_name_or_path or "the base model it was trained on"
+    card.write_text(
+        f"{text.rstrip()}\n\n{MODEL_CARD_HEADING}\n\n"
+        f"The adapter is of type `{config.method.upper()}` from the package `bem_peft` "
+        f"(`pip install bem_peft`) on top of `{base}`.\n\n"
+        "```python\n"
+        "import bem_peft  # registers the adapter type with PEFT\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        'model = PeftModel.from_pretrained(model, "PATH_OR_ID_OF_THIS_ADAPTER")\n'
+        "```\n",
+        encoding="utf-8",
+    )
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """What an adapter may know of its site. `weight()` gives W (out, in), dequantised, and is called at most once."""
+
+    name: str
+    in_features: int
+    out_features: int
+    num_heads: int | None = None
+    weight: Callable[[], torch.Tensor] | None = None
+
+
+class Adapter(nn.Module):
+    """The maths of one method at one site; see the module docstring.
+
+    A subclass defines `reset_parameters`, `derive` (what the forward reads: the parameters in the compute dtype, folded)
+    and `transform` (the formula, on rows).
+    """
+
+    is_mergeable = False
+    is_watched = False  # has something to do around an optimizer step
+    reads_call = False  # reads values of the call: retrieval quality, the token mask
+    merge_refusal = "its update depends on the token, so no weight equals it; use `export_lora` for an approximation"
+
+    def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
+        super().__init__()
+        self.site_name = site.name
+        self.in_features, self.out_features = site.in_features, site.out_features
+        self.scaling = float(config.scaling)
+        self.call = call
+        self._derived: tuple[torch.dtype, list[tuple[torch.Tensor, int]], tuple[torch.Tensor, ...]] | None = None
+
+    def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
+        """Fill the parameters; with `init_weights` the adapter is the identity."""
+        raise NotImplementedError
+
+    def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """What `transform` reads, in `dtype`, as a function of the parameters."""
+        raise NotImplementedError
+
+    def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        """y' (N, out) from x (N, in) and y (N, out); all of one dtype."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x (..., in), y (..., out) -> y' (..., out) in the dtype of y.
+
+        The dtype of y is the compute dtype; autocast would choose another one behind the formula's back.
+        """
+        if torch.is_autocast_enabled(y.device.type):
+            with torch.autocast(y.device.type, enabled=False):
+                return self.forward(x, y)
+        dtype = y.dtype
+        if x.dtype != dtype:
+            x = x.to(dtype)
+        if self.reads_call:
+            self.call.lead = x.shape[:-1]
+        rows = y.reshape(-1, self.out_features)
+        out = self.transform(x.reshape(-1, self.in_features), rows, *self.weights(dtype))
+        return out.view(y.shape)
+
+    def weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """`derive(dtype)`; without gradients its last result serves until a parameter changes."""
+        parameters = list(self._parameters.values())
+        first = parameters[0]
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or type(first) is not nn.Parameter  # a fake, functional or distributed tensor
+            or first.is_inference()  # has no version to watch
+        ):
+            return self.derive(dtype)
+        if self._derived is not None and self._derived[0] is dtype:
+            seen = self._derived[1]
+            for parameter, (alias, version) in zip(parameters, seen, strict=True):
+                if parameter._version != version or parameter.data_ptr() != alias.data_ptr():
+                    break
+            else:
+                return self._derived[2]
+        # the aliases keep the old storages alive, so that no new one can stand at the same address
+        seen = [(parameter.detach(), parameter._version) for parameter in parameters]
+        derived = self.derive(dtype)
+        self._derived = (dtype, seen, derived)
+        return derived
+
+    def merge_obstacle(self, has_bias: bool) -> str | None:
+        """Why the adapter cannot be merged into a layer with or without a bias; None: it can."""
+        return None if self.is_mergeable else self.merge_refusal
+
+    def refuse_merge(self, has_bias: bool) -> None:
+        """Raise ValueError where there is an obstacle to merging."""
+        obstacle = self.merge_obstacle(has_bias)
+        if obstacle is not None:
+            raise ValueError(f"{type(self).__name__} at {self.site_name} cannot be merged: {obstacle}.")
+
+    def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W (out, in) and bias with the adapter in them. Raises ValueError where the update is not linear in x."""
+        self.refuse_merge(bias is not None)
+        raise NotImplementedError
+
+    def unmerge_from(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The inverse of `merge_into`."""
+        self.refuse_merge(bias is not None)
+        raise NotImplementedError
+
+    def before_optimizer_step(self) -> None:
+        """Called before each step of an optimizer that holds one of the parameters, if `is_watched`."""
+
+    def after_optimizer_step(self) -> None:
+        """Called after each such step."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_derived": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.is_watched:
+            watch(self)
+
+    def extra_repr(self) -> str:
+        sizes = ", ".join(f"{name}={tuple(p.shape)}" for name, p in self._parameters.items())
+        return f"in_features={self.in_features}, out_features={self.out_features}, scaling={self.scaling}, {sizes}"

@@ -1,0 +1,183 @@
+"""Several methods as one adapter: one name, one config, one file.
+
+At a site that several methods share they apply in the order PT1, PT2, PT3, PT4, each to what the one before returned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+
+from bem_peft.tuners import field_checks as check
+from bem_peft.tuners.adapter import AdapterConfig
+from bem_peft.tuners.layer import AdapterLinear
+from bem_peft.tuners.model import AdapterModel
+from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter, HeadGroupGatingConfig
+from bem_peft.tuners.pt2_rank_mask import DynamicRankMaskAdapter, DynamicRankMaskConfig
+from bem_peft.tuners.pt3_kronecker import KroneckerAdapter, KroneckerConfig
+from bem_peft.tuners.pt4_film import ResidualFiLMAdapter, ResidualFiLMConfig
+from bem_peft.tuners.registry import register
+
+PARTS: dict[str, tuple[type[AdapterConfig], Any]] = {
+    "bem_composite_head_gating": (HeadGroupGatingConfig, HeadGroupGatingAdapter),
+    "bem_composite_rank_mask": (DynamicRankMaskConfig, DynamicRankMaskAdapter),
+    "bem_composite_kronecker": (KroneckerConfig, KroneckerAdapter),
+    "bem_composite_film": (ResidualFiLMConfig, ResidualFiLMAdapter),
+}
+METHODS = {config_cls.method.upper(): config_cls for config_cls, _ in PARTS.values()}
+# given in the composite, these hold for each method that does not set its own
+INHERITED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fused_experts")
+# a method's own; in the composite they would have no meaning
+OWN = ("rank_pattern", "sites", "scaling")
+
+
+@dataclass(init=False)
+class CompositeConfig(AdapterConfig):
+    """Config of several methods in one adapter: `CompositeConfig([HeadGroupGatingConfig(), KroneckerConfig()])`.
+
+    Sizes, scaling and sites are each method's own. `target_modules`, `exclude_modules`, `layers_to_transform`,
+    `layers_pattern` and `fused_experts` given here hold for the methods that leave theirs at the default.
+    """
+
+    methods: list[Any] = field(
+        default_factory=list,
+        metadata={"help": "Configs of different methods, or their dictionaries; default PT1 and PT3."},
+    )
+
+    method: ClassVar[str] = "bem_composite"
+
+    def __init__(
+        self,
+        methods: list[Any] | None = None,
+        task_type: Any = None,
+        peft_type: Any = None,
+        auto_mapping: dict[str, Any] | None = None,
+        peft_version: str | None = None,
+        base_model_name_or_path: str | None = None,
+        revision: str | None = None,
+        inference_mode: bool = False,
+        target_modules: list[str] | set[str] | str | None = None,
+        exclude_modules: list[str] | set[str] | str | None = None,
+        modules_to_save: list[str] | None = None,
+        layers_to_transform: list[int] | int | None = None,
+        layers_pattern: list[str] | str | None = None,
+        rank_pattern: dict[str, Any] | None = None,
+        sites: list[str] | None = None,
+        fused_experts: str = "error",
+        scaling: float = 2.0,
+        init_weights: bool = True,
+    ) -> None:
+        self.methods = [HeadGroupGatingConfig(), KroneckerConfig()] if methods is None else methods
+        self.task_type, self.peft_type, self.auto_mapping = task_type, peft_type, auto_mapping
+        self.peft_version, self.base_model_name_or_path = peft_version, base_model_name_or_path
+        self.revision, self.inference_mode = revision, inference_mode
+        self.target_modules, self.exclude_modules = target_modules, exclude_modules
+        self.modules_to_save = modules_to_save
+        self.layers_to_transform, self.layers_pattern = layers_to_transform, layers_pattern
+        self.rank_pattern, self.sites = {} if rank_pattern is None else rank_pattern, sites
+        self.fused_experts, self.scaling, self.init_weights = fused_experts, scaling, init_weights
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        for name, default in zip(OWN, ({}, None, 2.0), strict=True):
+            if getattr(self, name) != default:
+                raise check.field_error(
+                    name, getattr(self, name), "is each method's own in a composite", "set it in the methods' configs"
+                )
+        super().__post_init__()
+        if not isinstance(self.methods, list) or not self.methods:
+            raise TypeError(f"`methods` = {self.methods!r}: must be a non-empty list of configs.")
+        self.methods = [self._method_config(given) for given in self.methods]
+        kinds = [config.method for config in self.methods]
+        if len(set(kinds)) != len(kinds):
+            raise check.field_error("methods", kinds, "must be different methods")
+        for config in self.methods:
+            for name in INHERITED:
+                default = "error" if name == "fused_experts" else None
+                if getattr(config, name) == default and getattr(self, name) != default:
+                    setattr(config, name, getattr(self, name))
+
+    @staticmethod
+    def _method_config(given: Any) -> AdapterConfig:
+        if isinstance(given, dict):
+            kind = str(given.get("peft_type"))
+            if kind not in METHODS:
+                raise check.field_error("methods", kind, f"`peft_type` must be one of {sorted(METHODS)}")
+            cls = METHODS[kind]
+            unknown = set(given) - {f.name for f in dataclasses.fields(cls)}
+            if unknown:
+                raise check.field_error("methods", kind, f"has no field {sorted(unknown)}", "remove it")
+            return cls(**given)
+        if type(given) not in METHODS.values():
+            raise TypeError(
+                f"`methods` holds a {type(given).__name__}: must be configs of "
+                f"{', '.join(cls.__name__ for cls in METHODS.values())}."
+            )
+        if given.modules_to_save is not None:
+            raise check.field_error(
+                "modules_to_save", given.modules_to_save, "stands in the composite, not in a method"
+            )
+        return dataclasses.replace(given)  # the composite fills in names; the caller's config stays as it is
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of any config; the methods as dictionaries."""
+        whole = super().to_dict()
+        for part in whole["methods"]:
+            for name, value in part.items():
+                if isinstance(value, set):
+                    part[name] = sorted(value)
+        return whole
+
+
+def matches(config: AdapterConfig, key: str) -> bool | re.Match[str] | None:
+    """Whether one method's config adapts the module `key`."""
+    found = BaseTuner._check_target_module_exists(config, key)
+    return None if isinstance(found, _ExcludedModule) else found
+
+
+class CompositeLinear(AdapterLinear):
+    """A projection with adapters of several methods."""
+
+    adapter_layer_names = tuple(PARTS)
+
+
+class CompositeModel(AdapterModel):
+    """A model with several methods; made by `get_peft_model(model, CompositeConfig([...]))`."""
+
+    prefix = "bem_composite_"
+    tuner_layer_cls = CompositeLinear
+    adapter_classes: ClassVar = PARTS
+
+    def parts(self, config: CompositeConfig) -> Iterator[tuple[str, AdapterConfig]]:  # type: ignore[override]
+        for container, (config_cls, _) in PARTS.items():
+            for method in config.methods:
+                if isinstance(method, config_cls):
+                    yield container, method
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        super()._prepare_adapter_config(peft_config, model_config)
+        named = [config.target_modules for config in peft_config.methods]
+        if all(isinstance(targets, set) for targets in named):
+            peft_config.target_modules = set().union(*named)
+        elif peft_config.target_modules is None:  # a regular expression among them: `matches` decides
+            peft_config.target_modules = "|".join(
+                f"({t})" if isinstance(t, str) else "|".join(rf"(.*\.)?{re.escape(n)}" for n in sorted(t)) for t in named
+            )
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        if isinstance(BaseTuner._check_target_module_exists(peft_config, key), _ExcludedModule):
+            return _ExcludedModule()
+        return next((found for config in peft_config.methods if (found := matches(config, key))), None)
+
+    def _part_matches(self, config: AdapterConfig, whole: AdapterConfig, key: str) -> bool:
+        return bool(matches(config, key))
+
+
+register("bem_composite", CompositeConfig, CompositeModel)

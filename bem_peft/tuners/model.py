@@ -1,0 +1,304 @@
+"""The tuner: finds the sites, checks that every adapter can be built, then puts the layers into the model.
+
+Nothing is changed before everything is known to fit: each adapter is built once on the meta device first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+
+from bem_peft.tuners.adapter import Adapter, AdapterConfig, SiteShape
+from bem_peft.tuners.attention_stats import require_interface, restore_attention, use_exact_attention
+from bem_peft.tuners.call_state import CallState, attach_call_state, find_call_state
+from bem_peft.tuners.layer import AdapterLayer, AdapterLinear, projection_shape
+from bem_peft.tuners.sites import MLP_DOWN, SiteError, SiteTable, find_sites
+
+
+class AdapterModel(BaseTuner):
+    """Base of the methods' tuners. A method names its container(s): attribute -> (config class, adapter class)."""
+
+    adapter_classes: ClassVar[Mapping[str, tuple[type[AdapterConfig], type[Adapter]]]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # sites are found from the structure instead
+
+    # which adapters a config asks for
+
+    def parts(self, config: AdapterConfig) -> Iterator[tuple[str, AdapterConfig]]:
+        """(container, the method's config); one for a method, several for a composite."""
+        yield next(iter(self.adapter_classes)), config
+
+    @property
+    def call(self) -> CallState:
+        """The state that all adapters of the model share."""
+        state = self.__dict__.get("_call")
+        if state is None:
+            state = find_call_state(self.model) or CallState()
+            self.__dict__["_call"] = state
+        return state
+
+    # preparation
+
+    def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> AdapterConfig:
+        for _, config in self.parts(peft_config):
+            if config.target_modules is None:
+                config.target_modules = set(self._found_targets(config))
+        return peft_config
+
+    def _found_targets(self, config: AdapterConfig) -> list[str]:
+        """Names of the sites that `config` adapts by default. Raises SiteError where one could not be placed."""
+        table = find_sites(self.model)
+        roles = tuple(config.sites or config.roles)
+        if MLP_DOWN in roles and table.fused_experts and config.fused_experts == "error":
+            raise SiteError(
+                f"W_down of the experts is a fused 3-D weight that no module owns, so it cannot be adapted: "
+                f"{_some(table.fused_experts)}. Set fused_experts='skip' to adapt the other sites, or name the modules "
+                "in `target_modules`."
+            )
+        layers = config.layers_to_transform
+        indices = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
+        names = [s.name for s in table.sites if s.role in roles and (indices is None or s.block_index in indices)]
+        if not names:
+            where = "" if indices is None else f" in the blocks {sorted(indices)} (`layers_to_transform`)"
+            raise SiteError(
+                f"no {' or '.join(roles)} site was found{where} in {type(self.model).__name__} "
+                f"({table.blocks} blocks): name the modules in `target_modules`."
+            )
+        return names
+
+    def _known_heads(self) -> dict[str, int | None]:
+        """Heads of each W_O, where the structure tells them; used for modules that the user named."""
+        try:
+            table: SiteTable | None = find_sites(self.model)
+        except SiteError:  # not a model whose structure is known: the heads are not either
+            table = None
+        return {} if table is None else {site.name: site.num_heads for site in table.sites}
+
+    def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
+        """Build every adapter on the meta device, so that an error comes before any change."""
+        self.__dict__["_heads"] = self._known_heads()
+        modules = dict(model.named_modules())
+        nested = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+        names = [name for name in modules if name and not name.startswith(nested)]
+        planned = 0
+        for container, config in self.parts(peft_config):
+            if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+                if getattr(config, "minimal_overhead", False):
+                    raise ValueError("`minimal_overhead` cannot be checked for target_modules='all-linear'; name them.")
+                continue
+            self._check_targets(config, names)
+            for name in names:
+                matched = super()._check_target_module_exists(config, name)
+                if matched and not isinstance(matched, _ExcludedModule):
+                    with torch.device("meta"):
+                        adapter = self._build(container, config, name, modules[name])
+                    planned += sum(p.numel() for p in adapter.parameters())
+                    if getattr(adapter, "uses_exact_statistics", False):
+                        require_interface(modules[name.rpartition(".")[0]], name)
+            if getattr(config, "minimal_overhead", False):
+                self._check_overhead(planned, model)
+
+    def _check_overhead(self, planned: int, model: nn.Module) -> None:
+        base = sum(p.numel() for n, p in model.named_parameters() if not any(pre in n for pre in self._containers()))
+        if planned >= 0.01 * base:
+            raise ValueError(
+                f"`minimal_overhead` = True: the adapter would have {planned:,} parameters, {planned / base:.2%} of the "
+                f"base's {base:,}, and must stay below 1 %; lower `gamma_dim` and `beta_dim`, or name fewer sites."
+            )
+
+    def _containers(self) -> list[str]:
+        return [f".{container}." for container in self.adapter_classes]
+
+    @staticmethod
+    def _check_targets(config: AdapterConfig, names: list[str]) -> None:
+        """Every name in `target_modules` must stand for a module; a partial match is an error."""
+        if isinstance(config.target_modules, str) or not config.target_modules:
+            return
+        missing = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
+        if missing and len(missing) < len(config.target_modules):
+            raise ValueError(
+                f"`target_modules` = {sorted(config.target_modules)}: no module is called {sorted(missing)} in the "
+                "model (a fused 3-D expert weight is a parameter, not a module); remove what does not exist."
+            )
+
+    def _build(self, container: str, config: AdapterConfig, name: str, target: nn.Module) -> Adapter:
+        """The adapter of one method for the module `name`."""
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        in_features, out_features = projection_shape(base)
+        site = SiteShape(name, in_features, out_features, self.__dict__["_heads"].get(name))
+        return self.adapter_classes[container][1](config.at(name), site, self.call)
+
+    # injection
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: AdapterConfig, key: str) -> bool | re.Match[str] | None:
+        return BaseTuner._check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: AdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer: AdapterLinear
+        if isinstance(target, self.tuner_layer_cls):
+            layer = target
+        else:
+            layer = self.tuner_layer_cls(target, adapter_name, self.call)
+            layer.is_token_routed = "experts" in current_key.split(".")
+            layer.quantization_backend = resolve_quantization_backend(
+                layer.get_base_layer(), **get_quantization_kwargs(self.model)
+            )
+        adapters = {
+            container: self._build(container, config, current_key, layer)
+            for container, config in self.parts(peft_config)
+            if self._part_matches(config, peft_config, current_key)
+        }
+        site = layer.shape_at(current_key, self.__dict__["_heads"].get(current_key))
+        layer.update_layer(adapter_name, adapters, peft_config.inference_mode, peft_config.init_weights, site)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _part_matches(self, config: AdapterConfig, whole: AdapterConfig, key: str) -> bool:
+        return True
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        adapters = [m for m in model.modules() if isinstance(m, Adapter)]
+        kinds = {getattr(adapter, "retrieval", "none") for adapter in adapters} - {"none"}
+        self.call.retrieval |= kinds
+        penalised = any(is_penalised(adapter) for adapter in adapters)
+        self.call.reads_mask |= penalised
+        attach_call_state(model, self.call)
+        if any(getattr(adapter, "uses_exact_statistics", False) for adapter in adapters):
+            use_exact_attention(model)
+
+    # merging and unloading
+
+    def _refuse_unmergeable(self, adapter_names: list[str] | None) -> None:
+        """Raise ValueError before anything is written, if one of the adapters cannot be merged."""
+        for module in self.model.modules():
+            if isinstance(module, AdapterLayer):
+                has_bias = getattr(module.get_base_layer(), "bias", None) is not None
+                for name in self.active_adapters if adapter_names is None else adapter_names:
+                    for adapter in module.adapters_named(name):
+                        adapter.refuse_merge(has_bias)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._refuse_unmergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._refuse_unmergeable(kwargs.get("adapter_names"))
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        for handle in self.call.handles:
+            handle.remove()
+        self.call.handles.clear()
+        restore_attention(model)
+        return model  # type: ignore[no-any-return]
+
+    # calls
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate`; `retrieval_quality` (batch,) and `retrieval_scores` (batch, K) hold for all its steps.
+
+        Raises:
+            ValueError: `retrieval_quality` has one value a token, which new tokens would not have.
+        """
+        from bem_peft.tuners.call_state import _ambient
+
+        given = {n: kwargs.pop(n) for n in ("retrieval_quality", "retrieval_scores") if kwargs.get(n) is not None}
+        if not given:
+            return self.model.generate(*args, **kwargs)
+        quality = given.get("retrieval_quality")
+        if quality is not None and torch.as_tensor(quality).dim() != 1:
+            raise ValueError("`retrieval_quality` in generate must have one value a sequence, shape (batch,).")
+        with _ambient(self.model, **given):
+            return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """A batch whose rows use different adapters: `adapter_names`, one a row, '__base__' for none."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if not isinstance(names, (list, tuple)):
+            raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
+        unknown = {name for name in names if name != "__base__"} - set(self.peft_config)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        beams = kwargs.get("num_beams")
+        repeats = beams if isinstance(beams, int) and beams > 1 else 1
+        repeated = [name for name in names for _ in range(repeats)]
+        handles = [
+            module.register_forward_pre_hook(partial(_give_names, repeated), with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        self.call.adapter_names = list(names)
+        try:
+            yield
+        finally:
+            self.call.adapter_names = None
+            for handle in handles:
+                handle.remove()
+
+    # loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """As PEFT's, but strict: a key that is missing, or that the model has no place for, raises ValueError."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = set()
+        for name, module in model.named_modules():
+            if isinstance(module, AdapterLayer):
+                for container in module.adapter_layer_names:
+                    if adapter_name in getattr(module, container):
+                        adapter = getattr(module, container)[adapter_name]
+                        prefix = f"{name}.{container}.{adapter_name}."
+                        expected |= {prefix + key for key in adapter.state_dict()}
+        given = {key.removeprefix("_fsdp_wrapped_module.") for key in remapped if f".{cls.prefix}" in key}
+        missing, unexpected = sorted(expected - given), sorted(given - expected)
+        if missing or unexpected:
+            raise ValueError(
+                f"the file does not hold the adapter {adapter_name!r} that the config describes: "
+                + (f"missing {_some(missing)}; " if missing else "")
+                + (f"unexpected {_some(unexpected)}; " if unexpected else "")
+                + "load it with the config and the base model that it was saved with."
+            )
+        return remapped  # type: ignore[no-any-return]
+
+
+def is_penalised(adapter: Adapter) -> bool:
+    """Whether the adapter carries a penalty in training."""
+    strengths = ("decorrelation_strength", "balance_strength", "orthogonality_strength", "diversity_strength")
+    return any(getattr(adapter, name, 0.0) > 0.0 for name in strengths)
+
+
+def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _some(names: tuple[str, ...] | list[str]) -> str:
+    shown = ", ".join(list(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,274 @@
+r"""PT1, head-group gating at W_O:  y' = y + s sum_g gate_g(x) B_g A_g x_g.
+
+The input x of W_O is the heads' outputs side by side; x_g are the heads of group g. A_g (r_g, in / G),
+B_g (out, r_g), zero at the start; s = `scaling`. gate = 2 sigmoid(z / temperature) with z = W f + b, f the statistics
+of the heads (see `attention_stats`) and b, W zero at the start, so that every gate is 1.
+Stored: A (sum r_g, in / G), B (out, sum r_g), W (G, 2 heads), b (G).
+
+Source: the group split is that of multi-head adaptation as in He et al., Towards a unified view of parameter-efficient
+transfer learning, 2022, arXiv:2110.04366 (multi-head parallel adapter); theirs has no gates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from bem_peft.tuners import field_checks as check
+from bem_peft.tuners.adapter import AdapterConfig, SiteShape
+from bem_peft.tuners.attention_stats import AttentionRows, head_output_statistics
+from bem_peft.tuners.call_state import CallState, repeat_rows
+from bem_peft.tuners.governance import LowRankAdapter
+from bem_peft.tuners.layer import AdapterLinear
+from bem_peft.tuners.model import AdapterModel
+from bem_peft.tuners.penalty import carry, decorrelation
+from bem_peft.tuners.registry import register
+from bem_peft.tuners.sites import ATTENTION_OUTPUT
+
+
+@dataclass
+class HeadGroupGatingConfig(AdapterConfig):
+    """Config of PT1, y' = y + s sum_g gate_g(x) B_g A_g x_g at W_O."""
+
+    num_groups: int = field(
+        default=4, metadata={"help": "Groups of heads, G; where it does not divide the heads, the nearest divisor."}
+    )
+    strict_groups: bool = field(default=False, metadata={"help": "True: a `num_groups` that does not divide is an error."})
+    num_heads: int | None = field(
+        default=None, metadata={"help": "Heads side by side in W_O's input; None: read from the model."}
+    )
+    rank_per_group: int | list[int] = field(
+        default=4, metadata={"help": "Rank r_g of every group, or a list of one rank a group."}
+    )
+    gate_temperature: float = field(default=1.0, metadata={"help": "Divides the gate's logit, > 0."})
+    gate_dropout: float = field(default=0.0, metadata={"help": "Share of gates set to 0 while training, in [0, 1)."})
+    decorrelation_strength: float = field(
+        default=0.0, metadata={"help": "Weight of the mean squared correlation between the gates of a batch."}
+    )
+    attention_stats: str = field(
+        default="output",
+        metadata={
+            "help": "'output': log energy and spread of the heads' outputs; 'exact': entropy and variance of the "
+            "attention rows themselves."
+        },
+    )
+    retrieval: str = field(
+        default="none",
+        metadata={
+            "help": "'quality': the gates read `retrieval_quality` in [0, 1]; 'scores': they read `retrieval_scores` "
+            "through a learned scorer; 'none'."
+        },
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
+    max_singular_value: float | None = field(default=None, metadata={"help": "Cap on sigma_1 of each update."})
+    fro_budget: float | None = field(default=None, metadata={"help": "Cap on the Frobenius norm of each update."})
+
+    method: ClassVar[str] = "bem_head_gating"
+    roles: ClassVar[tuple[str, ...]] = (ATTENTION_OUTPUT,)
+    rank_fields: ClassVar[tuple[str, ...]] = ("rank_per_group", "num_groups", "num_heads")
+
+    def __post_init__(self) -> None:
+        check.check_int(self, "num_groups")
+        check.check_bool(self, "strict_groups")
+        if self.num_heads is not None:
+            check.check_int(self, "num_heads")
+        ranks = self.rank_per_group if isinstance(self.rank_per_group, list) else [self.rank_per_group]
+        for rank in ranks:
+            if isinstance(rank, bool) or not isinstance(rank, int):
+                raise TypeError(f"`rank_per_group` = {self.rank_per_group!r}: must be an int or a list of ints.")
+        if not ranks or min(ranks) < 1:
+            raise check.field_error("rank_per_group", self.rank_per_group, "every rank must be at least 1")
+        check.check_number(self, "gate_temperature", 0.0, exclusive=True)
+        check.check_number(self, "gate_dropout", 0.0, 1.0)
+        if self.gate_dropout == 1.0:
+            raise check.field_error("gate_dropout", self.gate_dropout, "must be below 1")
+        check.check_number(self, "decorrelation_strength", 0.0)
+        check.check_choice(self, "attention_stats", ("output", "exact"))
+        check.check_choice(self, "retrieval", ("none", "quality", "scores"))
+        check.check_low_rank(self)
+        super().__post_init__()
+
+
+def resolve_groups(heads: int, num_groups: int, strict: bool, site: str) -> int:
+    """The number of groups: `num_groups` where it divides `heads`, else the nearest divisor (the smaller of two)."""
+    if heads % num_groups == 0:
+        return num_groups
+    divisors = [d for d in range(1, heads + 1) if heads % d == 0]
+    if strict:
+        raise check.field_error(
+            "num_groups", num_groups, f"must divide the {heads} heads of {site}", f"choose one of {divisors}"
+        )
+    return min(divisors, key=lambda d: (abs(d - num_groups), d))
+
+
+class HeadGroupGatingAdapter(LowRankAdapter):
+    """y' = y + s sum_g gate_g(x) B_g A_g x_g."""
+
+    def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
+        super().__init__(config, site, call)
+        heads = config.num_heads or site.num_heads
+        if heads is None:  # neither given nor known: each group counts as one head
+            heads = resolve_groups(site.in_features, config.num_groups, config.strict_groups, site.name)
+        if site.in_features % heads:
+            raise check.field_error("num_heads", heads, f"must divide the input width {site.in_features} of {site.name}")
+        self.num_heads = heads
+        self.num_groups = resolve_groups(heads, config.num_groups, config.strict_groups, site.name)
+        ranks = config.rank_per_group
+        self.ranks = list(ranks) if isinstance(ranks, list) else [ranks] * self.num_groups
+        if len(self.ranks) != self.num_groups:
+            raise check.field_error(
+                "rank_per_group", ranks, f"must have one rank for each of the {self.num_groups} groups of {site.name}"
+            )
+        self.temperature, self.gate_dropout = config.gate_temperature, config.gate_dropout
+        self.decorrelation_strength = config.decorrelation_strength
+        self.uses_exact_statistics = config.attention_stats == "exact"
+        self.retrieval = config.retrieval
+        self.reads_call = config.retrieval != "none" or config.decorrelation_strength > 0.0
+        self.attention_rows: AttentionRows | None = None
+        self.A = nn.Parameter(torch.empty(sum(self.ranks), site.in_features // self.num_groups))
+        self.B = nn.Parameter(torch.empty(site.out_features, sum(self.ranks)))
+        self.gate_weight = nn.Parameter(torch.empty(self.num_groups, 2 * heads))
+        self.gate_bias = nn.Parameter(torch.empty(self.num_groups))
+        if self.retrieval != "none":
+            self.retrieval_weight = nn.Parameter(torch.empty(self.num_groups))
+        if self.retrieval == "scores":
+            self.scorer_weight = nn.Parameter(torch.empty(3))
+            self.scorer_bias = nn.Parameter(torch.empty(1))
+        widest = max(self.ranks)
+        self.is_even = len(set(self.ranks)) == 1
+        # where the ranks differ, A is padded to the widest group: row i of A stands at slot[i]
+        self.slots = [g * widest + i for g, rank in enumerate(self.ranks) for i in range(rank)]
+
+    def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
+        nn.init.normal_(self.A, std=self.A.shape[1] ** -0.5)
+        nn.init.zeros_(self.gate_weight)
+        nn.init.zeros_(self.gate_bias)
+        if init_weights:
+            nn.init.zeros_(self.B)
+        else:
+            nn.init.normal_(self.B, std=self.B.shape[1] ** -0.5)
+        if self.retrieval != "none":
+            nn.init.zeros_(self.retrieval_weight)
+        if self.retrieval == "scores":
+            nn.init.ones_(self.scorer_weight)
+            nn.init.zeros_(self.scorer_bias)
+
+    def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        a, widest = self.A, max(self.ranks)
+        if not self.is_even:
+            padded = a.new_zeros(self.num_groups * widest, a.shape[1])
+            a = padded.index_copy(0, torch.tensor(self.slots, device=a.device), a)
+        grouped = a.view(self.num_groups, widest, -1).transpose(1, 2)
+        return grouped.to(dtype), self.B.to(dtype), self.gate_weight.float().t(), self.gate_bias.float()
+
+    def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        a, b, gate_weight, gate_bias = weights
+        gate = self.gates(self.statistics(x), gate_weight, gate_bias)  # (N, G), float32
+        if self.decorrelation_strength and self.training:
+            penalty = self.decorrelation_strength * decorrelation(gate, self.token_mask(gate.shape[0]))
+            y = carry(y, penalty, self.call.values.penalty_scale)
+        if self.gate_dropout and self.training:
+            gate = torch.nn.functional.dropout(gate, self.gate_dropout)
+        groups = self.drop(x).view(x.shape[0], self.num_groups, -1).transpose(0, 1)
+        low = torch.bmm(groups, a).transpose(0, 1) * gate.to(x.dtype).unsqueeze(-1)  # (N, G, r)
+        low = low.flatten(1) if self.is_even else low.flatten(1)[:, self.slots]
+        return torch.addmm(y, low, b.t(), alpha=self.scaling)
+
+    def statistics(self, x: torch.Tensor) -> torch.Tensor:
+        """The two statistics of each head, (N, 2 heads), float32."""
+        if not self.uses_exact_statistics:
+            return head_output_statistics(x, self.num_heads)
+        rows, self.attention_rows = self.attention_rows, None
+        if rows is None:
+            raise RuntimeError(
+                f"attention_stats='exact': no attention row reached {self.site_name}; its attention did not go through "
+                "transformers' attention interface in this call. Use attention_stats='output'."
+            )
+        return rows.features().to(x.device)
+
+    def gates(self, statistics: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """2 sigmoid(z / temperature), (N, G); the retrieval feature is 2q - 1, and 0 where no quality was given."""
+        logits = torch.addmm(bias, statistics, weight)
+        if self.retrieval != "none":
+            logits = logits + self.retrieval_feature(statistics.shape[0]) * self.retrieval_weight.float()
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        return torch.sigmoid(logits) * 2.0
+
+    def retrieval_feature(self, tokens: int) -> torch.Tensor:
+        """(N, 1) or (1, 1) in [-1, 1]."""
+        values, device = self.call.values, self.B.device
+        if self.retrieval == "scores":
+            used = (self.scorer_weight.sum() + self.scorer_bias).float().view(1, 1) * 0.0  # in the graph of every step
+            if values.retrieval_scores is None:
+                return used
+            quality = self.score_quality(values.retrieval_scores.to(device).float())
+        elif values.retrieval_quality is None:
+            return torch.zeros(1, 1, device=device)
+        else:
+            quality = values.retrieval_quality.to(device).float()
+        lead = self.call.lead
+        quality = repeat_rows(quality, lead[0])
+        if quality.dim() == 1:
+            quality = quality.view(-1, *(1,) * (len(lead) - 1)).expand(lead)
+        elif quality.shape != lead:
+            raise ValueError(
+                f"`retrieval_quality` a token has shape {tuple(quality.shape)}, but {self.site_name} sees {tuple(lead)}: "
+                "give one value a sequence, (batch,), for cached decoding and for encoder-decoder models."
+            )
+        return (2.0 * quality - 1.0).reshape(tokens, 1)
+
+    def score_quality(self, scores: torch.Tensor) -> torch.Tensor:
+        """sigmoid(w . (top score, margin, 1 - entropy of the list) + b), (B,), from scores (B, K), -inf where none."""
+        top = scores.topk(min(2, scores.shape[1]), dim=1).values.nan_to_num(neginf=0.0)
+        margin = top[:, 0] - top[:, 1] if top.shape[1] == 2 else torch.zeros_like(top[:, 0])
+        share = scores.nan_to_num(neginf=torch.finfo(scores.dtype).min).softmax(1)
+        entropy = torch.special.entr(share).sum(1) / max(1e-9, math.log(scores.shape[1]))
+        features = torch.stack((top[:, 0], margin, 1.0 - entropy), dim=1)
+        return torch.sigmoid(features @ self.scorer_weight.float() + self.scorer_bias.float())
+
+    def token_mask(self, tokens: int) -> torch.Tensor | None:
+        """(N,), 1 at real tokens, or None where the call gave no mask of this site's shape."""
+        mask = self.call.values.token_mask
+        if mask is None or mask.shape != self.call.lead:
+            return None
+        return mask.reshape(tokens)
+
+    def right_gram(self) -> torch.Tensor:
+        start, blocks = 0, []
+        for rank in self.ranks:
+            a = self.A[start : start + rank].double()
+            blocks.append(a @ a.t())
+            start += rank
+        return torch.block_diag(*blocks) * (2.0 * self.scaling) ** 2  # a gate is at most 2
+
+    def lora_factors(self, gate: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (sum r_g, in) and B (out, sum r_g) with s B A the update at constant gates (G,), all 1 by default."""
+        width, start, rows = self.A.shape[1], 0, self.A.new_zeros(self.A.shape[0], self.in_features)
+        gate = torch.ones(self.num_groups, device=self.A.device) if gate is None else gate
+        for g, rank in enumerate(self.ranks):
+            piece = self.A.detach()[start : start + rank]
+            rows[start : start + rank, g * width : (g + 1) * width] = piece * gate[g]
+            start += rank
+        return rows, self.B.detach()
+
+
+class HeadGroupGatingLinear(AdapterLinear):
+    """A W_O with head-group gating adapters."""
+
+    adapter_layer_names = ("bem_head_gating_adapter",)
+
+
+class HeadGroupGatingModel(AdapterModel):
+    """A model with PT1 at W_O; made by `get_peft_model(model, HeadGroupGatingConfig(...))`."""
+
+    prefix = "bem_head_gating_"
+    tuner_layer_cls = HeadGroupGatingLinear
+    adapter_classes: ClassVar = {"bem_head_gating_adapter": (HeadGroupGatingConfig, HeadGroupGatingAdapter)}
+
+
+register("bem_head_gating", HeadGroupGatingConfig, HeadGroupGatingModel)

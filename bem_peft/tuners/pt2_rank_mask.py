@@ -1,0 +1,224 @@
+r"""PT2, dynamic rank mask at W_O and W_down:  y' = y + s B (m(x) * (1 + tanh(C z/rms(z))) * z),  z = A x.
+
+A (R, in), B (out, R), zero at the start; C (R, R), zero at the start (`value_gate`); s = `scaling`; m(x) in {0, 1}^R
+with exactly k ones a token: the k largest of the logits W z, W (R, R). The order of the logits does not depend on the
+length of z. `use_hadamard_path`: A and B are read as H A and B H with the orthonormal Walsh-Hadamard matrix H, so that
+a mask drops a direction, not a column. Every token executes the full R; k are active.
+
+Source: Valipour et al., DyLoRA, 2023, arXiv:2210.07558 and Zhang et al., AdaLoRA, 2023, arXiv:2303.10512 choose ranks
+for the whole run; ours chooses them for each token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from bem_peft.kernels.hadamard import hadamard_transform, is_power_of_two
+from bem_peft.kernels.rank_mask import k_hot_mask, straight_through_k_hot
+from bem_peft.tuners import field_checks as check
+from bem_peft.tuners.adapter import AdapterConfig, SiteShape
+from bem_peft.tuners.call_state import CallState
+from bem_peft.tuners.governance import LowRankAdapter
+from bem_peft.tuners.layer import AdapterLinear
+from bem_peft.tuners.model import AdapterModel
+from bem_peft.tuners.penalty import carry, mask_balance
+from bem_peft.tuners.registry import register
+
+
+@dataclass
+class DynamicRankMaskConfig(AdapterConfig):
+    """Config of PT2, y' = y + s B (m(x) * A x) at W_O and W_down."""
+
+    total_rank: int = field(default=16, metadata={"help": "R, the ranks that are computed."})
+    active_rank: int = field(default=8, metadata={"help": "k, the ranks that are kept for a token, at most R."})
+    use_hadamard_path: bool = field(
+        default=True, metadata={"help": "Mask directions of the Walsh-Hadamard basis; R must be a power of two."}
+    )
+    value_gate: bool = field(default=True, metadata={"help": "Multiply kept ranks by 1 + tanh(C z / rms(z))."})
+    mask_scope: str = field(
+        default="token", metadata={"help": "'token': a mask for each token; 'task': one learned mask, mergeable."}
+    )
+    mask_temperature: float = field(
+        default=1.0, metadata={"help": "Width of the sigmoid whose gradient stands in for the mask's, > 0."}
+    )
+    balance_strength: float = field(
+        default=0.0, metadata={"help": "Weight of the squared deviation of each rank's use from k / R."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
+    max_singular_value: float | None = field(default=None, metadata={"help": "Cap on sigma_1 of each update."})
+    fro_budget: float | None = field(default=None, metadata={"help": "Cap on the Frobenius norm of each update."})
+
+    method: ClassVar[str] = "bem_rank_mask"
+    rank_fields: ClassVar[tuple[str, ...]] = ("total_rank", "active_rank")
+
+    def __post_init__(self) -> None:
+        check.check_int(self, "total_rank")
+        check.check_int(self, "active_rank", maximum=self.total_rank)
+        for name in ("use_hadamard_path", "value_gate"):
+            check.check_bool(self, name)
+        if self.use_hadamard_path and not is_power_of_two(self.total_rank):
+            raise check.field_error(
+                "total_rank",
+                self.total_rank,
+                "must be a power of two with `use_hadamard_path`",
+                f"use {1 << self.total_rank.bit_length()} or set use_hadamard_path=False",
+            )
+        check.check_choice(self, "mask_scope", ("token", "task"))
+        check.check_number(self, "mask_temperature", 0.0, exclusive=True)
+        check.check_number(self, "balance_strength", 0.0)
+        check.check_low_rank(self)
+        super().__post_init__()
+
+
+class DynamicRankMaskAdapter(LowRankAdapter):
+    """y' = y + s B (m(x) * (1 + tanh(C z/rms(z))) * z),  z = A x."""
+
+    def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
+        super().__init__(config, site, call)
+        rank = config.total_rank
+        self.active_rank, self.temperature = config.active_rank, config.mask_temperature
+        self.hadamard, self.is_task_mask = config.use_hadamard_path, config.mask_scope == "task"
+        self.has_value_gate = config.value_gate
+        self.balance_strength = config.balance_strength
+        self.reads_call = config.balance_strength > 0.0
+        self.is_mergeable = self.is_task_mask and not self.has_value_gate  # type: ignore[misc]
+        if self.is_task_mask and self.has_value_gate:
+            self.merge_refusal = "its value gate depends on the token; set `value_gate=False` with a task mask"
+        self.observer: list[torch.Tensor] | None = None
+        self.A = nn.Parameter(torch.empty(rank, site.in_features))
+        self.B = nn.Parameter(torch.empty(site.out_features, rank))
+        shape = (rank,) if self.is_task_mask else (rank, rank)
+        self.mask_weight = nn.Parameter(torch.empty(shape))
+        if self.has_value_gate:
+            self.C = nn.Parameter(torch.empty(rank, rank))
+
+    def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
+        nn.init.normal_(self.A, std=self.A.shape[1] ** -0.5)
+        nn.init.normal_(self.mask_weight, std=self.mask_weight.shape[-1] ** -0.5)
+        if self.has_value_gate:
+            nn.init.zeros_(self.C)
+        if init_weights:
+            nn.init.zeros_(self.B)
+        else:
+            nn.init.normal_(self.B, std=self.B.shape[1] ** -0.5)
+
+    def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        a, b = self.A, self.B
+        if self.hadamard:  # H z = (H A) x and B H h = (B H) h
+            a, b = hadamard_transform(a), hadamard_transform(b.t()).t()
+        if self.is_task_mask:
+            control = self.C.float().t() if self.has_value_gate else self.mask_weight.float()
+        elif self.has_value_gate:
+            control = torch.cat((self.mask_weight, self.C)).float().t()  # one product for both
+        else:
+            control = self.mask_weight.float().t()
+        return a.to(dtype).t(), b.to(dtype).t(), control
+
+    def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        a, b, control = weights
+        z = torch.mm(self.drop(x), a)  # (N, R)
+        factors, y = self.factors(z.float(), y, control)
+        return torch.addmm(y, z * factors.to(z.dtype), b, alpha=self.scaling)
+
+    def factors(self, z: torch.Tensor, y: torch.Tensor, control: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """m(x) * (1 + tanh(C z/rms(z))), (N, R) float32, from z (N, R) float32; and y, with a penalty on it if any."""
+        wide, rank = z, z.shape[1]
+        if self.is_task_mask:
+            logits = self.mask_weight.float().unsqueeze(0)
+            gate = wide @ control if self.has_value_gate else None
+        else:
+            both = wide @ control
+            logits, gate = both[:, :rank], both[:, rank:] if self.has_value_gate else None
+        inverse_rms = None
+        if gate is not None or (self.training and not self.is_task_mask):
+            inverse_rms = rank**0.5 / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(1e-12)
+        mask = self.mask(logits, inverse_rms)
+        if self.balance_strength and self.training:
+            y = carry(y, self.balance_penalty(logits, inverse_rms), self.call.values.penalty_scale)
+        if self.observer is not None:
+            self.observer.append(mask.detach().expand(z.shape[0], rank))
+        if gate is not None:
+            mask = torch.addcmul(mask, mask, torch.tanh(gate * inverse_rms))
+        return mask, y
+
+    def rank_factors(self, x: torch.Tensor) -> torch.Tensor:
+        """What each rank is multiplied by for inputs x (N, in): (N, R), 0 where it is dropped."""
+        a, _, control = self.derive(x.dtype)
+        factors, _ = self.factors((x @ a).float(), x, control)
+        return factors.expand(x.shape[0], -1)
+
+    def mask(self, logits: torch.Tensor, inverse_rms: torch.Tensor | None) -> torch.Tensor:
+        """m (N, R) or (1, R), exactly k ones a row; straight-through in training. The length of z does not change it."""
+        if not (self.training and torch.is_grad_enabled()):
+            return k_hot_mask(logits, self.active_rank)
+        if inverse_rms is not None and not self.is_task_mask:
+            logits = logits * inverse_rms
+        return straight_through_k_hot(logits, self.active_rank, self.temperature)
+
+    def balance_penalty(self, logits: torch.Tensor, inverse_rms: torch.Tensor | None) -> torch.Tensor:
+        """The weighted deviation of each rank's soft use from k / R."""
+        if inverse_rms is not None and not self.is_task_mask:
+            logits = logits * inverse_rms
+        threshold = logits.detach().topk(self.active_rank, dim=1).values[:, -1:]
+        mask = self.call.values.token_mask
+        usable = mask is not None and not self.is_task_mask and mask.shape == self.call.lead
+        return self.balance_strength * mask_balance(
+            torch.sigmoid((logits - threshold) / self.temperature),
+            self.active_rank,
+            mask.reshape(-1) if usable and mask is not None else None,
+        )
+
+    def right_gram(self) -> torch.Tensor:
+        largest = 2.0 if self.has_value_gate else 1.0  # every rank kept, every gate at its bound
+        if self.is_task_mask and not self.has_value_gate:
+            a = self.masked_a().double()
+        else:
+            a = self.A.double()  # H is orthonormal: it leaves B A as it is
+        return (a @ a.t()) * (largest * self.scaling) ** 2
+
+    def masked_a(self) -> torch.Tensor:
+        """H (m * (H A)) for the task's mask, (R, in): the A of the update as it is applied."""
+        mask = k_hot_mask(self.mask_weight.detach().float(), self.active_rank).to(self.A.dtype).unsqueeze(1)
+        if not self.hadamard:
+            return self.A.detach() * mask
+        return hadamard_transform(hadamard_transform(self.A.detach()) * mask)
+
+    def lora_factors(self, gate: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (R, in) and B (out, R) with s B A the update at constant mask values (R,), or with the task's mask."""
+        if gate is None:
+            return self.masked_a(), self.B.detach()
+        a, b = self.A.detach(), self.B.detach()
+        if self.hadamard:
+            a, b = hadamard_transform(a), hadamard_transform(b.t()).t()
+        return a * gate.to(a.dtype).unsqueeze(1), b
+
+    def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not self.is_mergeable:
+            return super().merge_into(weight, bias)
+        return weight + (self.B.detach() @ self.masked_a() * self.scaling).to(weight), bias
+
+    def unmerge_from(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not self.is_mergeable:
+            return super().unmerge_from(weight, bias)
+        return weight - (self.B.detach() @ self.masked_a() * self.scaling).to(weight), bias
+
+
+class DynamicRankMaskLinear(AdapterLinear):
+    """A W_O or W_down with dynamic rank mask adapters."""
+
+    adapter_layer_names = ("bem_rank_mask_adapter",)
+
+
+class DynamicRankMaskModel(AdapterModel):
+    """A model with PT2 at W_O and W_down; made by `get_peft_model(model, DynamicRankMaskConfig(...))`."""
+
+    prefix = "bem_rank_mask_"
+    tuner_layer_cls = DynamicRankMaskLinear
+    adapter_classes: ClassVar = {"bem_rank_mask_adapter": (DynamicRankMaskConfig, DynamicRankMaskAdapter)}
+
+
+register("bem_rank_mask", DynamicRankMaskConfig, DynamicRankMaskModel)

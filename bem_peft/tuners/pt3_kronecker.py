@@ -1,0 +1,232 @@
+r"""PT3, a Kronecker update at W_down:  y' = y + s B (U (x) V) x.
+
+U (u_rank, u_dim), V (v_rank, v_dim), u_dim * v_dim = in; B (out, u_rank * v_rank), zero at the start; s = `scaling`.
+Computed as B vec(U X V^T), X = x reshaped (u_dim, v_dim): the product U (x) V is never built. It is a LoRA of rank
+u_rank * v_rank whose A is bound to a product, so it merges and exports exactly.
+
+Source: Edalati et al., KronA: parameter-efficient tuning with Kronecker adapter, 2022, arXiv:2212.10650 (eq. 5 has two
+factors and no B); the initialisation is the higher-order SVD of De Lathauwer, De Moor, Vandewalle, 2000.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from bem_peft.kernels.kronecker import kronecker_project
+from bem_peft.tuners import field_checks as check
+from bem_peft.tuners.adapter import AdapterConfig, SiteShape
+from bem_peft.tuners.call_state import CallState
+from bem_peft.tuners.governance import LowRankAdapter
+from bem_peft.tuners.layer import AdapterLinear
+from bem_peft.tuners.model import AdapterModel
+from bem_peft.tuners.penalty import carry, diversity, orthogonality
+from bem_peft.tuners.registry import register
+from bem_peft.tuners.sites import MLP_DOWN
+
+
+@dataclass
+class KroneckerConfig(AdapterConfig):
+    """Config of PT3, y' = y + s B (U (x) V) x at W_down."""
+
+    u_rank: int = field(default=8, metadata={"help": "Rows of U, at most u_dim."})
+    v_rank: int = field(default=8, metadata={"help": "Rows of V, at most v_dim."})
+    u_dim: int | None = field(
+        default=None, metadata={"help": "Columns of U; None: the most balanced factorisation of the input width."}
+    )
+    v_dim: int | None = field(default=None, metadata={"help": "Columns of V, at most u_dim by default."})
+    init_method: str = field(
+        default="svd",
+        metadata={
+            "help": "'svd': leading singular vectors of W_down's two unfoldings; 'orthogonal': random orthonormal "
+            "rows; 'random': normal entries of variance 1/dim."
+        },
+    )
+    single_site_layer: int | None = field(
+        default=None, metadata={"help": "Index of the only block to adapt; None: every block."}
+    )
+    orthogonality_strength: float = field(
+        default=0.0, metadata={"help": "Weight of the penalty |U U^T - I|^2 + |V V^T - I|^2 (means of squares)."}
+    )
+    diversity_strength: float = field(
+        default=0.0, metadata={"help": "Weight of the mean squared cosine between rows of U, and of V."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
+    max_singular_value: float | None = field(default=None, metadata={"help": "Cap on sigma_1 of each update."})
+    fro_budget: float | None = field(default=None, metadata={"help": "Cap on the Frobenius norm of each update."})
+
+    method: ClassVar[str] = "bem_kronecker"
+    roles: ClassVar[tuple[str, ...]] = (MLP_DOWN,)
+    rank_fields: ClassVar[tuple[str, ...]] = ("u_rank", "v_rank", "u_dim", "v_dim")
+
+    def __post_init__(self) -> None:
+        check.check_int(self, "u_rank")
+        check.check_int(self, "v_rank")
+        for name in ("u_dim", "v_dim"):
+            if getattr(self, name) is not None:
+                check.check_int(self, name)
+        check.check_choice(self, "init_method", ("svd", "orthogonal", "random"))
+        check.check_number(self, "orthogonality_strength", 0.0)
+        check.check_number(self, "diversity_strength", 0.0)
+        check.check_low_rank(self)
+        if self.single_site_layer is not None:
+            check.check_int(self, "single_site_layer", 0)
+            if self.layers_to_transform not in (None, [self.single_site_layer]):
+                raise check.field_error(
+                    "single_site_layer",
+                    self.single_site_layer,
+                    f"contradicts `layers_to_transform` = {self.layers_to_transform!r}",
+                    "set one of them",
+                )
+            self.layers_to_transform = [self.single_site_layer]
+        super().__post_init__()
+
+
+def factor_pairs(width: int) -> list[tuple[int, int]]:
+    """All (u_dim, v_dim) with u_dim * v_dim = width and u_dim >= v_dim, the most balanced first."""
+    return [(width // v, v) for v in range(math.isqrt(width), 0, -1) if width % v == 0]
+
+
+def resolve_dims(width: int, u_dim: int | None, v_dim: int | None, site: str) -> tuple[int, int]:
+    """(u_dim, v_dim) for a site of input `width`. Raises ValueError that lists the valid pairs."""
+    if u_dim is None and v_dim is None:
+        return factor_pairs(width)[0]
+    if u_dim is None and v_dim is not None and width % v_dim == 0:
+        return width // v_dim, v_dim
+    if v_dim is None and u_dim is not None and width % u_dim == 0:
+        return u_dim, width // u_dim
+    if u_dim is None or v_dim is None or u_dim * v_dim != width:
+        pairs = ", ".join(f"{u}x{v}" for u, v in factor_pairs(width))
+        raise ValueError(
+            f"`u_dim` = {u_dim!r}, `v_dim` = {v_dim!r}: their product must be the input width {width} of {site}; "
+            f"choose one of {pairs} (in either order), or leave both None."
+        )
+    return u_dim, v_dim
+
+
+class KroneckerAdapter(LowRankAdapter):
+    """y' = y + s B (U (x) V) x."""
+
+    is_mergeable = True
+
+    def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
+        super().__init__(config, site, call)
+        u_dim, v_dim = resolve_dims(site.in_features, config.u_dim, config.v_dim, site.name)
+        for name, rank, dim in (("u_rank", config.u_rank, u_dim), ("v_rank", config.v_rank, v_dim)):
+            if rank > dim:
+                raise check.field_error(
+                    name, rank, f"must not exceed {name[0]}_dim = {dim} at {site.name} (input width {site.in_features})"
+                )
+        self.init_method, self.inference_mode = config.init_method, config.inference_mode
+        self.orthogonality_strength = config.orthogonality_strength
+        self.diversity_strength = config.diversity_strength
+        self.U = nn.Parameter(torch.empty(config.u_rank, u_dim))
+        self.V = nn.Parameter(torch.empty(config.v_rank, v_dim))
+        self.B = nn.Parameter(torch.empty(site.out_features, config.u_rank * config.v_rank))
+
+    def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
+        if init_weights:
+            nn.init.zeros_(self.B)
+        else:
+            nn.init.normal_(self.B, std=self.B.shape[1] ** -0.5)
+        if self.U.device.type == "meta":  # filled by the checkpoint that is being loaded
+            return
+        # an adapter that is loaded for inference gets its factors from the file: no decomposition for nothing
+        if self.init_method == "svd" and not self.inference_mode and site.weight is not None:
+            weight = site.weight()
+            if weight.device.type != "meta":
+                u, v = higher_order_svd(weight, self.U.shape, self.V.shape)
+                with torch.no_grad():
+                    self.U.copy_(u)
+                    self.V.copy_(v)
+                return
+        for factor in (self.U, self.V):
+            if self.init_method == "random":
+                nn.init.normal_(factor, std=factor.shape[1] ** -0.5)
+            else:
+                nn.init.orthogonal_(factor)
+
+    def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        return self.U.to(dtype), self.V.to(dtype), self.B.to(dtype)
+
+    def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        u, v, b = weights
+        if self.training and (self.orthogonality_strength or self.diversity_strength):
+            y = carry(y, self.penalty(), self.call.values.penalty_scale)
+        z = kronecker_project(self.drop(x), u, v)
+        return torch.addmm(y, z, b.t(), alpha=self.scaling)
+
+    def penalty(self) -> torch.Tensor:
+        """The weighted orthogonality and diversity penalties of U and V, a scalar."""
+        total = self.U.new_zeros(())
+        if self.orthogonality_strength:
+            total = total + self.orthogonality_strength * (orthogonality(self.U) + orthogonality(self.V))
+        if self.diversity_strength:
+            total = total + self.diversity_strength * (diversity(self.U) + diversity(self.V))
+        return total
+
+    def right_gram(self) -> torch.Tensor:
+        u, v = self.U.double(), self.V.double()
+        return torch.kron(u @ u.t(), v @ v.t()) * self.scaling**2
+
+    def lora_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (R, in) and B (out, R) with s B A the update; exact."""
+        return torch.kron(self.U.detach(), self.V.detach()), self.B.detach()
+
+    def delta_weight(self) -> torch.Tensor:
+        """s B (U (x) V), (out, in): built block by block from B's columns, never through U (x) V."""
+        (u_rank, u_dim), (v_rank, v_dim) = self.U.shape, self.V.shape
+        blocks = self.B.detach().view(-1, u_rank, v_rank)
+        delta = torch.einsum("ouv,ui,vj->oij", blocks, self.U.detach(), self.V.detach())
+        return delta.reshape(self.out_features, u_dim * v_dim) * self.scaling
+
+    def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return weight + self.delta_weight().to(weight), bias
+
+    def unmerge_from(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return weight - self.delta_weight().to(weight), bias
+
+
+@torch.no_grad()
+def higher_order_svd(
+    weight: torch.Tensor, u_shape: torch.Size, v_shape: torch.Size
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leading left singular vectors of the two unfoldings of W reshaped (out, u_dim, v_dim).
+
+    Args:
+        weight: (out, in). u_shape: (u_rank, u_dim). v_shape: (v_rank, v_dim).
+
+    Returns:
+        U (u_rank, u_dim), V (v_rank, v_dim) in float64 with orthonormal rows; the largest entry of each row is
+        positive, so that the result does not depend on the sign that the eigensolver chose.
+    """
+    tensor = weight.detach().float().view(weight.shape[0], u_shape[1], v_shape[1])
+    factors = []
+    for axis, rank in ((1, u_shape[0]), (2, v_shape[0])):
+        unfolded = tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
+        gram = (unfolded @ unfolded.t()).double()
+        rows = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank].t()
+        largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
+        factors.append(rows * largest.sign())
+    return factors[0], factors[1]
+
+
+class KroneckerLinear(AdapterLinear):
+    """A W_down with Kronecker adapters."""
+
+    adapter_layer_names = ("bem_kronecker_adapter",)
+
+
+class KroneckerModel(AdapterModel):
+    """A model with PT3 at W_down; made by `get_peft_model(model, KroneckerConfig(...))`."""
+
+    prefix = "bem_kronecker_"
+    tuner_layer_cls = KroneckerLinear
+    adapter_classes: ClassVar = {"bem_kronecker_adapter": (KroneckerConfig, KroneckerAdapter)}
+
+
+register("bem_kronecker", KroneckerConfig, KroneckerModel)

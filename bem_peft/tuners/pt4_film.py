@@ -1,0 +1,295 @@
+r"""PT4, residual FiLM at W_O and W_down:  y' = y (1 + gamma(x)) + beta(x) rho(y).
+
+c(x) = tanh(W x + b), W (units, in): the controller, |c| <= 1. gamma = G c, beta = T c with rows of G, T (out, units)
+bounded as a whole (`kernels.film`): |gamma| <= `clamp_range`, |beta| <= `max_beta` always. G, T are zero at the start.
+rho(y) is the token's root mean square of y (`beta_unit="rms"`) or 1 ("absolute"). Modes: "channel", G and T have a row
+a channel; "spatial", one row for all of them; "static", no controller (c = 1), which merges.
+
+A step whose output or gradient is not finite, or whose output exceeds `explosion_threshold`, is not taken:
+the adapter goes back to its last good values (kept as saved buffers), and the event is logged and counted.
+
+Source: Perez et al., FiLM, 2018, arXiv:1709.07871 (eq. 2); theirs is unbounded and conditioned on another input.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import distributed, nn
+
+from bem_peft.kernels.film import bounded_rows, token_rms
+from bem_peft.tuners import field_checks as check
+from bem_peft.tuners.adapter import Adapter, AdapterConfig, SiteShape
+from bem_peft.tuners.call_state import CallState
+from bem_peft.tuners.layer import AdapterLinear
+from bem_peft.tuners.model import AdapterModel
+from bem_peft.tuners.optimizer_hooks import watch
+from bem_peft.tuners.registry import register
+
+logger = logging.getLogger("bem_peft")
+
+
+@dataclass
+class ResidualFiLMConfig(AdapterConfig):
+    """Config of PT4, y' = y (1 + gamma) + beta at W_O and W_down."""
+
+    gamma_dim: int = field(default=8, metadata={"help": "Controller units that gamma reads."})
+    beta_dim: int = field(default=8, metadata={"help": "Controller units that beta reads, the same ones."})
+    mode: str = field(
+        default="channel", metadata={"help": "'channel': a value a channel; 'spatial': a value a token; 'static'."}
+    )
+    clamp_range: float = field(default=0.1, metadata={"help": "Bound of |gamma|, in [0, 1)."})
+    max_beta: float = field(default=1.0, metadata={"help": "Bound of |beta|, >= 0; 0: no beta."})
+    beta_unit: str = field(default="rms", metadata={"help": "'rms': beta counts in the token's RMS of y; 'absolute'."})
+    minimal_overhead: bool = field(
+        default=False, metadata={"help": "True: an adapter of 1 % of the base's parameters or more is an error."}
+    )
+    emergency_stabilization: bool = field(
+        default=True, metadata={"help": "Go back to the last good values after a non-finite or exploding step."}
+    )
+    explosion_threshold: float = field(
+        default=1e6, metadata={"help": "Largest |output| of a site that still counts as stable, > 0."}
+    )
+
+    method: ClassVar[str] = "bem_film"
+    rank_fields: ClassVar[tuple[str, ...]] = ("gamma_dim", "beta_dim")
+
+    def __post_init__(self) -> None:
+        check.check_int(self, "gamma_dim")
+        check.check_int(self, "beta_dim")
+        check.check_choice(self, "mode", ("channel", "spatial", "static"))
+        check.check_number(self, "clamp_range", 0.0, 1.0)
+        if self.clamp_range == 1.0:
+            raise check.field_error("clamp_range", self.clamp_range, "must be below 1, so that 1 + gamma keeps its sign")
+        check.check_number(self, "max_beta", 0.0)
+        if self.clamp_range == 0.0 and self.max_beta == 0.0:
+            raise check.field_error("max_beta", self.max_beta, "must be above 0 where `clamp_range` is 0")
+        check.check_choice(self, "beta_unit", ("rms", "absolute"))
+        check.check_bool(self, "minimal_overhead")
+        check.check_bool(self, "emergency_stabilization")
+        check.check_number(self, "explosion_threshold", 0.0, exclusive=True)
+        super().__post_init__()
+
+
+class ResidualFiLMAdapter(Adapter):
+    """y' = y (1 + gamma(x)) + beta(x) rho(y)."""
+
+    def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
+        super().__init__(config, site, call)
+        self.mode, self.clamp_range, self.max_beta = config.mode, config.clamp_range, config.max_beta
+        self.is_rms = config.beta_unit == "rms"
+        self.is_static = config.mode == "static"
+        self.is_mergeable = self.is_static and (not self.is_rms or config.max_beta == 0.0)  # type: ignore[misc]
+        if self.is_static:
+            self.merge_refusal = "beta counts in the token's RMS; set beta_unit='absolute' or max_beta=0"
+        self.gamma_dim = 1 if self.is_static else config.gamma_dim
+        self.beta_dim = 1 if self.is_static else config.beta_dim
+        rows = 1 if config.mode == "spatial" else site.out_features
+        units = max(self.gamma_dim * (self.clamp_range > 0), self.beta_dim * (self.max_beta > 0))
+        if not self.is_static:
+            self.controller_weight = nn.Parameter(torch.empty(units, site.in_features))
+            self.controller_bias = nn.Parameter(torch.empty(units))
+        if self.clamp_range > 0:
+            self.gamma = nn.Parameter(torch.empty(rows, self.gamma_dim))
+        if self.max_beta > 0:
+            self.beta = nn.Parameter(torch.empty(rows, self.beta_dim))
+        self.explosion_threshold = float(config.explosion_threshold)
+        self.is_guarded = config.emergency_stabilization
+        self.is_reverting = False
+        if self.is_guarded:
+            for name, parameter in list(self._parameters.items()):
+                self.register_buffer(f"last_good_{name}", torch.empty_like(parameter, requires_grad=False))
+            self.register_buffer("emergency_count", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("is_unstable", torch.zeros((), dtype=torch.bool), persistent=False)
+            self.is_watched = True  # type: ignore[misc]
+            watch(self)
+
+    def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
+        if not self.is_static:
+            nn.init.normal_(self.controller_weight, std=self.in_features**-0.5)
+            nn.init.zeros_(self.controller_bias)
+        for name in ("gamma", "beta"):
+            if name in self._parameters:
+                if init_weights:
+                    nn.init.zeros_(self._parameters[name])  # type: ignore[arg-type]
+                else:
+                    nn.init.normal_(self._parameters[name])  # type: ignore[arg-type]
+        self.keep_as_good()
+
+    def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        derived = []
+        if not self.is_static:
+            derived += [self.controller_weight.to(dtype).t(), self.controller_bias.to(dtype)]
+        if self.clamp_range > 0:
+            derived.append(bounded_rows(self.gamma, self.scaling, self.clamp_range, dtype).t())
+        if self.max_beta > 0:
+            derived.append(bounded_rows(self.beta, self.scaling, self.max_beta, dtype).t())
+        return tuple(derived)
+
+    def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        c = self.controller(x, *weights[:2])  # (N, units)
+        out = y
+        if self.clamp_range > 0:
+            gamma = torch.mm(c[:, : self.gamma_dim], weights[-2 if self.max_beta > 0 else -1])
+            out = torch.addcmul(y, y, gamma)
+        if self.max_beta > 0:
+            units = c[:, : self.beta_dim]
+            if self.is_rms:
+                units = units * token_rms(y)
+            if self.mode == "spatial":
+                out = out + torch.mm(units, weights[-1])
+            else:
+                out = torch.addmm(out, units, weights[-1])
+        if self.is_guarded and self.training:
+            self.is_unstable.logical_or_(~(out.detach().abs().amax() <= self.explosion_threshold))
+        return out
+
+    def controller(self, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        """c (N, units) in [-1, 1]; the constant 1 without a controller."""
+        if self.is_static:
+            return x.new_ones(1, 1)
+        return torch.tanh(torch.addmm(weights[1], x, weights[0]))
+
+    def modulation(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """gamma and beta for inputs x (N, in), each (N, out), (N, 1) or (1, out); beta in `beta_unit`s."""
+        weights = self.derive(x.dtype)
+        c = self.controller(x, *weights[:2])
+        zero = x.new_zeros(1, 1)
+        gamma = c[:, : self.gamma_dim] @ weights[-2 if self.max_beta > 0 else -1] if self.clamp_range > 0 else zero
+        return gamma, c[:, : self.beta_dim] @ weights[-1] if self.max_beta > 0 else zero
+
+    # what merges
+
+    def static_vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """1 + gamma and beta of a static adapter, each (out,)."""
+        gamma, beta = self.modulation(self.gamma.detach().new_zeros(1, self.in_features) if self.clamp_range > 0
+                                      else self.beta.detach().new_zeros(1, self.in_features))
+        return 1.0 + gamma.expand(1, self.out_features)[0], beta.expand(1, self.out_features)[0]
+
+    def merge_obstacle(self, has_bias: bool) -> str | None:
+        if self.is_mergeable and self.max_beta > 0 and not has_bias:
+            return "the site has no bias to take beta; set max_beta=0"
+        return super().merge_obstacle(has_bias)
+
+    def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.refuse_merge(bias is not None)
+        factor, beta = (part.detach() for part in self.static_vectors())
+        merged = (weight * factor.unsqueeze(1)).to(weight.dtype)
+        return merged, None if bias is None else (bias * factor + beta).to(bias.dtype)
+
+    def unmerge_from(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.refuse_merge(bias is not None)
+        factor, beta = (part.detach() for part in self.static_vectors())
+        plain = (weight / factor.unsqueeze(1)).to(weight.dtype)
+        return plain, None if bias is None else ((bias - beta) / factor).to(bias.dtype)
+
+    # the emergency brake
+
+    @torch.no_grad()
+    def keep_as_good(self) -> None:
+        """Remember the present values as the last good ones."""
+        if self.is_guarded:
+            for name, parameter in self._parameters.items():
+                self._buffers[f"last_good_{name}"].copy_(parameter)  # type: ignore[union-attr, arg-type]
+
+    @torch.no_grad()
+    def revert(self) -> None:
+        """Go back to the last good values."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self._buffers[f"last_good_{name}"])  # type: ignore[union-attr, arg-type]
+
+    @torch.no_grad()
+    def unstable_flag(self) -> torch.Tensor:
+        """A scalar bool tensor: an output since the last step, or a gradient or parameter now, is not sound."""
+        flag = self.is_unstable.clone()
+        for parameter in self._parameters.values():
+            flag |= ~torch.isfinite(parameter).all()  # type: ignore[arg-type]
+            if parameter is not None and parameter.grad is not None:
+                flag |= ~torch.isfinite(parameter.grad).all()
+        return flag
+
+    @torch.no_grad()
+    def before_optimizer_step(self) -> None:
+        if not self.is_reverting:
+            self.keep_as_good()
+            return
+        for parameter in self._parameters.values():
+            if parameter is not None and parameter.grad is not None:
+                parameter.grad.zero_()  # so that no optimizer state is made of it
+
+    @torch.no_grad()
+    def after_optimizer_step(self) -> None:
+        if self.is_reverting:
+            self.revert()
+            self.emergency_count += 1
+            self.is_reverting = False
+        if self.is_guarded:
+            self.is_unstable.zero_()
+
+
+def judge_stability(adapters: Sequence[Adapter]) -> None:
+    """Decide for all guarded adapters at once whether the step that comes is taken: one host synchronisation a step.
+
+    With several processes the verdict is the same in all of them.
+    """
+    guarded = [adapter for adapter in adapters if isinstance(adapter, ResidualFiLMAdapter) and adapter.is_guarded]
+    if not guarded:
+        return
+    flags = torch.stack([adapter.unstable_flag().to(guarded[0].is_unstable.device) for adapter in guarded])
+    if distributed.is_available() and distributed.is_initialized():
+        as_int = flags.to(torch.int32)
+        distributed.all_reduce(as_int, op=distributed.ReduceOp.MAX)
+        flags = as_int.bool()
+    verdicts = flags.tolist()
+    for adapter, is_unstable in zip(guarded, verdicts, strict=True):
+        adapter.is_reverting = is_unstable
+    if any(verdicts):
+        names = [adapter.site_name for adapter in guarded if adapter.is_reverting]
+        logger.warning(
+            "emergency stabilisation: %d of %d FiLM adapters had a non-finite or exploding output, gradient or weight "
+            "and go back to their last good values (first: %s)",
+            len(names),
+            len(guarded),
+            names[0],
+        )
+
+
+def emergency_stabilize(model: nn.Module) -> dict[str, int]:
+    """Send every FiLM adapter of `model` that is unsound now back to its last good values, at once.
+
+    Training does this by itself at each optimizer step.
+
+    Returns:
+        For each guarded adapter, `<site>:<adapter name>` -> number of emergencies so far, this one included.
+    """
+    counts = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ResidualFiLMAdapter) and module.is_guarded:
+            if bool(module.unstable_flag()):
+                module.revert()
+                module.emergency_count += 1
+                module.is_unstable.zero_()
+                logger.warning("emergency stabilisation of %s: back to its last good values", module.site_name)
+            counts[f"{module.site_name}:{name.rpartition('.')[2]}"] = int(module.emergency_count)
+    return counts
+
+
+class ResidualFiLMLinear(AdapterLinear):
+    """A W_O or W_down with residual FiLM adapters."""
+
+    adapter_layer_names = ("bem_film_adapter",)
+
+
+class ResidualFiLMModel(AdapterModel):
+    """A model with PT4 at W_O and W_down; made by `get_peft_model(model, ResidualFiLMConfig(...))`."""
+
+    prefix = "bem_film_"
+    tuner_layer_cls = ResidualFiLMLinear
+    adapter_classes: ClassVar = {"bem_film_adapter": (ResidualFiLMConfig, ResidualFiLMAdapter)}
+
+
+register("bem_film", ResidualFiLMConfig, ResidualFiLMModel)

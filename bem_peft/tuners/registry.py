@@ -1,0 +1,61 @@
+"""The one place that touches PEFT's private tables: new members of `PeftType` and their registration.
+
+PEFT has no plugin point for a method that lives outside of it: `register_peft_method` refuses a name that is not
+already a member of the `PeftType` enumeration. `extend_peft_type` adds the member the way a class body does.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import peft
+from peft.utils import PeftType
+
+MINIMUM_PEFT = "0.21"
+
+
+def _require_peft() -> None:
+    if not hasattr(peft.utils, "register_peft_method") or not hasattr(enum, "_proto_member"):
+        raise ImportError(
+            f"bem_peft needs peft >= {MINIMUM_PEFT} on Python >= 3.11, found peft {peft.__version__}: "
+            f"pip install -U 'peft>={MINIMUM_PEFT}'"
+        )
+    found = tuple(int(part) for part in peft.__version__.split(".")[:2])
+    if found < tuple(int(part) for part in MINIMUM_PEFT.split(".")):
+        raise ImportError(
+            f"bem_peft needs peft >= {MINIMUM_PEFT}, found {peft.__version__}: pip install -U 'peft>={MINIMUM_PEFT}'"
+        )
+
+
+def extend_peft_type(name: str) -> PeftType:
+    """The member `name` of `PeftType`, added if it is not there yet.
+
+    Args:
+        name: upper-case name of the method, e.g. "BEM_KRONECKER"; it is the saved `peft_type`.
+
+    Raises:
+        ImportError: peft is older than this package supports.
+    """
+    _require_peft()
+    if name not in PeftType.__members__:
+        member = enum._proto_member(name)  # type: ignore[attr-defined]
+        type.__setattr__(PeftType, name, member)
+        member.__set_name__(PeftType, name)
+    return PeftType[name]
+
+
+def register(name: str, config_cls: type, model_cls: type) -> None:
+    """Make a tuner type known to PEFT; a second call with the same classes does nothing.
+
+    Args:
+        name: lower-case name; the prefix of the saved keys is `name + "_"`.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    member = extend_peft_type(name.upper())
+    if member in PEFT_TYPE_TO_CONFIG_MAPPING:  # the module was reloaded: point PEFT to the new classes
+        PEFT_TYPE_TO_CONFIG_MAPPING[member] = config_cls
+        PEFT_TYPE_TO_TUNER_MAPPING[member] = model_cls
+        PEFT_TYPE_TO_PREFIX_MAPPING[member] = name + "_"
+        return
+    peft.utils.register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
