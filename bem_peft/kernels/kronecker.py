@@ -1,6 +1,6 @@
 r"""The Kronecker projection:  z = (U (x) V) x = vec(U X V^T),  X = x reshaped (u_dim, v_dim), row by row.
 
-U (x) V, of u_rank*v_rank by u_dim*v_dim, is never built: two products of u_dim*v_dim*v_rank and u_dim*v_rank*u_rank
+U (x) V, of u_rank*v_rank by u_dim*v_dim, is never built: two products of u_rank*u_dim*v_dim and u_rank*v_dim*v_rank
 multiplications a token take its place.
 """
 
@@ -12,9 +12,10 @@ import torch
 def kronecker_project(x: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Args: x (N, u_dim * v_dim), u (u_rank, u_dim), v (v_rank, v_dim). Returns: (N, u_rank * v_rank).
 
-    The wide axis is contracted first, as one product over all rows; what remains is small.
+    `bmm` and not `matmul`: the latter folds its batch or not by whether a gradient is asked for, and so would give
+    other bits in training than at inference.
     """
     tokens = x.shape[0]
     (u_rank, u_dim), (v_rank, v_dim) = u.shape, v.shape
-    right = torch.mm(x.reshape(tokens * u_dim, v_dim), v.t()).view(tokens, u_dim, v_rank)
-    return torch.matmul(u, right).view(tokens, u_rank * v_rank)
+    left = torch.bmm(u.expand(tokens, u_rank, u_dim), x.reshape(tokens, u_dim, v_dim))
+    return torch.mm(left.view(tokens * u_rank, v_dim), v.t()).view(tokens, u_rank * v_rank)
