@@ -186,6 +186,22 @@ class SiteShape:
     weight: Callable[[], torch.Tensor] | None = None
 
 
+FEW_ROWS = 8
+
+
+def transposed(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """weight (a, b) -> (b, a) in `dtype`; laid out anew where it is kept (no gradient), a view where it is not."""
+    turned = weight.to(dtype).t()
+    return turned if torch.is_grad_enabled() else turned.contiguous()
+
+
+def is_few_rows(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether x (N, in) is a decoding step in half precision that float32 serves better (on a CPU)."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return x.shape[0] <= FEW_ROWS
+
+
 class Adapter(nn.Module):
     """The maths of one method at one site; see the module docstring.
 
@@ -221,18 +237,24 @@ class Adapter(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x (..., in), y (..., out) -> y' (..., out) in the dtype of y.
 
-        The dtype of y is the compute dtype; autocast would choose another one behind the formula's back.
+        The dtype of y is the compute dtype; autocast would choose another one behind the formula's back. A few rows of
+        bfloat16 or float16 on a CPU (a decoding step) are computed in float32: setting up a product in half precision
+        costs ten times the product there.
         """
-        if torch.is_autocast_enabled(y.device.type):
-            with torch.autocast(y.device.type, enabled=False):
+        kind = y.device.type
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
                 return self.forward(x, y)
         dtype = y.dtype
-        if x.dtype != dtype:
-            x = x.to(dtype)
         if self.reads_call:
             self.call.lead = x.shape[:-1]
-        rows = y.reshape(-1, self.out_features)
-        out = self.transform(x.reshape(-1, self.in_features), rows, *self.weights(dtype))
+        inputs, rows = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
+        if dtype is not torch.float32 and kind == "cpu" and is_few_rows(inputs, dtype):
+            out = self.transform(inputs.float(), rows.float(), *self.weights(torch.float32)).to(dtype)
+        else:
+            if inputs.dtype is not dtype:
+                inputs = inputs.to(dtype)
+            out = self.transform(inputs, rows, *self.weights(dtype))
         return out.view(y.shape)
 
     def weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

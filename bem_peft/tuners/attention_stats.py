@@ -1,8 +1,8 @@
 r"""Statistics of the heads that PT1's gates read.
 
 "output", from W_O's input alone, for head h of a token with output o_h (head_dim,):
-    energy_h = log |o_h|^2 - log mean_h' |o_h'|^2     (an even attention row averages its values away: low energy)
-    spread_h = log |o_h|_1 - log |o_h|_2 - log(head_dim) / 2     (0: even over the channels, negative: a few channels)
+    energy_h = log (|o_h|^2 / sum_h' |o_h'|^2)     (an even attention row averages its values away: low energy)
+    evenness_h = (sum_c o_hc)^2 / sum_c o_hc^2     (head_dim where all channels are equal, about 1 where they cancel)
 "exact", from the attention row p = softmax(s) over its n visible keys:
     H = lse(s) - sum_j p_j s_j,    var = (sum_j p_j^2) / n - 1 / n^2,    sum_j p_j^2 = exp(lse(2s) - 2 lse(s))
 computed for a few query rows at a time, so that no T x T matrix is kept. Its gradient is not followed.
@@ -29,14 +29,12 @@ SCORES_AT_ONCE = 1 << 22  # attention scores held at a time, in numbers
 
 
 def head_output_statistics(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """energy and spread of each head, (N, 2 heads) float32, from W_O's input x (N, heads * head_dim)."""
+    """energy and evenness of each head, (N, 2 heads) float32, from W_O's input x (N, heads * head_dim)."""
     heads = x.view(x.shape[0], num_heads, -1)
-    square = torch.linalg.vector_norm(heads, dim=2)
-    absolute = torch.linalg.vector_norm(heads, ord=1, dim=2)
-    logs = torch.stack((square, absolute)).float().clamp_min(1e-20).log()
-    energy = torch.log_softmax(2.0 * logs[0], dim=1) + math.log(num_heads)
-    spread = logs[1] - logs[0] - 0.5 * math.log(heads.shape[2])
-    return torch.cat((energy, spread), dim=1)
+    norm = torch.linalg.vector_norm(heads, dim=2).float().clamp_min(1e-20)
+    log_norm = norm.log()
+    cosine = heads.sum(dim=2).float() / norm
+    return torch.cat((torch.log_softmax(log_norm + log_norm, dim=1), cosine * cosine), dim=1)
 
 
 @dataclass(frozen=True)

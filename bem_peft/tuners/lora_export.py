@@ -159,6 +159,5 @@ def _gate_values(adapter: Any, x: torch.Tensor) -> torch.Tensor:
                 f"{adapter.site_name}: gates that read exact attention rows or retrieval cannot be fixed from W_O's "
                 "input; export works with attention_stats='output' and retrieval='none'."
             )
-        _, _, weight, bias = adapter.derive(torch.float32)
-        return adapter.gates(adapter.statistics(x), weight, bias)
+        return adapter.gates(adapter.statistics(x))
     return adapter.rank_factors(x)  # type: ignore[no-any-return]

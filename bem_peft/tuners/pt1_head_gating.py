@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bem_peft.tuners import field_checks as check
-from bem_peft.tuners.adapter import AdapterConfig, SiteShape
+from bem_peft.tuners.adapter import AdapterConfig, SiteShape, transposed
 from bem_peft.tuners.attention_stats import AttentionRows, head_output_statistics
 from bem_peft.tuners.call_state import CallState, repeat_rows
 from bem_peft.tuners.governance import LowRankAdapter
@@ -163,20 +163,28 @@ class HeadGroupGatingAdapter(LowRankAdapter):
             padded = a.new_zeros(self.num_groups * widest, a.shape[1])
             a = padded.index_copy(0, torch.tensor(self.slots, device=a.device), a)
         grouped = a.view(self.num_groups, widest, -1).transpose(1, 2)
-        return grouped.to(dtype), self.B.to(dtype), self.gate_weight.float().t(), self.gate_bias.float()
+        return (
+            grouped.to(dtype),
+            transposed(self.B, dtype),
+            transposed(self.gate_weight, torch.float32),
+            self.gate_bias.float(),
+        )
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        a, b, gate_weight, gate_bias = weights
-        gate = self.gates(self.statistics(x), gate_weight, gate_bias)  # (N, G), float32
+        a, b_t, gate_weight, gate_bias = weights
+        gate = torch.sigmoid(self.logits(self.statistics(x), gate_weight, gate_bias))  # half the gate, (N, G), float32
         if self.decorrelation_strength and self.training:
             penalty = self.decorrelation_strength * decorrelation(gate, self.token_mask(gate.shape[0]))
             y = carry(y, penalty, self.call.values.penalty_scale)
         if self.gate_dropout and self.training:
             gate = torch.nn.functional.dropout(gate, self.gate_dropout)
         groups = self.drop(x).view(x.shape[0], self.num_groups, -1).transpose(0, 1)
-        low = torch.bmm(groups, a).transpose(0, 1) * gate.to(x.dtype).unsqueeze(-1)  # (N, G, r)
-        low = low.flatten(1) if self.is_even else low.flatten(1)[:, self.slots]
-        return torch.addmm(y, low, b.t(), alpha=self.scaling)
+        if gate.dtype is not x.dtype:
+            gate = gate.to(x.dtype)
+        low = (torch.bmm(groups, a).transpose(0, 1) * gate.unsqueeze(-1)).flatten(1)  # (N, G r)
+        if not self.is_even:
+            low = low[:, self.slots]
+        return torch.addmm(y, low, b_t, alpha=2.0 * self.scaling)
 
     def statistics(self, x: torch.Tensor) -> torch.Tensor:
         """The two statistics of each head, (N, 2 heads), float32."""
@@ -190,14 +198,19 @@ class HeadGroupGatingAdapter(LowRankAdapter):
             )
         return rows.features().to(x.device)
 
-    def gates(self, statistics: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """2 sigmoid(z / temperature), (N, G); the retrieval feature is 2q - 1, and 0 where no quality was given."""
+    def gates(self, statistics: torch.Tensor) -> torch.Tensor:
+        """2 sigmoid(z / temperature), (N, G), for the statistics (N, 2 heads) of N tokens."""
+        weight, bias = self.gate_weight.float().t(), self.gate_bias.float()
+        return torch.sigmoid(self.logits(statistics, weight, bias)) * 2.0
+
+    def logits(self, statistics: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """z / temperature, (N, G); the retrieval feature is 2q - 1, and 0 where no quality was given."""
         logits = torch.addmm(bias, statistics, weight)
         if self.retrieval != "none":
             logits = logits + self.retrieval_feature(statistics.shape[0]) * self.retrieval_weight.float()
         if self.temperature != 1.0:
             logits = logits / self.temperature
-        return torch.sigmoid(logits) * 2.0
+        return logits
 
     def retrieval_feature(self, tokens: int) -> torch.Tensor:
         """(N, 1) or (1, 1) in [-1, 1]."""

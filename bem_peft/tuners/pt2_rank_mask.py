@@ -20,7 +20,7 @@ from torch import nn
 from bem_peft.kernels.hadamard import hadamard_transform, is_power_of_two
 from bem_peft.kernels.rank_mask import k_hot_mask, straight_through_k_hot
 from bem_peft.tuners import field_checks as check
-from bem_peft.tuners.adapter import AdapterConfig, SiteShape
+from bem_peft.tuners.adapter import AdapterConfig, SiteShape, transposed
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.governance import LowRankAdapter
 from bem_peft.tuners.layer import AdapterLinear
@@ -110,59 +110,55 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         a, b = self.A, self.B
         if self.hadamard:  # H z = (H A) x and B H h = (B H) h
             a, b = hadamard_transform(a), hadamard_transform(b.t()).t()
-        if self.is_task_mask:
-            control = self.C.float().t() if self.has_value_gate else self.mask_weight.float()
-        elif self.has_value_gate:
-            control = torch.cat((self.mask_weight, self.C)).float().t()  # one product for both
-        else:
-            control = self.mask_weight.float().t()
-        return a.to(dtype).t(), b.to(dtype).t(), control
+        wide = [] if self.is_task_mask else [self.mask_weight.float()]
+        if self.has_value_gate:
+            wide.append(self.C.float())
+        if not wide:
+            return transposed(a, dtype), transposed(b, dtype)
+        control = torch.cat(wide) * rank_root(a)  # one product for both, from z / |z|
+        return transposed(a, dtype), transposed(b, dtype), transposed(control, torch.float32)
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        a, b, control = weights
-        z = torch.mm(self.drop(x), a)  # (N, R)
-        factors, y = self.factors(z.float(), y, control)
-        return torch.addmm(y, z * factors.to(z.dtype), b, alpha=self.scaling)
-
-    def factors(self, z: torch.Tensor, y: torch.Tensor, control: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """m(x) * (1 + tanh(C z/rms(z))), (N, R) float32, from z (N, R) float32; and y, with a penalty on it if any."""
-        wide, rank = z, z.shape[1]
-        if self.is_task_mask:
-            logits = self.mask_weight.float().unsqueeze(0)
-            gate = wide @ control if self.has_value_gate else None
-        else:
-            both = wide @ control
-            logits, gate = both[:, :rank], both[:, rank:] if self.has_value_gate else None
-        inverse_rms = None
-        if gate is not None or (self.training and not self.is_task_mask):
-            inverse_rms = rank**0.5 / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(1e-12)
-        mask = self.mask(logits, inverse_rms)
+        z = torch.mm(self.drop(x), weights[0])  # (N, R)
+        logits, gate = self.control(z.float(), *weights[2:])
+        mask = self.mask(logits)
         if self.balance_strength and self.training:
-            y = carry(y, self.balance_penalty(logits, inverse_rms), self.call.values.penalty_scale)
+            y = carry(y, self.balance_penalty(logits), self.call.values.penalty_scale)
         if self.observer is not None:
-            self.observer.append(mask.detach().expand(z.shape[0], rank))
-        if gate is not None:
-            mask = torch.addcmul(mask, mask, torch.tanh(gate * inverse_rms))
-        return mask, y
+            self.observer.append(mask.detach().expand(z.shape[0], -1))
+        factors = mask if gate is None else torch.addcmul(mask, mask, torch.tanh(gate))
+        if factors.dtype is not z.dtype:
+            factors = factors.to(z.dtype)
+        return torch.addmm(y, z * factors, weights[1], alpha=self.scaling)
 
+    def control(self, z: torch.Tensor, *control: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The mask's logits W z/rms(z), (N, R) or (1, R) for a task's mask, and C z/rms(z), from z (N, R) float32."""
+        rank = z.shape[1]
+        if not control:
+            return self.mask_weight.float().unsqueeze(0), None
+        both = torch.mm(z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1e-20), control[0])
+        if self.is_task_mask:
+            return self.mask_weight.float().unsqueeze(0), both
+        if self.has_value_gate:
+            return both[:, :rank], both[:, rank:]
+        return both, None
+
+    def mask(self, logits: torch.Tensor) -> torch.Tensor:
+        """m (N, R) or (1, R), exactly k ones a row; straight-through where a gradient is asked for in training."""
+        if self.training and torch.is_grad_enabled():
+            return straight_through_k_hot(logits, self.active_rank, self.temperature)
+        return k_hot_mask(logits, self.active_rank)
+
+    @torch.no_grad()
     def rank_factors(self, x: torch.Tensor) -> torch.Tensor:
-        """What each rank is multiplied by for inputs x (N, in): (N, R), 0 where it is dropped."""
-        a, _, control = self.derive(x.dtype)
-        factors, _ = self.factors((x @ a).float(), x, control)
-        return factors.expand(x.shape[0], -1)
+        """What each rank is multiplied by for inputs x (N, in): m * (1 + tanh(C z/rms(z))), (N, R)."""
+        weights = self.derive(x.dtype)
+        logits, gate = self.control((x @ weights[0]).float(), *weights[2:])
+        mask = k_hot_mask(logits, self.active_rank)
+        return (mask if gate is None else mask * (1.0 + torch.tanh(gate))).expand(x.shape[0], -1)
 
-    def mask(self, logits: torch.Tensor, inverse_rms: torch.Tensor | None) -> torch.Tensor:
-        """m (N, R) or (1, R), exactly k ones a row; straight-through in training. The length of z does not change it."""
-        if not (self.training and torch.is_grad_enabled()):
-            return k_hot_mask(logits, self.active_rank)
-        if inverse_rms is not None and not self.is_task_mask:
-            logits = logits * inverse_rms
-        return straight_through_k_hot(logits, self.active_rank, self.temperature)
-
-    def balance_penalty(self, logits: torch.Tensor, inverse_rms: torch.Tensor | None) -> torch.Tensor:
+    def balance_penalty(self, logits: torch.Tensor) -> torch.Tensor:
         """The weighted deviation of each rank's soft use from k / R."""
-        if inverse_rms is not None and not self.is_task_mask:
-            logits = logits * inverse_rms
         threshold = logits.detach().topk(self.active_rank, dim=1).values[:, -1:]
         mask = self.call.values.token_mask
         usable = mask is not None and not self.is_task_mask and mask.shape == self.call.lead
@@ -205,6 +201,11 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         if not self.is_mergeable:
             return super().unmerge_from(weight, bias)
         return weight - (self.B.detach() @ self.masked_a() * self.scaling).to(weight), bias
+
+
+def rank_root(a: torch.Tensor) -> float:
+    """sqrt(R): |z| is sqrt(R) times rms(z)."""
+    return float(a.shape[0]) ** 0.5
 
 
 class DynamicRankMaskLinear(AdapterLinear):

@@ -19,7 +19,7 @@ from torch import nn
 
 from bem_peft.kernels.kronecker import kronecker_project
 from bem_peft.tuners import field_checks as check
-from bem_peft.tuners.adapter import AdapterConfig, SiteShape
+from bem_peft.tuners.adapter import AdapterConfig, SiteShape, transposed
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.governance import LowRankAdapter
 from bem_peft.tuners.layer import AdapterLinear
@@ -151,14 +151,14 @@ class KroneckerAdapter(LowRankAdapter):
                 nn.init.orthogonal_(factor)
 
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        return self.U.to(dtype), self.V.to(dtype), self.B.to(dtype)
+        return self.U.to(dtype), transposed(self.V, dtype), transposed(self.B, dtype)
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        u, v, b = weights
+        u, v_t, b_t = weights
         if self.training and (self.orthogonality_strength or self.diversity_strength):
             y = carry(y, self.penalty(), self.call.values.penalty_scale)
-        z = kronecker_project(self.drop(x), u, v)
-        return torch.addmm(y, z, b.t(), alpha=self.scaling)
+        z = kronecker_project(self.drop(x), u, v_t)
+        return torch.addmm(y, z, b_t, alpha=self.scaling)
 
     def penalty(self) -> torch.Tensor:
         """The weighted orthogonality and diversity penalties of U and V, a scalar."""

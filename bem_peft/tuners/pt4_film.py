@@ -23,7 +23,7 @@ from torch import distributed, nn
 
 from bem_peft.kernels.film import bounded_rows, token_rms
 from bem_peft.tuners import field_checks as check
-from bem_peft.tuners.adapter import Adapter, AdapterConfig, SiteShape
+from bem_peft.tuners.adapter import Adapter, AdapterConfig, SiteShape, transposed
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.model import AdapterModel
@@ -123,11 +123,11 @@ class ResidualFiLMAdapter(Adapter):
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         derived = []
         if not self.is_static:
-            derived += [self.controller_weight.to(dtype).t(), self.controller_bias.to(dtype)]
+            derived += [transposed(self.controller_weight, dtype), self.controller_bias.to(dtype)]
         if self.clamp_range > 0:
-            derived.append(bounded_rows(self.gamma, self.scaling, self.clamp_range, dtype).t())
+            derived.append(transposed(bounded_rows(self.gamma, self.scaling, self.clamp_range, dtype), dtype))
         if self.max_beta > 0:
-            derived.append(bounded_rows(self.beta, self.scaling, self.max_beta, dtype).t())
+            derived.append(transposed(bounded_rows(self.beta, self.scaling, self.max_beta, dtype), dtype))
         return tuple(derived)
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
