@@ -170,12 +170,14 @@ def _width_hints(model: nn.Module) -> list[int]:
 def _set_residual_widths(blocks: list[Block], hints: list[int]) -> None:
     """Sets d of every block: a width that some projection reads and some writes.
 
-    Norms (outermost first), then `hints`, decide among several; then the majority of the blocks of one ModuleList.
+    Among several, norms (outermost first, those in `hints` before all) and then `hints` decide; at last the majority of
+    the blocks of one ModuleList.
     """
     stacks: dict[Path, Counter[int]] = {}
     both = [{p.in_features for p in b.projections} & {p.out_features for p in b.projections} for b in blocks]
     for block, widths in zip(blocks, both, strict=True):
-        known = widths if len(widths) == 1 else (*_norm_widths(block), *hints)
+        norms = list(_norm_widths(block)) if len(widths) != 1 else []
+        known = [*(width for width in norms if width in hints), *norms, *hints, *widths]
         block.width = next((width for width in known if width in widths or not widths), None)
         if block.width is not None:
             stacks.setdefault(block.path[:-1], Counter())[block.width] += 1

@@ -1,0 +1,30 @@
+"""Settings of every test: one thread (the tests run in parallel), no hub, warnings of others that nobody here can mend."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+import bem_peft  # noqa: F401  # registers the methods
+
+torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in (
+        # peft 0.21 asks transformers 5.23 for an attribute that was renamed
+        "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+        # torch's own modules, met when inductor is imported
+        "ignore:.*:DeprecationWarning:torch.*",
+    ):
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
