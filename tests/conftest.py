@@ -19,6 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         # peft 0.21 asks transformers 5.23 for an attribute that was renamed
         "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+        "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning",
         # torch's own modules, met when inductor is imported
         "ignore:.*:DeprecationWarning:torch.*",
     ):

@@ -56,6 +56,9 @@ def gpt2() -> nn.Module:
             n_layer=2,
             n_head=4,
             n_positions=64,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
             pad_token_id=0,
             eos_token_id=1,
             bos_token_id=2,
@@ -173,7 +176,7 @@ def build(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0) 
     with torch.no_grad():  # the default initialisation is so small that rounding would hide an effect
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2 and "A_log" not in name:
-                parameter.normal_(std=0.3 if "emb" not in name and "wte" not in name and "shared" not in name else 1.0)
+                parameter.normal_(std=0.15 if "emb" not in name and "wte" not in name and "shared" not in name else 1.0)
     return model.to(dtype).eval()
 
 

@@ -220,7 +220,7 @@ class Adapter(nn.Module):
         self.in_features, self.out_features = site.in_features, site.out_features
         self.scaling = float(config.scaling)
         self.call = call
-        self._derived: tuple[torch.dtype, list[tuple[torch.Tensor, int]], tuple[torch.Tensor, ...]] | None = None
+        self._derived: dict[tuple[torch.dtype, bool], tuple[list[tuple[torch.Tensor, int]], tuple[torch.Tensor, ...]]] = {}
 
     def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
         """Fill the parameters; with `init_weights` the adapter is the identity."""
@@ -238,8 +238,8 @@ class Adapter(nn.Module):
         """x (..., in), y (..., out) -> y' (..., out) in the dtype of y.
 
         The dtype of y is the compute dtype; autocast would choose another one behind the formula's back. A few rows of
-        bfloat16 or float16 on a CPU (a decoding step) are computed in float32: setting up a product in half precision
-        costs ten times the product there.
+        bfloat16 or float16 on a CPU (a decoding step) are computed in float32, with the weights that longer inputs are
+        computed with: setting up a product in half precision costs ten times the product there.
         """
         kind = y.device.type
         if torch.is_autocast_enabled(kind):
@@ -250,15 +250,15 @@ class Adapter(nn.Module):
             self.call.lead = x.shape[:-1]
         inputs, rows = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
         if dtype is not torch.float32 and kind == "cpu" and is_few_rows(inputs, dtype):
-            out = self.transform(inputs.float(), rows.float(), *self.weights(torch.float32)).to(dtype)
+            out = self.transform(inputs.float(), rows.float(), *self.weights(dtype, widened=True)).to(dtype)
         else:
             if inputs.dtype is not dtype:
                 inputs = inputs.to(dtype)
             out = self.transform(inputs, rows, *self.weights(dtype))
         return out.view(y.shape)
 
-    def weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """`derive(dtype)`; without gradients its last result serves until a parameter changes."""
+    def weights(self, dtype: torch.dtype, widened: bool = False) -> tuple[torch.Tensor, ...]:
+        """`derive(dtype)`, `widened` to float32; without gradients the last result serves until a parameter changes."""
         parameters = list(self._parameters.values())
         first = parameters[0]
         if (
@@ -268,17 +268,21 @@ class Adapter(nn.Module):
             or first.is_inference()  # has no version to watch
         ):
             return self.derive(dtype)
-        if self._derived is not None and self._derived[0] is dtype:
-            seen = self._derived[1]
+        kept = self._derived.get((dtype, widened))
+        if kept is not None:
+            seen = kept[0]
             for parameter, (alias, version) in zip(parameters, seen, strict=True):
                 if parameter._version != version or parameter.data_ptr() != alias.data_ptr():
                     break
             else:
-                return self._derived[2]
+                return kept[1]
+            self._derived.clear()
         # the aliases keep the old storages alive, so that no new one can stand at the same address
         seen = [(parameter.detach(), parameter._version) for parameter in parameters]
         derived = self.derive(dtype)
-        self._derived = (dtype, seen, derived)
+        if widened:
+            derived = tuple(weight.float() for weight in derived)
+        self._derived[dtype, widened] = (seen, derived)
         return derived
 
     def merge_obstacle(self, has_bias: bool) -> str | None:
@@ -308,7 +312,7 @@ class Adapter(nn.Module):
         """Called after each such step."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_derived": None}
+        return {**self.__dict__, "_derived": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -90,7 +90,7 @@ def find_sites(model: nn.Module) -> SiteTable:
         The sites, named relative to `model`; a module with a `base_layer` stands under its own name.
 
     Raises:
-        SiteError: no block was found, a block has no site, or a block has attention whose W_O cannot be told.
+        SiteError: no block, a block without a site, attention whose W_O cannot be told, a stray module that writes d.
     """
     blocks = read_blocks(model)
     sites: list[Site] = []
@@ -148,13 +148,19 @@ def pattern_counts(names: Iterable[str]) -> dict[str, int]:
 
 
 def _sites_of_block(block: Block, model: nn.Module) -> list[Site]:
-    """The sites of one block in module order; raises SiteError with what could not be placed."""
+    """The sites of one block in module order; raises SiteError where something could not be placed."""
     units = _mixers(block)
     mixers = {output.path: unit for unit, output in units.items()}
     free = [p for p in block.projections if not any(_is_below(p.path, unit) for unit in units)]
     downs = {p.path for p in _down_projections(block, free)}
     if free and not downs and not block.fused_experts:
         raise SiteError(f"has no W_down among {_shapes(free)}")
+    homes = {p.path[:depth] for p in free if p.path in downs for depth in range(len(p.path))}
+    stray = [p for p in free if p.holder and p.holder not in homes and p.out_features == block.width]
+    if stray := [p for p in stray if "gate" not in p.name]:
+        raise SiteError(
+            f"has projections to width {block.width} in modules that are no mixer and no MLP: {_shapes(stray)}"
+        )
     sites = []
     for p in block.projections:
         if p.path in mixers:
@@ -171,8 +177,8 @@ def _sites_of_block(block: Block, model: nn.Module) -> list[Site]:
 
 
 def _shapes(projections: list[Projection]) -> str:
-    shown = (f"{'.'.join(p.path)} ({p.in_features} -> {p.out_features})" for p in projections[:6])
-    return name_pattern(", ".join(shown) + (", ..." if len(projections) > 6 else ""))
+    shown = [f"{name_pattern('.'.join(p.path))} ({p.in_features} -> {p.out_features})" for p in projections]
+    return ", ".join([*shown[:6], *(["..."] if len(shown) > 6 else [])])
 
 
 def _is_below(path: Path, ancestor: Path) -> bool:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 Path = tuple[str, ...]
@@ -74,9 +75,17 @@ def attribute(source: object, name: str) -> object:
 
 
 def configs(modules: Iterable[nn.Module]) -> list[object]:
-    """The configs that hang on `modules`, each followed by its text config."""
-    found = [config for module in modules if (config := getattr(module, "config", None)) is not None]
-    return [part for c in found for part in (c, c.get_text_config() if hasattr(c, "get_text_config") else c)]
+    """The configs that hang on `modules`, each followed by its text config where it has one."""
+    found: list[object] = []
+    for module in modules:
+        config = getattr(module, "config", None)
+        if config is not None:
+            found.append(config)
+            try:
+                found.append(config.get_text_config())
+            except (AttributeError, ValueError):  # no config of transformers, or one with several text configs
+                continue
+    return found
 
 
 def base_module(module: nn.Module) -> nn.Module:
@@ -192,7 +201,7 @@ def _norm_widths(block: Block) -> Iterator[int]:
     named = ((name.count("."), module) for name, module in block.modules[()].named_modules())
     for _, module in sorted(named, key=lambda pair: pair[0]):
         weight, shape = getattr(module, "weight", None), getattr(module, "normalized_shape", None)
-        if getattr(weight, "ndim", 0) == 1:
+        if isinstance(weight, torch.Tensor) and weight.ndim == 1:
             yield weight.shape[0]
         elif isinstance(shape, tuple | list) and len(shape) == 1:
             yield shape[0]

@@ -11,7 +11,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 # Fields without which the default config of a type does not build (only building needs them, never the finder).
-_INDEXER = {
+_INDEXER: dict[str, object] = {
     "indexer_budget": 2048, "indexer_compress_ratio": 4, "indexer_n_heads": 8, "indexer_kv_heads": 1,
     "indexer_head_dim": 256,
 }  # fmt: skip

@@ -359,6 +359,13 @@ def test_two_possible_output_projections_are_named() -> None:
         find_sites(model)
 
 
+def test_unknown_module_that_writes_into_the_residual_is_named() -> None:
+    model = tiny_llama()
+    model.model.layers[0].memory = nn.Sequential(nn.Linear(64, 20), nn.SiLU(), nn.Linear(30, 64))
+    with pytest.raises(SiteError, match=r"no mixer and no MLP: memory\.\* \(30 -> 64\)"):
+        find_sites(model)
+
+
 # -- command line ----------------------------------------------------------------------------------------------------
 
 
