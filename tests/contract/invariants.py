@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ def assert_close(given: torch.Tensor, expected: torch.Tensor, share: float = 1.0
 def share_of(method: str, architecture: str, dtype: torch.dtype) -> float:
     """A rank mask is a choice, and so is a router: two logits that are equal within bfloat16 may change places."""
     chooses = method.startswith("rank_mask") or architecture == "qwen2_moe"
-    return 0.7 if dtype is torch.bfloat16 and chooses else 1.0
+    return 0.5 if dtype is torch.bfloat16 and chooses else 1.0
 
 
 def gradient_limit(method: str, architecture: str, dtype: torch.dtype) -> float:
@@ -213,9 +212,24 @@ def i10_compiles_whole(method: str, architecture: str, dtype: torch.dtype, backe
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         assert_close(compiled(**call(architecture, ids)).logits, expected, share_of(method, architecture, dtype))
-        with torch._dynamo.config.patch(error_on_recompile=True), contextlib.nullcontext():
+        with torch._dynamo.config.patch(error_on_recompile=True):
             for seed in range(3):
                 compiled(**call(architecture, tokens(seed=seed)))
+    torch._dynamo.reset()
+
+
+def i10_training_step_compiles_whole(method: str, architecture: str, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    model, ids = adapted(method, architecture, dtype).train(), tokens()
+    expected = gradients(model, loss_of(model, architecture, ids))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same_gradients(gradients(model, loss_of(compiled, architecture, ids)), expected, 1e-3)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):
+            optimizer.zero_grad()
+            loss_of(compiled, architecture, tokens(seed=seed)).backward()
+            optimizer.step()
     torch._dynamo.reset()
 
 

@@ -82,5 +82,15 @@ def test_i10_compiles_whole(method: str, architecture: str) -> None:
 
 
 @cases("method", METHODS)
+def test_i10_training_step_compiles_whole(method: str) -> None:
+    invariants.i10_training_step_compiles_whole(method, "llama", torch.float32)
+
+
+@cases("method", METHODS)
+def test_i10_inductor_gives_the_same_numbers(method: str) -> None:
+    invariants.i10_compiles_whole(method, "llama", torch.float32, backend="inductor")
+
+
+@cases("method", METHODS)
 def test_i11_float16_base(method: str) -> None:
     invariants.i11_dtypes(method, "llama", torch.float16)
