@@ -21,6 +21,12 @@ def k_hot_mask(logits: torch.Tensor, k: int) -> torch.Tensor:
     return torch.zeros_like(logits).scatter_(-1, kept, 1.0)
 
 
+def drop_all_but_k(z: torch.Tensor, logits: torch.Tensor, k: int) -> torch.Tensor:
+    """`z * k_hot_mask(logits, k)`, in place: z (N, R) is overwritten where it is dropped; for inference."""
+    dropped = logits.sort(dim=-1, descending=True, stable=True).indices[:, k:]
+    return z.scatter_(-1, dropped, 0.0)
+
+
 def straight_through_k_hot(logits: torch.Tensor, k: int, temperature: float) -> torch.Tensor:
     r"""`k_hot_mask` whose gradient is that of sigmoid((l - t) / temperature), t midway between the k-th and the next logit.
 

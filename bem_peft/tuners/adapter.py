@@ -220,7 +220,7 @@ class Adapter(nn.Module):
         self.in_features, self.out_features = site.in_features, site.out_features
         self.scaling = float(config.scaling)
         self.call = call
-        self._derived: dict[tuple[torch.dtype, bool], tuple[list[tuple[torch.Tensor, int]], tuple[torch.Tensor, ...]]] = {}
+        self._derived: dict[tuple[torch.dtype, bool], tuple[list[Any], tuple[torch.Tensor, ...]]] = {}
 
     def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
         """Fill the parameters; with `init_weights` the adapter is the identity."""
@@ -259,29 +259,27 @@ class Adapter(nn.Module):
 
     def weights(self, dtype: torch.dtype, widened: bool = False) -> tuple[torch.Tensor, ...]:
         """`derive(dtype)`, `widened` to float32; without gradients the last result serves until a parameter changes."""
-        parameters = list(self._parameters.values())
-        first = parameters[0]
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or type(first) is not nn.Parameter  # a fake, functional or distributed tensor
-            or first.is_inference()  # has no version to watch
-        ):
-            return self.derive(dtype)
         kept = self._derived.get((dtype, widened))
-        if kept is not None:
-            seen = kept[0]
-            for parameter, (alias, version) in zip(parameters, seen, strict=True):
-                if parameter._version != version or parameter.data_ptr() != alias.data_ptr():
-                    break
-            else:
-                return kept[1]
-            self._derived.clear()
-        # the aliases keep the old storages alive, so that no new one can stand at the same address
-        seen = [(parameter.detach(), parameter._version) for parameter in parameters]
+        if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._derive_anew(dtype, widened)
+        current = self._parameters
+        for name, parameter, version, address, _ in kept[0]:
+            if current[name] is not parameter or parameter._version != version or parameter.data_ptr() != address:
+                self._derived.clear()
+                return self._derive_anew(dtype, widened)
+        return kept[1]
+
+    def _derive_anew(self, dtype: torch.dtype, widened: bool) -> tuple[torch.Tensor, ...]:
         derived = self.derive(dtype)
         if widened:
             derived = tuple(weight.float() for weight in derived)
+        parameters = [(name, p) for name, p in self._parameters.items() if p is not None]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return derived
+        if any(type(p) is not nn.Parameter or p.is_inference() for _, p in parameters):
+            return derived  # a fake, functional or distributed tensor, or one without a version to watch
+        # the aliases keep the old storages alive, so that no new one can stand at the same address
+        seen = [(name, p, p._version, p.data_ptr(), p.detach()) for name, p in parameters]
         self._derived[dtype, widened] = (seen, derived)
         return derived
 

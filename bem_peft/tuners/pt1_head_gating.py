@@ -178,7 +178,9 @@ class HeadGroupGatingAdapter(LowRankAdapter):
             y = carry(y, penalty, self.call.values.penalty_scale)
         if self.gate_dropout and self.training:
             gate = torch.nn.functional.dropout(gate, self.gate_dropout)
-        groups = self.drop(x).view(x.shape[0], self.num_groups, -1).transpose(0, 1)
+        if self.dropout:
+            x = self.drop(x)
+        groups = x.view(x.shape[0], self.num_groups, -1).transpose(0, 1)
         if gate.dtype is not x.dtype:
             gate = gate.to(x.dtype)
         low = (torch.bmm(groups, a).transpose(0, 1) * gate.unsqueeze(-1)).flatten(1)  # (N, G r)

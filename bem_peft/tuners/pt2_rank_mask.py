@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bem_peft.kernels.hadamard import hadamard_transform, is_power_of_two
-from bem_peft.kernels.rank_mask import k_hot_mask, straight_through_k_hot
+from bem_peft.kernels.rank_mask import drop_all_but_k, k_hot_mask, straight_through_k_hot
 from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import AdapterConfig, SiteShape, transposed
 from bem_peft.tuners.call_state import CallState
@@ -110,44 +110,45 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         a, b = self.A, self.B
         if self.hadamard:  # H z = (H A) x and B H h = (B H) h
             a, b = hadamard_transform(a), hadamard_transform(b.t()).t()
-        wide = [] if self.is_task_mask else [self.mask_weight.float()]
+        weights = [transposed(a, dtype), transposed(b, dtype)]
         if self.has_value_gate:
-            wide.append(self.C.float())
-        if not wide:
-            return transposed(a, dtype), transposed(b, dtype)
-        control = torch.cat(wide) * rank_root(a)  # one product for both, from z / |z|
-        return transposed(a, dtype), transposed(b, dtype), transposed(control, torch.float32)
+            weights.append(transposed(self.C.float() * rank_root(a), torch.float32))
+        if not self.is_task_mask:
+            weights.append(transposed(self.mask_weight.float() * rank_root(a), torch.float32))
+        return tuple(weights)
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        z = torch.mm(self.drop(x), weights[0])  # (N, R)
+        if self.dropout:
+            x = self.drop(x)
+        z = torch.mm(x, weights[0])  # (N, R)
         logits, gate = self.control(z.float(), *weights[2:])
-        mask = self.mask(logits)
+        if gate is not None:
+            z = torch.addcmul(z, z, gate if gate.dtype is z.dtype else gate.to(z.dtype))
         if self.balance_strength and self.training:
             y = carry(y, self.balance_penalty(logits), self.call.values.penalty_scale)
-        if self.observer is not None:
-            self.observer.append(mask.detach().expand(z.shape[0], -1))
-        factors = mask if gate is None else torch.addcmul(mask, mask, torch.tanh(gate))
-        if factors.dtype is not z.dtype:
-            factors = factors.to(z.dtype)
-        return torch.addmm(y, z * factors, weights[1], alpha=self.scaling)
+        return torch.addmm(y, self.masked(z, logits), weights[1], alpha=self.scaling)
 
     def control(self, z: torch.Tensor, *control: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The mask's logits W z/rms(z), (N, R) or (1, R) for a task's mask, and C z/rms(z), from z (N, R) float32."""
-        rank = z.shape[1]
+        """The mask's logits W z/rms(z), (N, R) or (1, R) for a task's mask, and tanh(C z/rms(z)), from z (N, R) float32."""
         if not control:
             return self.mask_weight.float().unsqueeze(0), None
-        both = torch.mm(z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1e-20), control[0])
+        unit = z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1e-20)
+        gate = torch.tanh(torch.mm(unit, control[0])) if self.has_value_gate else None
         if self.is_task_mask:
-            return self.mask_weight.float().unsqueeze(0), both
-        if self.has_value_gate:
-            return both[:, :rank], both[:, rank:]
-        return both, None
+            return self.mask_weight.float().unsqueeze(0), gate
+        return torch.mm(unit, control[-1]), gate
 
-    def mask(self, logits: torch.Tensor) -> torch.Tensor:
-        """m (N, R) or (1, R), exactly k ones a row; straight-through where a gradient is asked for in training."""
+    def masked(self, z: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """m * z with exactly k ones a row; straight-through where a gradient is asked for in training."""
         if self.training and torch.is_grad_enabled():
-            return straight_through_k_hot(logits, self.active_rank, self.temperature)
-        return k_hot_mask(logits, self.active_rank)
+            mask = straight_through_k_hot(logits, self.active_rank, self.temperature)
+        elif self.is_task_mask or self.observer is not None or torch.is_grad_enabled():
+            mask = k_hot_mask(logits, self.active_rank)
+        else:
+            return drop_all_but_k(z, logits, self.active_rank)
+        if self.observer is not None:
+            self.observer.append(mask.detach().expand(z.shape[0], -1))
+        return z * mask.to(z.dtype)
 
     @torch.no_grad()
     def rank_factors(self, x: torch.Tensor) -> torch.Tensor:
@@ -155,7 +156,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         weights = self.derive(x.dtype)
         logits, gate = self.control((x @ weights[0]).float(), *weights[2:])
         mask = k_hot_mask(logits, self.active_rank)
-        return (mask if gate is None else mask * (1.0 + torch.tanh(gate))).expand(x.shape[0], -1)
+        return (mask if gate is None else mask * (1.0 + gate)).expand(x.shape[0], -1)
 
     def balance_penalty(self, logits: torch.Tensor) -> torch.Tensor:
         """The weighted deviation of each rank's soft use from k / R."""

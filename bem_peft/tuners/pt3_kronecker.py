@@ -157,8 +157,9 @@ class KroneckerAdapter(LowRankAdapter):
         u, v_t, b_t = weights
         if self.training and (self.orthogonality_strength or self.diversity_strength):
             y = carry(y, self.penalty(), self.call.values.penalty_scale)
-        z = kronecker_project(self.drop(x), u, v_t)
-        return torch.addmm(y, z, b_t, alpha=self.scaling)
+        if self.dropout:
+            x = self.drop(x)
+        return torch.addmm(y, kronecker_project(x, u, v_t), b_t, alpha=self.scaling)
 
     def penalty(self) -> torch.Tensor:
         """The weighted orthogonality and diversity penalties of U and V, a scalar."""
