@@ -67,7 +67,9 @@ class Method:
 # sizes within 3 % of the parameters of LoRA r=8 at both sites
 METHODS = {
     "lora": Method("LoRA r=8", lambda: LoraConfig(task_type=TASK, r=8, target_modules=SITES), 4e-3),
-    "pt1": Method("PT1 head gating", lambda: HeadGroupGatingConfig(task_type=TASK, num_groups=3, rank_per_group=11), 8e-3),
+    "pt1": Method(
+        "PT1 head gating", lambda: HeadGroupGatingConfig(task_type=TASK, num_groups=3, rank_per_group=11), 8e-3
+    ),
     "pt2": Method("PT2 rank mask", lambda: DynamicRankMaskConfig(task_type=TASK, total_rank=8, active_rank=4), 8e-3),
     "pt3": Method("PT3 Kronecker", lambda: KroneckerConfig(task_type=TASK, u_rank=9, v_rank=5), 8e-3),
     "pt4": Method("PT4 FiLM", lambda: ResidualFiLMConfig(task_type=TASK, gamma_dim=6, beta_dim=6), 8e-3),
@@ -111,7 +113,9 @@ def load_base(checkpoint: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
 
 
-def trainer_for(model: Any, folder: Path, settings: Settings, learning_rate: float, data: Any, tokenizer: Any) -> Trainer:
+def trainer_for(
+    model: Any, folder: Path, settings: Settings, learning_rate: float, data: Any, tokenizer: Any
+) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=settings.steps,
@@ -238,8 +242,10 @@ def print_report(results: dict[str, dict[str, Any]], verses: list[Verse], settin
         f"\n{settings.steps} steps of {settings.batch} verses, seed {settings.seed}; "
         f"loss on {settings.eval_verses} held-out verses, chrF and BLEU on {settings.generate_verses}"
     )
-    print(f"{'method':16s} {'parameters':>11s} {'of base':>8s} {'lr':>7s} {'s/step':>7s} {'loss':>7s} "
-          f"{'chrF':>6s} {'BLEU':>6s}  reloaded")
+    print(
+        f"{'method':16s} {'parameters':>11s} {'of base':>8s} {'lr':>7s} {'s/step':>7s} {'loss':>7s} "
+        f"{'chrF':>6s} {'BLEU':>6s}  reloaded"
+    )
     for result in results.values():
         is_base = "parameters" not in result
         count = "" if is_base else f"{result['parameters']:,}"
@@ -247,8 +253,10 @@ def print_report(results: dict[str, dict[str, Any]], verses: list[Verse], settin
         rate = "" if is_base else f"{result['learning_rate']:.0e}"
         pace = "" if is_base else f"{result['seconds_per_step']:.2f}"
         same = "" if is_base else ("bit for bit" if result["reloaded_identical"] else "DIFFERS")
-        print(f"{result['title']:16s} {count:>11s} {share:>8s} {rate:>7s} {pace:>7s} {result['loss']:7.3f} "
-              f"{result['chrf']:6.1f} {result['bleu']:6.1f}  {same}")
+        print(
+            f"{result['title']:16s} {count:>11s} {share:>8s} {rate:>7s} {pace:>7s} {result['loss']:7.3f} "
+            f"{result['chrf']:6.1f} {result['bleu']:6.1f}  {same}"
+        )
 
 
 def main() -> None:
@@ -279,7 +287,9 @@ def main() -> None:
         results[name] = run_method(name, folder, checkpoint, settings, train, held_out, tokenizer)
         print(f"  loss {results[name]['loss']:.3f}")
     print_report(results, held_out, settings)
-    print(f"\nadapters: {run}/*/adapter; results: {run}/*/result.json; {(time.perf_counter() - began) / 60:.1f} minutes")
+    print(
+        f"\nadapters: {run}/*/adapter; results: {run}/*/result.json; {(time.perf_counter() - began) / 60:.1f} minutes"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Settings of every test: one thread (the tests run in parallel), no hub, warnings of others that nobody here can mend."""
+"""Settings of every test: one thread (they run in parallel), no hub, warnings of others that nobody here can mend."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@ r"""Bounded feature-wise modulation:  y' = y + gamma * y + beta rms(y),  gamma =
 A row of coefficients is bounded as a whole:  G_i = bound * s w_i / (1 + s |w_i|_1),  so that |c| <= 1 gives
 |G_i . c| < bound whatever w and c are, without a nonlinearity on the wide axis.
 
-Source: Perez et al., FiLM: visual reasoning with a general conditioning layer, 2018, arXiv:1709.07871; theirs is unbounded.
+Source: Perez et al., FiLM: visual reasoning with a general conditioning layer, 2018, arXiv:1709.07871; theirs has
+no bound.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""The k-hot mask:  m_i = 1 where fewer than k logits stand before l_i in the order (value descending, index ascending)."""
+r"""The k-hot mask:  m_i = 1 where fewer than k logits stand before l_i (value descending, index ascending)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def drop_all_but_k(z: torch.Tensor, logits: torch.Tensor, k: int) -> torch.Tenso
 
 
 def straight_through_k_hot(logits: torch.Tensor, k: int, temperature: float) -> torch.Tensor:
-    r"""`k_hot_mask` whose gradient is that of sigmoid((l - t) / temperature), t midway between the k-th and the next logit.
+    r"""`k_hot_mask` with the gradient of sigmoid((l - t) / temperature), t midway between k-th and next logit.
 
     The value is the hard mask exactly (soft - soft = 0 in floating point).
 

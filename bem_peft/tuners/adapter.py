@@ -205,14 +205,18 @@ def is_few_rows(x: torch.Tensor, dtype: torch.dtype) -> bool:
 class Adapter(nn.Module):
     """The maths of one method at one site; see the module docstring.
 
-    A subclass defines `reset_parameters`, `derive` (what the forward reads: the parameters in the compute dtype, folded)
+    A subclass defines `reset_parameters`, `derive` (what the forward reads: the parameters, folded, in its dtype)
     and `transform` (the formula, on rows).
     """
 
-    is_mergeable = False
-    is_watched = False  # has something to do around an optimizer step
+    is_mergeable: bool = False
+    attention_rows: Any = None  # the exact rows of the attention that runs now, where the method reads them
+    watch_order: int = 0
+    is_watched: bool = False  # has something to do around an optimizer step
     reads_call = False  # reads values of the call: retrieval quality, the token mask
-    merge_refusal = "its update depends on the token, so no weight equals it; use `export_lora` for an approximation"
+    merge_refusal: str = (
+        "its update depends on the token, so no weight equals it; use `export_lora` for an approximation"
+    )
 
     def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
         super().__init__()
@@ -262,7 +266,7 @@ class Adapter(nn.Module):
         kept = self._derived.get((dtype, widened))
         if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._derive_anew(dtype, widened)
-        current = self._parameters
+        current: Any = self._parameters
         for name, parameter, version, address, _ in kept[0]:
             if current[name] is not parameter or parameter._version != version or parameter.data_ptr() != address:
                 self._derived.clear()
@@ -318,5 +322,5 @@ class Adapter(nn.Module):
             watch(self)
 
     def extra_repr(self) -> str:
-        sizes = ", ".join(f"{name}={tuple(p.shape)}" for name, p in self._parameters.items())
+        sizes = ", ".join(f"{name}={tuple(p.shape)}" for name, p in self.named_parameters())
         return f"in_features={self.in_features}, out_features={self.out_features}, scaling={self.scaling}, {sizes}"

@@ -154,8 +154,8 @@ def restore_attention(model: nn.Module) -> None:
 def _register_exact(name: str) -> None:
     if name == "flex_attention" or name.startswith("paged"):
         raise ValueError(
-            f"attention_stats='exact' does not support attn_implementation={name!r}: use 'sdpa', 'eager' or a flash one, "
-            "or attention_stats='output'."
+            f"attention_stats='exact' does not support attn_implementation={name!r}: use 'sdpa', 'eager' or a "
+            "flash one, or attention_stats='output'."
         )
     AttentionInterface.register(EXACT_PREFIX + name, _exact_attention(name))
     masks = AttentionMaskInterface()
@@ -214,6 +214,4 @@ def _rows_of_call(
         causal = torch.arange(keys, device=query.device) <= position
         visible = causal if is_causal else torch.ones_like(causal)
         mask = visible[None, None] if mask is None else mask[:, None, None, -keys:].bool() & visible
-    return attention_rows(
-        query, key, mask, scaling, is_causal, kwargs.get("position_bias"), kwargs.get("softcap")
-    )
+    return attention_rows(query, key, mask, scaling, is_causal, kwargs.get("position_bias"), kwargs.get("softcap"))

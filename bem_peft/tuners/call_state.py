@@ -74,13 +74,13 @@ def repeat_rows(value: torch.Tensor, batch: int) -> torch.Tensor:
 def check_quality(quality: object, kinds: set[str]) -> torch.Tensor:
     if "quality" not in kinds:
         raise ValueError(
-            '`retrieval_quality` was given, but no adapter reads it; set `retrieval="quality"` in HeadGroupGatingConfig.'
+            '`retrieval_quality` was given, but no adapter reads it; set retrieval="quality" in HeadGroupGatingConfig.'
         )
     tensor = torch.as_tensor(quality)
     if tensor.dim() not in (1, 2) or not tensor.is_floating_point():
         raise ValueError(
-            f"`retrieval_quality` has shape {tuple(tensor.shape)} and dtype {tensor.dtype}: must be floating point, one "
-            "value a sequence (batch,) or a token (batch, tokens)."
+            f"`retrieval_quality` has shape {tuple(tensor.shape)} and dtype {tensor.dtype}: must be floating point, "
+            "one value a sequence (batch,) or a token (batch, tokens)."
         )
     if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not ((tensor >= 0) & (tensor <= 1)).all():
         raise ValueError(f"`retrieval_quality` lies in [{tensor.min():g}, {tensor.max():g}]: must lie in [0, 1].")
@@ -90,7 +90,7 @@ def check_quality(quality: object, kinds: set[str]) -> torch.Tensor:
 def check_scores(scores: object, kinds: set[str]) -> torch.Tensor:
     if "scores" not in kinds:
         raise ValueError(
-            '`retrieval_scores` was given, but no adapter reads it; set `retrieval="scores"` in HeadGroupGatingConfig.'
+            '`retrieval_scores` was given, but no adapter reads it; set retrieval="scores" in HeadGroupGatingConfig.'
         )
     tensor = torch.as_tensor(scores)
     if tensor.dim() != 2 or not tensor.is_floating_point() or tensor.shape[1] < 1:
@@ -208,5 +208,5 @@ def retrieval_quality(model: nn.Module, quality: Any) -> Any:
 
 
 def retrieval_scores(model: nn.Module, scores: Any) -> Any:
-    """Context manager: as `retrieval_quality`, for the retriever's scores (batch, documents), -inf where there is none."""
+    """Context manager: as `retrieval_quality`, for a retriever's scores (batch, documents), -inf where none."""
     return _ambient(model, retrieval_scores=scores)

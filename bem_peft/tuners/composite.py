@@ -84,7 +84,8 @@ class CompositeConfig(AdapterConfig):
         self.__post_init__()
 
     def __post_init__(self) -> None:
-        for name, default in zip(OWN, ({}, None, 2.0), strict=True):
+        own: dict[str, Any] = dict(zip(OWN, ({}, None, 2.0), strict=True))
+        for name, default in own.items():
             if getattr(self, name) != default:
                 raise check.field_error(
                     name, getattr(self, name), "is each method's own in a composite", "set it in the methods' configs"
@@ -98,8 +99,8 @@ class CompositeConfig(AdapterConfig):
             raise check.field_error("methods", kinds, "must be different methods")
         for config in self.methods:
             for name in INHERITED:
-                default = "error" if name == "fused_experts" else None
-                if getattr(config, name) == default and getattr(self, name) != default:
+                unset = "error" if name == "fused_experts" else None
+                if getattr(config, name) == unset and getattr(self, name) != unset:
                     setattr(config, name, getattr(self, name))
 
     @staticmethod
@@ -153,7 +154,7 @@ class CompositeModel(AdapterModel):
     tuner_layer_cls = CompositeLinear
     adapter_classes: ClassVar = PARTS
 
-    def parts(self, config: CompositeConfig) -> Iterator[tuple[str, AdapterConfig]]:  # type: ignore[override]
+    def parts(self, config: CompositeConfig) -> Iterator[tuple[str, AdapterConfig]]:
         for container, (config_cls, _) in PARTS.items():
             for method in config.methods:
                 if isinstance(method, config_cls):
@@ -166,7 +167,8 @@ class CompositeModel(AdapterModel):
             peft_config.target_modules = set().union(*named)
         elif peft_config.target_modules is None:  # a regular expression among them: `matches` decides
             peft_config.target_modules = "|".join(
-                f"({t})" if isinstance(t, str) else "|".join(rf"(.*\.)?{re.escape(n)}" for n in sorted(t)) for t in named
+                f"({t})" if isinstance(t, str) else "|".join(rf"(.*\.)?{re.escape(n)}" for n in sorted(t))
+                for t in named
             )
         return peft_config
 

@@ -44,7 +44,7 @@ class LowRankAdapter(Adapter):
         self.fro_budget: float | None = config.fro_budget
         self.dropout = float(config.dropout)
         if self.max_singular_value is not None or self.fro_budget is not None:
-            self.is_watched = True  # type: ignore[misc]
+            self.is_watched = True
             watch(self)
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
@@ -133,7 +133,7 @@ class SpectralGovernance:
             raise ValueError("the model has no head-gating, rank-mask or Kronecker adapter whose norm could be capped.")
         for _, _, adapter in adapters:
             adapter.max_singular_value, adapter.fro_budget = self.max_singular_value, self.fro_budget
-            adapter.is_watched = True  # type: ignore[misc]
+            adapter.is_watched = True
             watch(adapter)
         return self
 

@@ -33,6 +33,9 @@ def projection_shape(base_layer: nn.Module) -> tuple[int, int]:
 class AdapterLayer(BaseTunerLayer):
     """State of an adapted projection. A method's layer names its containers in `adapter_layer_names`."""
 
+    adapter_layer_names: tuple[str, ...] = ()
+    quantization_backend: Any = None
+
     def __init__(self, base_layer: nn.Module, call: CallState) -> None:
         self.base_layer = base_layer
         self.call = call
@@ -41,7 +44,7 @@ class AdapterLayer(BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self.is_token_routed = False  # rows are tokens that a router chose, not sequences
         self._disable_adapters = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
 
@@ -77,7 +80,7 @@ class AdapterLayer(BaseTunerLayer):
     def take_attention_rows(self, rows: AttentionRows) -> None:
         """Give the rows of the attention that runs now to the adapters that read them."""
         for adapter in self._exact_readers():
-            adapter.attention_rows = rows  # type: ignore[assignment]
+            adapter.attention_rows = rows
 
     def _exact_readers(self) -> list[Adapter]:
         if self._disable_adapters or self.merged_adapters:
@@ -115,7 +118,7 @@ class AdapterLayer(BaseTunerLayer):
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again, the last one first."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
             name = self.merged_adapters[-1]
@@ -147,6 +150,9 @@ class AdapterLayer(BaseTunerLayer):
 class AdapterLinear(nn.Module, AdapterLayer):
     """y = base(x), then each active adapter in turn: y <- adapter(x, y)."""
 
+    adapter_layer_names: tuple[str, ...] = ()
+    quantization_backend: Any = None
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, call: CallState) -> None:
         super().__init__()
         AdapterLayer.__init__(self, base_layer, call)
@@ -157,22 +163,22 @@ class AdapterLinear(nn.Module, AdapterLayer):
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.base_layer(x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         names = self.call.adapter_names
         if names is not None:
             return self._mixed_batch(x, y, names)
         if self.merged_adapters:
-            return y  # type: ignore[no-any-return]
+            return y
         active = self._active_adapter
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         for name in (active,) if isinstance(active, str) else active:
             for container in self.adapter_layer_names:
-                adapters = self._modules[container]._modules  # type: ignore[union-attr]
+                adapters: Any = self._modules[container]._modules  # type: ignore[union-attr]
                 if name in adapters:
-                    y = adapters[name](x, y)  # type: ignore[misc]
-        return y  # type: ignore[no-any-return]
+                    y = adapters[name](x, y)
+        return y
 
     def _mixed_batch(self, x: torch.Tensor, y: torch.Tensor, names: list[str]) -> torch.Tensor:
         """Each row of the batch with the adapter that `names` gives it; '__base__' is none.
@@ -198,7 +204,7 @@ class AdapterLinear(nn.Module, AdapterLayer):
             part_x, part_y = x[rows], y[rows]
             for adapter in self._exact_readers():
                 if adapter.attention_rows is not None and adapter in set(self.adapters_named(name)):
-                    adapter.attention_rows = adapter.attention_rows.pick(rows)  # type: ignore[operator]
+                    adapter.attention_rows = adapter.attention_rows.pick(rows)
             with self.call.using(self.call.values.rows(rows, x.shape[0])):
                 for adapter in self.adapters_named(name):
                     part_y = adapter(part_x, part_y)

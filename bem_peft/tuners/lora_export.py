@@ -66,7 +66,9 @@ def export_lora(
             raise ValueError(
                 f"{type(adapter).__name__} at {adapter.site_name} multiplies the base output; no LoRA equals it."
             )
-    gated = [a for a in adapters if isinstance(a, (HeadGroupGatingAdapter, DynamicRankMaskAdapter)) and not a.is_mergeable]
+    gated = [
+        a for a in adapters if isinstance(a, (HeadGroupGatingAdapter, DynamicRankMaskAdapter)) and not a.is_mergeable
+    ]
     if gated and calibration is None:
         raise ValueError(
             f"{type(gated[0]).__name__} at {gated[0].site_name} has gates that depend on the token: pass `calibration` "
@@ -97,7 +99,7 @@ def _write(
     ranks: dict[str, int],
     layers: dict[str, Any],
 ) -> None:
-    source: Any = model.peft_config[adapter_name]  # type: ignore[union-attr, index]
+    source: Any = model.peft_config[adapter_name]
     rank = max(ranks.values())
     uneven = {name.replace(".", r"\."): r for name, r in ranks.items() if r != rank}
     config = LoraConfig(
@@ -160,4 +162,4 @@ def _gate_values(adapter: Any, x: torch.Tensor) -> torch.Tensor:
                 "input; export works with attention_stats='output' and retrieval='none'."
             )
         return adapter.gates(adapter.statistics(x))
-    return adapter.rank_factors(x)  # type: ignore[no-any-return]
+    return adapter.rank_factors(x)

@@ -30,6 +30,9 @@ class AdapterModel(BaseTuner):
     adapter_classes: ClassVar[Mapping[str, tuple[type[AdapterConfig], type[Adapter]]]] = {}
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # sites are found from the structure instead
 
+    tuner_layer_cls: Any
+    model: nn.Module
+
     # which adapters a config asks for
 
     def parts(self, config: AdapterConfig) -> Iterator[tuple[str, AdapterConfig]]:
@@ -110,8 +113,8 @@ class AdapterModel(BaseTuner):
         base = sum(p.numel() for n, p in model.named_parameters() if not any(pre in n for pre in self._containers()))
         if planned >= 0.01 * base:
             raise ValueError(
-                f"`minimal_overhead` = True: the adapter would have {planned:,} parameters, {planned / base:.2%} of the "
-                f"base's {base:,}, and must stay below 1 %; lower `gamma_dim` and `beta_dim`, or name fewer sites."
+                f"`minimal_overhead` = True: the adapter would have {planned:,} parameters, {planned / base:.2%} of "
+                f"the base's {base:,}, and must stay below 1 %; lower `gamma_dim` and `beta_dim`, or name fewer sites."
             )
 
     def _containers(self) -> list[str]:
@@ -210,12 +213,12 @@ class AdapterModel(BaseTuner):
             handle.remove()
         self.call.handles.clear()
         restore_attention(model)
-        return model  # type: ignore[no-any-return]
+        return model
 
     # calls
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's `generate`; `retrieval_quality` (batch,) and `retrieval_scores` (batch, K) hold for all its steps.
+        """The model's `generate`; `retrieval_quality` (batch,), `retrieval_scores` (batch, K) hold for all steps.
 
         Raises:
             ValueError: `retrieval_quality` has one value a token, which new tokens would not have.
@@ -286,7 +289,7 @@ class AdapterModel(BaseTuner):
                 + (f"unexpected {_some(unexpected)}; " if unexpected else "")
                 + "load it with the config and the base model that it was saved with."
             )
-        return remapped  # type: ignore[no-any-return]
+        return remapped
 
 
 def is_penalised(adapter: Adapter) -> bool:

@@ -27,7 +27,7 @@ _handles: list[Any] = []
 
 def watch(adapter: Adapter) -> None:
     """Call the adapter's `before_optimizer_step` and `after_optimizer_step` around the steps that concern it."""
-    adapter.watch_order = next(_order)  # type: ignore[assignment]  # the same order in every process
+    adapter.watch_order = next(_order)  # the same order in every process
     _watched.add(adapter)
     if not _handles:
         _handles.append(register_optimizer_step_pre_hook(_before_step))
@@ -40,7 +40,7 @@ def watched_by(optimizer: Optimizer) -> list[Adapter]:
         return []
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     concerned = [a for a in _watched if any(id(p) in held for p in a.parameters())]
-    return sorted(concerned, key=lambda adapter: adapter.watch_order)  # type: ignore[arg-type, return-value]
+    return sorted(concerned, key=lambda adapter: adapter.watch_order)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -32,7 +32,7 @@ class _Carrier(torch.autograd.Function):
 
 def carry(y: torch.Tensor, penalty: torch.Tensor, scale: list[torch.Tensor] | None) -> torch.Tensor:
     """y, whose backward pass also adds the gradient of the scalar `penalty`, times `scale[0]` where there is one."""
-    return _Carrier.apply(y, penalty, scale)  # type: ignore[no-any-return]
+    return _Carrier.apply(y, penalty, scale)
 
 
 def decorrelation(gates: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

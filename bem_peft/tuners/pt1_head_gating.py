@@ -37,7 +37,9 @@ class HeadGroupGatingConfig(AdapterConfig):
     num_groups: int = field(
         default=4, metadata={"help": "Groups of heads, G; where it does not divide the heads, the nearest divisor."}
     )
-    strict_groups: bool = field(default=False, metadata={"help": "True: a `num_groups` that does not divide is an error."})
+    strict_groups: bool = field(
+        default=False, metadata={"help": "True: a `num_groups` that does not divide is an error."}
+    )
     num_heads: int | None = field(
         default=None, metadata={"help": "Heads side by side in W_O's input; None: read from the model."}
     )
@@ -114,7 +116,9 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         if heads is None:  # neither given nor known: each group counts as one head
             heads = resolve_groups(site.in_features, config.num_groups, config.strict_groups, site.name)
         if site.in_features % heads:
-            raise check.field_error("num_heads", heads, f"must divide the input width {site.in_features} of {site.name}")
+            raise check.field_error(
+                "num_heads", heads, f"must divide the input width {site.in_features} of {site.name}"
+            )
         self.num_heads = heads
         self.num_groups = resolve_groups(heads, config.num_groups, config.strict_groups, site.name)
         ranks = config.rank_per_group
@@ -158,7 +162,8 @@ class HeadGroupGatingAdapter(LowRankAdapter):
             nn.init.zeros_(self.scorer_bias)
 
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        a, widest = self.A, max(self.ranks)
+        a: torch.Tensor = self.A
+        widest = max(self.ranks)
         if not self.is_even:
             padded = a.new_zeros(self.num_groups * widest, a.shape[1])
             a = padded.index_copy(0, torch.tensor(self.slots, device=a.device), a)
@@ -232,7 +237,7 @@ class HeadGroupGatingAdapter(LowRankAdapter):
             quality = quality.view(-1, *(1,) * (len(lead) - 1)).expand(lead)
         elif quality.shape != lead:
             raise ValueError(
-                f"`retrieval_quality` a token has shape {tuple(quality.shape)}, but {self.site_name} sees {tuple(lead)}: "
+                f"`retrieval_quality` a token has shape {tuple(quality.shape)}, {self.site_name} sees {tuple(lead)}: "
                 "give one value a sequence, (batch,), for cached decoding and for encoder-decoder models."
             )
         return (2.0 * quality - 1.0).reshape(tokens, 1)

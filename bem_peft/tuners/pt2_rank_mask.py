@@ -85,7 +85,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         self.has_value_gate = config.value_gate
         self.balance_strength = config.balance_strength
         self.reads_call = config.balance_strength > 0.0
-        self.is_mergeable = self.is_task_mask and not self.has_value_gate  # type: ignore[misc]
+        self.is_mergeable = self.is_task_mask and not self.has_value_gate
         if self.is_task_mask and self.has_value_gate:
             self.merge_refusal = "its value gate depends on the token; set `value_gate=False` with a task mask"
         self.observer: list[torch.Tensor] | None = None
@@ -107,7 +107,8 @@ class DynamicRankMaskAdapter(LowRankAdapter):
             nn.init.normal_(self.B, std=self.B.shape[1] ** -0.5)
 
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        a, b = self.A, self.B
+        a: torch.Tensor = self.A
+        b: torch.Tensor = self.B
         if self.hadamard:  # H z = (H A) x and B H h = (B H) h
             a, b = hadamard_transform(a), hadamard_transform(b.t()).t()
         weights = [transposed(a, dtype), transposed(b, dtype)]
@@ -129,7 +130,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         return torch.addmm(y, self.masked(z, logits), weights[1], alpha=self.scaling)
 
     def control(self, z: torch.Tensor, *control: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The mask's logits W z/rms(z), (N, R) or (1, R) for a task's mask, and tanh(C z/rms(z)), from z (N, R) float32."""
+        """Logits W z/rms(z), (N, R), or (1, R) for a task's mask, and tanh(C z/rms(z)), from z (N, R) float32."""
         if not control:
             return self.mask_weight.float().unsqueeze(0), None
         unit = z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1e-20)

@@ -64,7 +64,9 @@ class ResidualFiLMConfig(AdapterConfig):
         check.check_choice(self, "mode", ("channel", "spatial", "static"))
         check.check_number(self, "clamp_range", 0.0, 1.0)
         if self.clamp_range == 1.0:
-            raise check.field_error("clamp_range", self.clamp_range, "must be below 1, so that 1 + gamma keeps its sign")
+            raise check.field_error(
+                "clamp_range", self.clamp_range, "must be below 1, so that 1 + gamma keeps its sign"
+            )
         check.check_number(self, "max_beta", 0.0)
         if self.clamp_range == 0.0 and self.max_beta == 0.0:
             raise check.field_error("max_beta", self.max_beta, "must be above 0 where `clamp_range` is 0")
@@ -78,12 +80,19 @@ class ResidualFiLMConfig(AdapterConfig):
 class ResidualFiLMAdapter(Adapter):
     """y' = y (1 + gamma(x)) + beta(x) rho(y)."""
 
+    emergency_count: torch.Tensor
+    is_unstable: torch.Tensor
+    gamma: nn.Parameter
+    beta: nn.Parameter
+    controller_weight: nn.Parameter
+    controller_bias: nn.Parameter
+
     def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
         super().__init__(config, site, call)
         self.mode, self.clamp_range, self.max_beta = config.mode, config.clamp_range, config.max_beta
         self.is_rms = config.beta_unit == "rms"
         self.is_static = config.mode == "static"
-        self.is_mergeable = self.is_static and (not self.is_rms or config.max_beta == 0.0)  # type: ignore[misc]
+        self.is_mergeable = self.is_static and (not self.is_rms or config.max_beta == 0.0)
         if self.is_static:
             self.merge_refusal = "beta counts in the token's RMS; set beta_unit='absolute' or max_beta=0"
         self.gamma_dim = 1 if self.is_static else config.gamma_dim
@@ -101,23 +110,23 @@ class ResidualFiLMAdapter(Adapter):
         self.is_guarded = config.emergency_stabilization
         self.is_reverting = False
         if self.is_guarded:
-            for name, parameter in list(self._parameters.items()):
+            for name, parameter in list(self.named_parameters()):
                 self.register_buffer(f"last_good_{name}", torch.empty_like(parameter, requires_grad=False))
             self.register_buffer("emergency_count", torch.zeros((), dtype=torch.int64))
             self.register_buffer("is_unstable", torch.zeros((), dtype=torch.bool), persistent=False)
-            self.is_watched = True  # type: ignore[misc]
+            self.is_watched = True
             watch(self)
 
     def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
         if not self.is_static:
             nn.init.normal_(self.controller_weight, std=self.in_features**-0.5)
             nn.init.zeros_(self.controller_bias)
-        for name in ("gamma", "beta"):
-            if name in self._parameters:
+        for name, parameter in self.named_parameters():
+            if name in ("gamma", "beta"):
                 if init_weights:
-                    nn.init.zeros_(self._parameters[name])  # type: ignore[arg-type]
+                    nn.init.zeros_(parameter)
                 else:
-                    nn.init.normal_(self._parameters[name])  # type: ignore[arg-type]
+                    nn.init.normal_(parameter)
         self.keep_as_good()
 
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -166,8 +175,8 @@ class ResidualFiLMAdapter(Adapter):
 
     def static_vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """1 + gamma and beta of a static adapter, each (out,)."""
-        gamma, beta = self.modulation(self.gamma.detach().new_zeros(1, self.in_features) if self.clamp_range > 0
-                                      else self.beta.detach().new_zeros(1, self.in_features))
+        parameter = next(self.parameters())
+        gamma, beta = self.modulation(parameter.detach().new_zeros(1, self.in_features))
         return 1.0 + gamma.expand(1, self.out_features)[0], beta.expand(1, self.out_features)[0]
 
     def merge_obstacle(self, has_bias: bool) -> str | None:
@@ -193,22 +202,22 @@ class ResidualFiLMAdapter(Adapter):
     def keep_as_good(self) -> None:
         """Remember the present values as the last good ones."""
         if self.is_guarded:
-            for name, parameter in self._parameters.items():
-                self._buffers[f"last_good_{name}"].copy_(parameter)  # type: ignore[union-attr, arg-type]
+            for name, parameter in self.named_parameters():
+                self.get_buffer(f"last_good_{name}").copy_(parameter)
 
     @torch.no_grad()
     def revert(self) -> None:
         """Go back to the last good values."""
-        for name, parameter in self._parameters.items():
-            parameter.copy_(self._buffers[f"last_good_{name}"])  # type: ignore[union-attr, arg-type]
+        for name, parameter in self.named_parameters():
+            parameter.copy_(self.get_buffer(f"last_good_{name}"))
 
     @torch.no_grad()
     def unstable_flag(self) -> torch.Tensor:
         """A scalar bool tensor: an output since the last step, or a gradient or parameter now, is not sound."""
         flag = self.is_unstable.clone()
-        for parameter in self._parameters.values():
-            flag |= ~torch.isfinite(parameter).all()  # type: ignore[arg-type]
-            if parameter is not None and parameter.grad is not None:
+        for parameter in self.parameters():
+            flag |= ~torch.isfinite(parameter).all()
+            if parameter.grad is not None:
                 flag |= ~torch.isfinite(parameter.grad).all()
         return flag
 
@@ -217,8 +226,8 @@ class ResidualFiLMAdapter(Adapter):
         if not self.is_reverting:
             self.keep_as_good()
             return
-        for parameter in self._parameters.values():
-            if parameter is not None and parameter.grad is not None:
+        for parameter in self.parameters():
+            if parameter.grad is not None:
                 parameter.grad.zero_()  # so that no optimizer state is made of it
 
     @torch.no_grad()

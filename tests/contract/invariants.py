@@ -104,7 +104,7 @@ def i3_static_cache(method: str, architecture: str, dtype: torch.dtype) -> None:
 
 
 def i3_generate(method: str, architecture: str, dtype: torch.dtype) -> None:
-    """Greedy and beam search with the cache choose the tokens that they choose without it; left padding is no matter."""
+    """Greedy and beam search choose the same tokens with and without the cache; left padding is no matter."""
     model, ids = adapted(method, architecture, dtype), tokens(batch=2, length=6)
     options = {"max_new_tokens": 5, "do_sample": False, "min_new_tokens": 5, "pad_token_id": 0}
     for beams in (1, 3):
@@ -257,7 +257,8 @@ def i12_only_sites_touched(method: str, architecture: str, dtype: torch.dtype) -
         optimizer.zero_grad()
         loss_of(model, architecture, tokens()).backward()
         optimizer.step()
-    written = {k.replace(".base_layer", ""): v for k, v in model.get_base_model().state_dict().items() if "bem_" not in k}
+    state = model.get_base_model().state_dict()
+    written = {k.replace(".base_layer", ""): v for k, v in state.items() if "bem_" not in k}
     assert set(written) == set(base)
     for name, weight in base.items():
         assert torch.equal(written[name], weight), f"{name} was written"

@@ -30,7 +30,9 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 METHODS = tuple(CONFIGS)
 # variants run on one architecture only
 VARIANTS: dict[str, Callable[..., Any]] = {
-    "head_gating_uneven": lambda **k: HeadGroupGatingConfig(num_groups=2, rank_per_group=[1, 3], gate_temperature=0.5, **k),
+    "head_gating_uneven": lambda **k: HeadGroupGatingConfig(
+        num_groups=2, rank_per_group=[1, 3], gate_temperature=0.5, **k
+    ),
     "head_gating_exact": lambda **k: HeadGroupGatingConfig(attention_stats="exact", **k),
     "rank_mask_plain": lambda **k: DynamicRankMaskConfig(
         total_rank=6, active_rank=2, use_hadamard_path=False, value_gate=False, **k
