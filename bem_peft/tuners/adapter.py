@@ -24,6 +24,7 @@ from bem_peft.tuners.registry import extend_peft_type
 from bem_peft.tuners.sites import ATTENTION_OUTPUT, MLP_DOWN
 
 MODEL_CARD_HEADING = "## Loading this adapter"
+MODEL_CARD_END = "<!-- end of the section written by bem_peft -->"
 
 
 @dataclass
@@ -150,15 +151,16 @@ class AdapterConfig(PeftConfig):
 
 
 def add_loading_section(folder: str, config: AdapterConfig) -> None:
-    """Append the import line and the base model to the folder's model card, once; no card, nothing to do."""
+    """Write the import line and the base model into the folder's model card; no card, nothing to do."""
     from pathlib import Path
 
     card = Path(folder) / "README.md"
     if not card.is_file():
         return
     text = card.read_text(encoding="utf-8")
-    if MODEL_CARD_HEADING in text:
-        return
+    if MODEL_CARD_HEADING in text:  # of an earlier save to this folder
+        before, _, after = text.partition(MODEL_CARD_HEADING)
+        text = before + after.partition(MODEL_CARD_END)[2]
     base = config.base_model_name_or_path or "the base model it was trained on"
     card.write_text(
         f"{text.rstrip()}\n\n{MODEL_CARD_HEADING}\n\n"
@@ -170,7 +172,7 @@ def add_loading_section(folder: str, config: AdapterConfig) -> None:
         "from transformers import AutoModelForCausalLM\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
         'model = PeftModel.from_pretrained(model, "PATH_OR_ID_OF_THIS_ADAPTER")\n'
-        "```\n",
+        f"```\n\n{MODEL_CARD_END}\n",
         encoding="utf-8",
     )
 

@@ -99,7 +99,8 @@ def _write(
     ranks: dict[str, int],
     layers: dict[str, Any],
 ) -> None:
-    source: Any = model.peft_config[adapter_name]
+    configs: Any = model.peft_config
+    source = configs[adapter_name]
     rank = max(ranks.values())
     uneven = {name.replace(".", r"\."): r for name, r in ranks.items() if r != rank}
     config = LoraConfig(

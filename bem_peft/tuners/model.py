@@ -30,8 +30,8 @@ class AdapterModel(BaseTuner):
     adapter_classes: ClassVar[Mapping[str, tuple[type[AdapterConfig], type[Adapter]]]] = {}
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # sites are found from the structure instead
 
-    tuner_layer_cls: Any
-    model: nn.Module
+    tuner_layer_cls: ClassVar[Any]
+    model: Any
 
     # which adapters a config asks for
 
@@ -159,10 +159,12 @@ class AdapterModel(BaseTuner):
         if isinstance(target, self.tuner_layer_cls):
             layer = target
         else:
-            layer = self.tuner_layer_cls(target, adapter_name, self.call)
+            layer_cls: Any = self.tuner_layer_cls
+            layer = layer_cls(target, adapter_name, self.call)
             layer.is_token_routed = "experts" in current_key.split(".")
             layer.quantization_backend = resolve_quantization_backend(
-                layer.get_base_layer(), **get_quantization_kwargs(self.model)
+                layer.get_base_layer(),  # type: ignore[operator]
+                **get_quantization_kwargs(self.model),
             )
         adapters = {
             container: self._build(container, config, current_key, layer)
@@ -194,12 +196,20 @@ class AdapterModel(BaseTuner):
 
     def _refuse_unmergeable(self, adapter_names: list[str] | None) -> None:
         """Raise ValueError before anything is written, if one of the adapters cannot be merged."""
+        written: dict[int, str] = {}  # weight -> the site that would write it
         for module in self.model.modules():
             if isinstance(module, AdapterLayer):
-                has_bias = getattr(module.get_base_layer(), "bias", None) is not None
+                base = module.get_base_layer()
+                has_bias = getattr(base, "bias", None) is not None
                 for name in self.active_adapters if adapter_names is None else adapter_names:
                     for adapter in module.adapters_named(name):
                         adapter.refuse_merge(has_bias)
+                        other = written.setdefault(id(module.weight), adapter.site_name)
+                        if other != adapter.site_name:
+                            raise ValueError(
+                                f"cannot merge: {other} and {adapter.site_name} share one weight but have adapters of "
+                                "their own, so no single weight equals both."
+                            )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._refuse_unmergeable(adapter_names)

@@ -1,0 +1,226 @@
+"""The configs of bem_peft that take the place of PEFT's own in its test suite."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+from _pytest.mark.structures import ParameterSet
+
+from bem_peft import (
+    CompositeConfig,
+    DynamicRankMaskConfig,
+    HeadGroupGatingConfig,
+    KroneckerConfig,
+    ResidualFiLMConfig,
+)
+
+CLASSES = (CompositeConfig, DynamicRankMaskConfig, HeadGroupGatingConfig, KroneckerConfig, ResidualFiLMConfig)
+
+# widths of the suite's MLP: lin0 10 -> 20, lin1 20 -> 2, both with a bias
+KRONECKER_MLP = {"u_rank": 2, "v_rank": 2}
+TASK_MASK = {"mask_scope": "task", "value_gate": False}
+STATIC = {"mode": "static", "max_beta": 0.0}
+STATIC_BETA = {"mode": "static", "beta_unit": "absolute"}
+
+# name -> (config class, fields); for the suite's MLP
+VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
+    "head_gating": (HeadGroupGatingConfig, {"num_groups": 2}),
+    "head_gating_heads": (HeadGroupGatingConfig, {"num_heads": 5, "num_groups": 5, "rank_per_group": [1, 2, 1, 2, 1]}),
+    "head_gating_dropout": (HeadGroupGatingConfig, {"num_groups": 2, "dropout": 0.1}),
+    "rank_mask": (DynamicRankMaskConfig, {"total_rank": 8, "active_rank": 4}),
+    "rank_mask_plain": (
+        DynamicRankMaskConfig,
+        {"total_rank": 6, "active_rank": 3, "use_hadamard_path": False, "value_gate": False, "dropout": 0.1},
+    ),
+    "rank_mask_task": (DynamicRankMaskConfig, {"total_rank": 8, "active_rank": 4, **TASK_MASK}),
+    "kronecker": (KroneckerConfig, KRONECKER_MLP),
+    "kronecker_orthogonal": (KroneckerConfig, {**KRONECKER_MLP, "init_method": "orthogonal", "u_dim": 5}),
+    "kronecker_random": (KroneckerConfig, {**KRONECKER_MLP, "init_method": "random", "dropout": 0.1}),
+    "film": (ResidualFiLMConfig, {"gamma_dim": 4, "beta_dim": 4}),
+    "film_spatial": (ResidualFiLMConfig, {"gamma_dim": 4, "beta_dim": 4, "mode": "spatial"}),
+    "film_unguarded": (ResidualFiLMConfig, {"emergency_stabilization": False, "beta_unit": "absolute"}),
+    "film_static": (ResidualFiLMConfig, STATIC_BETA),
+    "composite": (
+        CompositeConfig,
+        {"methods": [HeadGroupGatingConfig(num_groups=2), KroneckerConfig(**KRONECKER_MLP)]},
+    ),
+    "composite_all": (
+        CompositeConfig,
+        {
+            "methods": [
+                HeadGroupGatingConfig(num_groups=2),
+                DynamicRankMaskConfig(total_rank=8, active_rank=4),
+                KroneckerConfig(**KRONECKER_MLP),
+                ResidualFiLMConfig(),
+            ]
+        },
+    ),
+    "composite_static": (
+        CompositeConfig,
+        {
+            "methods": [
+                DynamicRankMaskConfig(total_rank=8, active_rank=4, **TASK_MASK),
+                KroneckerConfig(**KRONECKER_MLP),
+                ResidualFiLMConfig(**STATIC_BETA),
+            ]
+        },
+    ),
+}
+MAIN = ("head_gating", "rank_mask", "kronecker", "film", "composite")
+# both rows that the suite has for every method: same and different layers
+ACTIVE_TOGETHER = (*MAIN, "rank_mask_task", "film_static", "composite_static")
+
+# name -> (config class, fields); for models of transformers, whose sites are found
+TRANSFORMER_VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
+    "head_gating": (HeadGroupGatingConfig, {"num_groups": 2}),
+    "rank_mask": (DynamicRankMaskConfig, {}),
+    "rank_mask_task": (DynamicRankMaskConfig, TASK_MASK),
+    "kronecker": (KroneckerConfig, {"u_rank": 4, "v_rank": 4}),
+    "film": (ResidualFiLMConfig, {}),
+    "film_static": (ResidualFiLMConfig, STATIC),
+    "composite": (CompositeConfig, {"methods": [HeadGroupGatingConfig(), KroneckerConfig(u_rank=4, v_rank=4)]}),
+    "composite_static": (
+        CompositeConfig,
+        {
+            "methods": [
+                DynamicRankMaskConfig(**TASK_MASK),
+                KroneckerConfig(u_rank=4, v_rank=4),
+                ResidualFiLMConfig(**STATIC),
+            ]
+        },
+    ),
+}
+TASK_TYPES = {
+    "test_decoder_models": "CAUSAL_LM",
+    "test_encoder_decoder_models": "SEQ_2_SEQ_LM",
+    "test_feature_extraction_models": "FEATURE_EXTRACTION",
+    "test_seq_classifier": "SEQ_CLS",
+}
+
+
+def is_mergeable(config_class: type, fields: dict[str, Any]) -> bool:
+    """Whether such an adapter is documented to merge into a layer with a bias."""
+    if config_class is CompositeConfig:
+        return all(is_mergeable(type(part), vars(part)) for part in CompositeConfig(**fields).methods)
+    config = config_class(**fields)
+    if config_class is DynamicRankMaskConfig:
+        return config.mask_scope == "task" and not config.value_gate
+    if config_class is ResidualFiLMConfig:
+        return config.mode == "static" and (config.beta_unit == "absolute" or config.max_beta == 0.0)
+    return config_class is KroneckerConfig
+
+
+def _custom_cases() -> list[ParameterSet]:
+    """(test_name, model_id, config_cls, config_kwargs): every variant on one layer, the main ones on more."""
+    cases = []
+    for name, (config_class, fields) in VARIANTS.items():
+        targets: list[tuple[str, dict[str, Any]]] = [("lin0", {"target_modules": ["lin0"]})]
+        if name in MAIN:
+            targets += [
+                ("lin1", {"target_modules": ["lin1"]}),
+                ("regex", {"target_modules": "lin0"}),
+                ("lin0-modules_to_save", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+            ]
+        targets.append(("both", {"target_modules": ["lin0", "lin1"]}))
+        for label, where in targets:
+            test_name = f"{name}-{label}"
+            cases.append(pytest.param(test_name, "MLP", config_class, {**fields, **where}, id=test_name))
+    for name in MAIN:  # a rank of its own at one of two layers
+        config_class, fields = VARIANTS[name]
+        if config_class is CompositeConfig:
+            continue
+        pattern = {config_class.rank_fields[0]: 1 if name != "rank_mask" else 16}
+        where = {"target_modules": ["lin0", "lin1"], "rank_pattern": {"lin1": pattern}}
+        if name == "head_gating":
+            where["rank_pattern"] = {"lin1": 3}
+        cases.append(pytest.param(name, "MLP", config_class, {**fields, **where}, id=f"{name}-rank_pattern"))
+    return cases
+
+
+def _together_cases() -> list[ParameterSet]:
+    """(test_name, tuner_method, config_cls, config_kwargs_1, config_kwargs_2)."""
+    cases = []
+    for name in ACTIVE_TOGETHER:
+        config_class, fields = VARIANTS[name]
+        for label, second in (("same", "lin0"), ("different", "lin1")):
+            first_fields = {**fields, "target_modules": ["lin0"], "init_weights": False}
+            second_fields = {**fields, "target_modules": [second], "init_weights": False}
+            cases.append(
+                pytest.param(
+                    f"{name} {label}", name, config_class, first_fields, second_fields, id=f"{name}-{label}"
+                )
+            )
+    return cases
+
+
+def _mixed_cases(
+    first: dict[str, Any], second: dict[str, Any], names: tuple[str, ...] = MAIN
+) -> list[ParameterSet]:
+    """(test_name, config0, config1): two adapters of one method whose rows are mixed in a batch."""
+    cases = []
+    for name in names:
+        config_class, fields = VARIANTS[name]
+        configs = [config_class(**fields, **where, init_weights=False) for where in (first, second)]
+        cases.append(pytest.param(name, *configs, id=name))
+    return cases
+
+
+def _single_cases(with_name: bool) -> list[ParameterSet]:
+    """(test_name, config) or (config0,): one adapter that changes the output."""
+    cases = []
+    for name in MAIN:
+        config_class, fields = VARIANTS[name]
+        config = config_class(**fields, target_modules=["lin0"], init_weights=False)
+        cases.append(pytest.param(*((name, config) if with_name else (config,)), id=name))
+    return cases
+
+
+def _transformer_cases(module: str) -> list[ParameterSet]:
+    """(config_cls, config_kwargs)."""
+    return [
+        pytest.param(config_class, {**fields, "task_type": TASK_TYPES[module], "target_modules": None}, id=name)
+        for name, (config_class, fields) in TRANSFORMER_VARIANTS.items()
+    ]
+
+
+LIN0, LIN1 = {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}
+LIN0_SAVED = {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}
+LIN0_GRU = {"target_modules": ["lin0"], "modules_to_save": ["gru"]}
+# tests that share their argument names with others but need cases of their own
+BY_TEST: dict[str, list[ParameterSet]] = {
+    "test_mixed_adapter_batches_different_target_layers": _mixed_cases(LIN0, LIN1),
+    "test_mixed_adapter_batches_multiple_modules_to_save": _mixed_cases(LIN0_SAVED, LIN0_SAVED),
+    "test_mixed_adapter_batches_unsupported_layer_raises": _mixed_cases(LIN0_GRU, LIN0_GRU),
+    "test_mixed_adapter_batches_partly_overlapping_target_layers": _mixed_cases(
+        LIN0, {"target_modules": ["lin0", "lin1"]}
+    ),
+    "test_mixed_adapter_batches_merged_raises": _mixed_cases(
+        LIN0, LIN0, ("rank_mask_task", "kronecker", "film_static", "composite_static")
+    ),
+    **{
+        test: [pytest.param(partial(VARIANTS[name][0], **VARIANTS[name][1]), id=name) for name in MAIN]
+        for test in (
+            "test_multiple_adapters_mixed_modules_to_save",
+            "test_multiple_adapters_mixed_modules_to_save_order_switched",
+        )
+    },
+}
+BY_ARGUMENTS: dict[tuple[str, ...], list[ParameterSet]] = {
+    ("test_name", "model_id", "config_cls", "config_kwargs"): _custom_cases(),
+    ("config_cls",): [pytest.param(config_class, id=config_class.__name__) for config_class in CLASSES],
+    ("test_name", "tuner_method", "config_cls", "config_kwargs_1", "config_kwargs_2"): _together_cases(),
+    ("test_name", "config0", "config1"): _mixed_cases(LIN0, LIN0),
+    ("test_name", "config"): _single_cases(with_name=True),
+    ("config0",): _single_cases(with_name=False),
+}
+
+
+def cases_for(module: str, test: str, arguments: tuple[str, ...]) -> list[ParameterSet] | None:
+    """The cases for one `parametrize` of a test; None: it does not choose a method."""
+    if arguments == ("config_cls", "config_kwargs"):
+        return _transformer_cases(module)
+    if arguments not in BY_ARGUMENTS:
+        return None
+    return BY_TEST.get(test, BY_ARGUMENTS[arguments])
