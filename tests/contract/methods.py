@@ -42,6 +42,8 @@ VARIANTS: dict[str, Callable[..., Any]] = {
     "kronecker_random": lambda **k: KroneckerConfig(u_rank=2, v_rank=3, init_method="random", u_dim=4, v_dim=12, **k),
     "film_spatial": lambda **k: ResidualFiLMConfig(mode="spatial", **k),
     "film_static": lambda **k: ResidualFiLMConfig(mode="static", max_beta=0.0, **k),
+    "film_static_beta": lambda **k: ResidualFiLMConfig(mode="static", beta_unit="absolute", **k),
+    "film_static_rms": lambda **k: ResidualFiLMConfig(mode="static", **k),
     "film_absolute": lambda **k: ResidualFiLMConfig(beta_unit="absolute", clamp_range=0.0, **k),
     "film_beta_free": lambda **k: ResidualFiLMConfig(max_beta=0.0, **k),
 }

@@ -75,6 +75,11 @@ def test_i8_merged_equals_unmerged(method: str, architecture: str, dtype: torch.
     invariants.i8_merged_equals_unmerged(method, architecture, dtype)
 
 
+@cases("architecture", ("gpt2", "bart"))
+def test_i8_static_film_merges_into_the_bias(architecture: str) -> None:
+    invariants.i8_merged_equals_unmerged("film_static_beta", architecture, torch.float32)
+
+
 @cases("architecture", ("llama", "gpt2", "t5", "bart"))
 @cases("method", METHODS)
 def test_i10_compiles_whole(method: str, architecture: str) -> None:
