@@ -149,7 +149,7 @@ class ResidualFiLMAdapter(Adapter):
             units = c[:, : self.beta_dim]
             if self.is_rms:
                 units = units * token_rms(y)
-            if units.shape[0] == 1 or self.mode == "spatial":  # what broadcasts cannot be the addend of addmm
+            if self.mode == "spatial" or units.shape[0] != y.shape[0]:  # what broadcasts cannot be the addend of addmm
                 out = out + torch.mm(units, weights[-1])
             else:
                 out = torch.addmm(out, units, weights[-1])

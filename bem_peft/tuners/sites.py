@@ -101,7 +101,7 @@ def find_sites(model: nn.Module) -> SiteTable:
         except SiteError as error:
             problems[f"{name_pattern('.'.join(block.path))} ({type(block.modules[()]).__name__}) {error}"] += 1
     fused = [".".join(block.path + path) for block in blocks for path in block.fused_experts]
-    advice = "Name the projections with target_modules=[...]"
+    advice = "Please specify `target_modules`, the names of the projections to adapt"
     if fused:
         advice = f"Expert weights fused in one parameter are no site: {', '.join(pattern_counts(fused))}. {advice}"
     if problems:

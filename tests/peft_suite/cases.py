@@ -16,10 +16,13 @@ from bem_peft import (
     ResidualFiLMConfig,
 )
 
+SUITE = "peft_suite_tests"  # name of the package that run.py makes of PEFT's tests
 CLASSES = (CompositeConfig, DynamicRankMaskConfig, HeadGroupGatingConfig, KroneckerConfig, ResidualFiLMConfig)
 
-# widths of the suite's MLP: lin0 10 -> 20, lin1 20 -> 2, both with a bias
-KRONECKER_MLP = {"u_rank": 2, "v_rank": 2}
+# The suite's MLP: lin0 10 -> 20, lin1 20 -> 2, both with a bias, then a log-softmax; its inputs are 0 to 89 and it is
+# trained by SGD at a rate of 0.5. The suite gives methods that diverge there a lower rate; ours get a lower scaling.
+KRONECKER_MLP = {"u_rank": 2, "v_rank": 2, "scaling": 0.25}
+RANK_MASK_MLP = {"total_rank": 8, "active_rank": 4, "scaling": 0.25}
 TASK_MASK = {"mask_scope": "task", "value_gate": False}
 STATIC = {"mode": "static", "max_beta": 0.0}
 STATIC_BETA = {"mode": "static", "beta_unit": "absolute"}
@@ -29,12 +32,12 @@ VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
     "head_gating": (HeadGroupGatingConfig, {"num_groups": 2}),
     "head_gating_heads": (HeadGroupGatingConfig, {"num_heads": 5, "num_groups": 5, "rank_per_group": [1, 2, 1, 2, 1]}),
     "head_gating_dropout": (HeadGroupGatingConfig, {"num_groups": 2, "dropout": 0.1}),
-    "rank_mask": (DynamicRankMaskConfig, {"total_rank": 8, "active_rank": 4}),
+    "rank_mask": (DynamicRankMaskConfig, RANK_MASK_MLP),
     "rank_mask_plain": (
         DynamicRankMaskConfig,
         {"total_rank": 6, "active_rank": 3, "use_hadamard_path": False, "value_gate": False, "dropout": 0.1},
     ),
-    "rank_mask_task": (DynamicRankMaskConfig, {"total_rank": 8, "active_rank": 4, **TASK_MASK}),
+    "rank_mask_task": (DynamicRankMaskConfig, {**RANK_MASK_MLP, **TASK_MASK}),
     "kronecker": (KroneckerConfig, KRONECKER_MLP),
     "kronecker_orthogonal": (KroneckerConfig, {**KRONECKER_MLP, "init_method": "orthogonal", "u_dim": 5}),
     "kronecker_random": (KroneckerConfig, {**KRONECKER_MLP, "init_method": "random", "dropout": 0.1}),
@@ -50,10 +53,10 @@ VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
         CompositeConfig,
         {
             "methods": [
-                HeadGroupGatingConfig(num_groups=2),
-                DynamicRankMaskConfig(total_rank=8, active_rank=4),
+                HeadGroupGatingConfig(num_groups=2, scaling=0.25),
+                DynamicRankMaskConfig(**RANK_MASK_MLP),
                 KroneckerConfig(**KRONECKER_MLP),
-                ResidualFiLMConfig(),
+                ResidualFiLMConfig(scaling=0.25),
             ]
         },
     ),
@@ -61,7 +64,7 @@ VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
         CompositeConfig,
         {
             "methods": [
-                DynamicRankMaskConfig(total_rank=8, active_rank=4, **TASK_MASK),
+                DynamicRankMaskConfig(**RANK_MASK_MLP, **TASK_MASK),
                 KroneckerConfig(**KRONECKER_MLP),
                 ResidualFiLMConfig(**STATIC_BETA),
             ]
@@ -123,7 +126,8 @@ def _custom_cases() -> list[ParameterSet]:
                 ("regex", {"target_modules": "lin0"}),
                 ("lin0-modules_to_save", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
             ]
-        targets.append(("both", {"target_modules": ["lin0", "lin1"]}))
+        if name != "film_spatial":  # at lin1 its beta shifts both logits alike, which the log-softmax takes away
+            targets.append(("both", {"target_modules": ["lin0", "lin1"]}))
         for label, where in targets:
             test_name = f"{name}-{label}"
             cases.append(pytest.param(test_name, "MLP", config_class, {**fields, **where}, id=test_name))

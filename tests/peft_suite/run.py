@@ -24,8 +24,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import SUITE
 from checkpoints import build_checkpoints
-from suite_plugin import SUITE
 
 import bem_peft  # noqa: F401  # registers the methods
 

@@ -23,11 +23,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from cases import CLASSES, cases_for, is_mergeable
+from cases import CLASSES, SUITE, cases_for, is_mergeable
 from left_out import is_expected_skip, reason_left_out
 from torch import nn
 
-SUITE = "peft_suite_tests"  # name of the package that run.py makes of PEFT's tests
 # test -> names in its module and in testing_common that the suite compares the config class with
 ADMITTED = {
     "test_mixed_adapter_batches": ("LoraConfig", "RoadConfig"),
