@@ -53,10 +53,10 @@ VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
         CompositeConfig,
         {
             "methods": [
-                HeadGroupGatingConfig(num_groups=2, scaling=0.25),
-                DynamicRankMaskConfig(**RANK_MASK_MLP),
-                KroneckerConfig(**KRONECKER_MLP),
-                ResidualFiLMConfig(scaling=0.25),
+                HeadGroupGatingConfig(num_groups=2, scaling=0.05),
+                DynamicRankMaskConfig(**{**RANK_MASK_MLP, "scaling": 0.05}),
+                KroneckerConfig(**{**KRONECKER_MLP, "scaling": 0.05}),
+                ResidualFiLMConfig(explosion_threshold=1e30),  # the others explode, which it would rightly undo
             ]
         },
     ),
@@ -75,27 +75,33 @@ MAIN = ("head_gating", "rank_mask", "kronecker", "film", "composite")
 # both rows that the suite has for every method: same and different layers
 ACTIVE_TOGETHER = (*MAIN, "rank_mask_task", "film_static", "composite_static")
 
-# name -> (config class, fields); for models of transformers, whose sites are found
+# name -> (config class, fields); for models of transformers, whose sites are found. The updates that merge have rank 4,
+# what the suite grants a conversion to LoRA; FiLM has a wide range, so that it changes what a tiny model generates.
+KRONECKER_TINY = {"u_rank": 2, "v_rank": 2}
+TASK_MASK_TINY = {"total_rank": 8, "active_rank": 4, **TASK_MASK}
+STATIC_TINY = {**STATIC, "clamp_range": 0.9}
 TRANSFORMER_VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
     "head_gating": (HeadGroupGatingConfig, {"num_groups": 2}),
     "rank_mask": (DynamicRankMaskConfig, {}),
-    "rank_mask_task": (DynamicRankMaskConfig, TASK_MASK),
-    "kronecker": (KroneckerConfig, {"u_rank": 4, "v_rank": 4}),
+    "rank_mask_task": (DynamicRankMaskConfig, TASK_MASK_TINY),
+    "kronecker": (KroneckerConfig, KRONECKER_TINY),
     "film": (ResidualFiLMConfig, {}),
-    "film_static": (ResidualFiLMConfig, STATIC),
-    "composite": (CompositeConfig, {"methods": [HeadGroupGatingConfig(), KroneckerConfig(u_rank=4, v_rank=4)]}),
+    "film_static": (ResidualFiLMConfig, STATIC_TINY),
+    "composite": (CompositeConfig, {"methods": [HeadGroupGatingConfig(), KroneckerConfig(**KRONECKER_TINY)]}),
     "composite_static": (
         CompositeConfig,
         {
             "methods": [
-                DynamicRankMaskConfig(**TASK_MASK),
-                KroneckerConfig(u_rank=4, v_rank=4),
+                DynamicRankMaskConfig(**TASK_MASK_TINY),
+                KroneckerConfig(**KRONECKER_TINY),
                 ResidualFiLMConfig(**STATIC),
             ]
         },
     ),
 }
 TASK_TYPES = {
+    "TestTokenClassificationModels": "TOKEN_CLS",
+    "TestQuestionAnsweringModels": "QUESTION_ANS",
     "test_decoder_models": "CAUSAL_LM",
     "test_encoder_decoder_models": "SEQ_2_SEQ_LM",
     "test_feature_extraction_models": "FEATURE_EXTRACTION",
@@ -125,12 +131,18 @@ def _custom_cases() -> list[ParameterSet]:
                 ("lin1", {"target_modules": ["lin1"]}),
                 ("regex", {"target_modules": "lin0"}),
                 ("lin0-modules_to_save", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+                ("lin1-modules_to_save", {"target_modules": ["lin1"], "modules_to_save": ["lin0"]}),
             ]
         if name != "film_spatial":  # at lin1 its beta shifts both logits alike, which the log-softmax takes away
             targets.append(("both", {"target_modules": ["lin0", "lin1"]}))
         for label, where in targets:
             test_name = f"{name}-{label}"
             cases.append(pytest.param(test_name, "MLP", config_class, {**fields, **where}, id=test_name))
+    apart = [  # one layer merges and the next does not
+        KroneckerConfig(**KRONECKER_MLP, target_modules=["lin0"]),
+        HeadGroupGatingConfig(num_groups=2, target_modules=["lin1"]),
+    ]
+    cases.append(pytest.param("composite_apart", "MLP", CompositeConfig, {"methods": apart}, id="composite_apart"))
     for name in MAIN:  # a rank of its own at one of two layers
         config_class, fields = VARIANTS[name]
         if config_class is CompositeConfig:
@@ -152,16 +164,12 @@ def _together_cases() -> list[ParameterSet]:
             first_fields = {**fields, "target_modules": ["lin0"], "init_weights": False}
             second_fields = {**fields, "target_modules": [second], "init_weights": False}
             cases.append(
-                pytest.param(
-                    f"{name} {label}", name, config_class, first_fields, second_fields, id=f"{name}-{label}"
-                )
+                pytest.param(f"{name} {label}", name, config_class, first_fields, second_fields, id=f"{name}-{label}")
             )
     return cases
 
 
-def _mixed_cases(
-    first: dict[str, Any], second: dict[str, Any], names: tuple[str, ...] = MAIN
-) -> list[ParameterSet]:
+def _mixed_cases(first: dict[str, Any], second: dict[str, Any], names: tuple[str, ...] = MAIN) -> list[ParameterSet]:
     """(test_name, config0, config1): two adapters of one method whose rows are mixed in a batch."""
     cases = []
     for name in names:
@@ -181,14 +189,53 @@ def _single_cases(with_name: bool) -> list[ParameterSet]:
     return cases
 
 
-def _transformer_cases(module: str) -> list[ParameterSet]:
+def _transformer_cases(task_type: str) -> list[ParameterSet]:
     """(config_cls, config_kwargs)."""
     return [
-        pytest.param(config_class, {**fields, "task_type": TASK_TYPES[module], "target_modules": None}, id=name)
+        pytest.param(config_class, {**fields, "task_type": task_type, "target_modules": None}, id=name)
         for name, (config_class, fields) in TRANSFORMER_VARIANTS.items()
     ]
 
 
+def _stand_ins(fields_of: dict[type, dict[str, Any]]) -> list[ParameterSet]:
+    """One class each, with the fields that a test does not give."""
+    return [pytest.param(partial(cls, **fields_of.get(cls, {})), id=cls.__name__) for cls in CLASSES]
+
+
+RANK_ONE = {"u_rank": 1, "v_rank": 1}
+ON_CUSTOM = _stand_ins({KroneckerConfig: RANK_ONE, CompositeConfig: {"methods": [KroneckerConfig(**RANK_ONE)]}})
+ON_TRANSFORMERS = _stand_ins(
+    {KroneckerConfig: KRONECKER_TINY, CompositeConfig: {"methods": [KroneckerConfig(**KRONECKER_TINY)]}}
+)
+# Tests of every method's duties, written with `LoraConfig` and nothing of LoRA's: `file::test` -> what takes its
+# place. In those of requires_grad, the parameters of our adapter take the place of `lora_A` and `lora_B`.
+STAND_INS: dict[str, list[ParameterSet]] = {
+    **{
+        f"test_custom_models::{test}": ON_CUSTOM
+        for test in (
+            "test_delete_adapter_with_multiple_adapters_works",
+            "test_delete_adapter_multiple_adapters_with_modules_to_save",
+            "test_weight_bias_attributes",
+            "test_existing_model_card",
+            "test_non_existing_model_card",
+            "test_save_embedding_layers_excludes_similarly_named_sibling",
+            "test_load_does_not_overwrite_similarly_named_sibling",
+            "test_ignore_mismatched_sizes_with_scalar_modules_to_save",
+            "test_requires_grad_modules_to_save_default",
+            "test_requires_grad_modules_to_save_disabling",
+            "test_requires_grad_modules_to_save_multiple_adapters",
+            "test_requires_grad_follows_inference_mode_modules_to_save",
+            "test_requires_grad_lora_different_targets",
+            "test_requires_grad_lora_same_targets",
+        )
+    },
+    "test_custom_models::test_multiple_adapters_automatic_modules_to_save": ON_TRANSFORMERS,
+    "test_custom_models::test_multiple_adapters_no_needless_copy_modules_to_save": ON_TRANSFORMERS,
+    "test_encoder_decoder_models::test_load_model_low_cpu_mem_usage": ON_TRANSFORMERS,
+    "test_feature_extraction_models::test_load_model_low_cpu_mem_usage": ON_TRANSFORMERS,
+}
+# tests that go through all methods that PEFT knows by themselves
+AS_IT_IS = ("test_config::test_from_peft_type",)
 LIN0, LIN1 = {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}
 LIN0_SAVED = {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}
 LIN0_GRU = {"target_modules": ["lin0"], "modules_to_save": ["gru"]}
@@ -212,6 +259,11 @@ BY_TEST: dict[str, list[ParameterSet]] = {
     },
 }
 BY_ARGUMENTS: dict[tuple[str, ...], list[ParameterSet]] = {
+    ("config_class", "mandatory_kwargs"): [
+        *(pytest.param(config_class, {}, id=config_class.__name__) for config_class in CLASSES),
+        pytest.param(CompositeConfig, VARIANTS["composite_all"][1], id="composite_all"),
+    ],
+    ("config_class",): [pytest.param(config_class, id=config_class.__name__) for config_class in CLASSES],
     ("test_name", "model_id", "config_cls", "config_kwargs"): _custom_cases(),
     ("config_cls",): [pytest.param(config_class, id=config_class.__name__) for config_class in CLASSES],
     ("test_name", "tuner_method", "config_cls", "config_kwargs_1", "config_kwargs_2"): _together_cases(),
@@ -221,10 +273,10 @@ BY_ARGUMENTS: dict[tuple[str, ...], list[ParameterSet]] = {
 }
 
 
-def cases_for(module: str, test: str, arguments: tuple[str, ...]) -> list[ParameterSet] | None:
-    """The cases for one `parametrize` of a test; None: it does not choose a method."""
+def cases_for(module: str, owner: str, test: str, arguments: tuple[str, ...]) -> list[ParameterSet] | None:
+    """The cases for one `parametrize` of a test of the class `owner`; None: it does not choose a method."""
     if arguments == ("config_cls", "config_kwargs"):
-        return _transformer_cases(module)
+        return _transformer_cases(TASK_TYPES.get(owner) or TASK_TYPES[module])
     if arguments not in BY_ARGUMENTS:
         return None
     return BY_TEST.get(test, BY_ARGUMENTS[arguments])

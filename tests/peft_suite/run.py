@@ -23,18 +23,19 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 from cases import SUITE
-from checkpoints import build_checkpoints
+from checkpoints import build_checkpoints, checkpoint_key
 
 import bem_peft  # noqa: F401  # registers the methods
 
 FILES = {
+    "config": "test_config.py",
     "custom": "test_custom_models.py",
     "decoder": "test_decoder_models.py",
     "encoder_decoder": "test_encoder_decoder_models.py",
     "feature_extraction": "test_feature_extraction_models.py",
     "seq_classifier": "test_seq_classifier.py",
+    "token_classification_qa": "test_token_classification_qa.py",
 }
 SHARED = ("testing_common.py", "testing_utils.py")
 
@@ -73,17 +74,17 @@ def main(arguments: list[str]) -> int:
     cache = options.cache.resolve()
     cache.mkdir(parents=True, exist_ok=True)
     source = options.source.resolve() if options.source else fetch_source(cache)
-    checkpoints = cache / "checkpoints"
+    checkpoints = cache / f"checkpoints-{checkpoint_key()}"
     build_checkpoints(checkpoints)
     # runs side by side must not share the copied tests
     with tempfile.TemporaryDirectory(prefix="run-", dir=cache) as folder:
         package = prepare_package(source, Path(folder))
         os.chdir(checkpoints)  # "owner/name" of a hub id is a folder here
         sys.path.insert(0, folder)
-        torch.set_num_threads(1)
         ini = ["-c", str(Path(folder) / "pytest.ini"), "--rootdir", folder, "-p", "no:cacheprovider"]
+        options_shown = ["-q", "--tb=short", "--disable-warnings"]
         files = [str(package / FILES[name]) for name in options.only or FILES]
-        return int(pytest.main([*ini, "-p", "suite_plugin", "-q", "--tb=short", *files, *pytest_arguments]))
+        return int(pytest.main([*ini, "-p", "suite_plugin", *options_shown, *files, *pytest_arguments]))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """pytest plugin that runs PEFT's tests with the configs of bem_peft.
 
 PEFT's test files stay as they are. The plugin replaces the values of their `parametrize` marks, leaves out what
-left_out.py names, and lifts four restrictions that the suite states by class because it cannot know ours:
+left_out.py names, and lifts what the suite states by class because it cannot know ours:
 
 * merging: a config that does not merge must refuse and leave the model as it was, then the test is skipped;
 * Conv1D: the suite lists the methods that support it; ours do;
 * mixed batches: the suite lists the methods that support them; ours take the place of the listed class;
+* merging without a bias: meant for BEFT, but PEFT 0.21 skips all methods (`isinstance` of a class); ours are run;
 * `hub_online_once` goes online; here everything is a local folder.
 """
 
@@ -17,14 +18,14 @@ import types
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, partial, partialmethod
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from cases import CLASSES, SUITE, cases_for, is_mergeable
-from left_out import is_expected_skip, reason_left_out
+from cases import AS_IT_IS, CLASSES, STAND_INS, SUITE, cases_for, is_mergeable
+from left_out import expected_skip, reason_left_out
 from torch import nn
 
 # test -> names in its module and in testing_common that the suite compares the config class with
@@ -32,6 +33,7 @@ ADMITTED = {
     "test_mixed_adapter_batches": ("LoraConfig", "RoadConfig"),
     "test_generate_with_mixed_adapter_batches": ("LoraConfig",),
 }
+SUMMARY = pytest.StashKey["Summary"]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,14 +49,10 @@ def pytest_configure(config: pytest.Config) -> None:
         _check_refusal_and_skip, common._skip_if_merging_not_supported
     )
     common._skip_if_conv1d_not_supported = lambda *args: None  # type: ignore[attr-defined]
-    config.stash[_COUNTS] = Counter()
-    config.stash[_LEFT_OUT] = {}
-    config.stash[_UNEXPECTED] = Counter()
-
-
-_COUNTS = pytest.StashKey[Counter[tuple[str, str, str]]]()
-_LEFT_OUT = pytest.StashKey[dict[str, tuple[str, int]]]()
-_UNEXPECTED = pytest.StashKey[Counter[str]]()
+    torch.set_num_threads(1)
+    config.stash[SUMMARY] = Summary()
+    if not hasattr(config, "workerinput"):  # set in the workers of xdist
+        config.pluginmanager.register(config.stash[SUMMARY])
 
 
 @contextmanager
@@ -75,15 +73,39 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for mark in metafunc.definition.own_markers:
         if mark.name == "parametrize":
             arguments = tuple(name.strip() for name in mark.args[0].split(","))
-            cases = cases_for(module, test, arguments)
+            owner = "" if metafunc.cls is None else metafunc.cls.__name__
+            cases = cases_for(module, owner, test, arguments)
             if cases is not None:
                 mark = pytest.mark.parametrize(mark.args[0], cases).mark
-                metafunc.definition.stash[_IS_OURS] = True
         marks.append(mark)
     metafunc.definition.own_markers[:] = marks
+    stand_ins = STAND_INS.get(f"{module}::{test}")
+    if stand_ins is not None:
+        metafunc.fixturenames.append("stand_in")
+        metafunc.parametrize("stand_in", stand_ins, indirect=True)
 
 
-_IS_OURS = pytest.StashKey[bool]()
+@pytest.fixture
+def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`LoraConfig` in the test's module is a config of ours, and what it says of `lora_A` holds for our parameters."""
+    monkeypatch.setattr(request.module, "LoraConfig", request.param)
+    check = getattr(request.cls, "check_requires_grad", None)
+    if check is not None:
+        monkeypatch.setattr(request.cls, "check_requires_grad", partialmethod(_check_requires_grad, check))
+
+
+def _check_requires_grad(test: object, check: Any, model: nn.Module, *expected: str) -> None:
+    names: set[str] = set()
+    for name in expected:
+        layer, found, rest = name.partition(".lora_")
+        if not found:
+            names.add(name)
+            continue
+        adapter = rest.split(".")[1]
+        ours = [n for n, _ in model.named_parameters() if n.startswith(f"{layer}.bem_") and f".{adapter}." in n]
+        assert ours, f"{layer} has no adapter {adapter}"
+        names.update(ours)
+    check(test, model, *names)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -93,8 +115,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         module, test = _names(item)
         reason = reason_left_out(module, test)
         if reason is not None:
-            _, count = config.stash[_LEFT_OUT].get(f"{module}::{test}", ("", 0))
-            config.stash[_LEFT_OUT][f"{module}::{test}"] = (reason, count + 1)
+            config.stash[SUMMARY].left_out[f"{module}::{test}"] = reason
             dropped.append(item)
         elif _method(item) is None:
             unknown.add(f"{module}::{test}")
@@ -113,9 +134,11 @@ def _names(node: pytest.Item | Any) -> tuple[str, str]:
 
 
 def _method(item: pytest.Item) -> str | None:
-    """The method that an item tests."""
+    """The method that an item tests; "every" where it goes through all that PEFT knows."""
+    if "::".join(_names(item)) in AS_IT_IS:
+        return "every"
     parameters = getattr(item, "callspec", None)
-    for name in ("config_cls", "config0", "config"):
+    for name in ("config_cls", "config_class", "config0", "config", "stand_in"):
         value = None if parameters is None else parameters.params.get(name)
         while isinstance(value, partial):
             value = value.func
@@ -132,6 +155,8 @@ def _method(item: pytest.Item) -> str | None:
 def _admit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let our class stand for the one that a test of mixed batches compares with; the same seed for every test."""
     torch.manual_seed(0)
+    if hasattr(request.module, "check_beft_config"):
+        monkeypatch.setattr(request.module, "check_beft_config", lambda *args: None)
     names = ADMITTED.get(_names(request.node)[1], ())
     if names:
         config_class = request.node.callspec.params["config_cls"]
@@ -188,45 +213,48 @@ def _load(model_id: str) -> nn.Module:
 # the summary
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    outcome = yield
-    report = outcome.get_result()  # type: ignore[attr-defined]
-    counts = item.config.stash[_COUNTS]
-    module, method = _names(item)[0], str(_method(item))
-    if report.failed:
-        counts[module, method, "failed"] += 1
-    elif report.skipped:
-        counts[module, method, "skipped"] += 1
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        if not is_expected_skip(reason):
-            item.config.stash[_UNEXPECTED][f"{module}::{_names(item)[1]}: {reason}"] += 1
-    elif report.when == "call":
-        counts[module, method, "passed"] += 1
+class Summary:
+    """Counts outcomes in the process that reports them (with xdist: the controller)."""
 
+    def __init__(self) -> None:
+        self.counts = Counter[tuple[str, str, str]]()
+        self.left_out: dict[str, str] = {}
+        self.skips = Counter[str]()
+        self.unexplained = Counter[str]()
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A skip that left_out.py does not explain fails the run."""
-    if session.config.stash[_UNEXPECTED] and session.exitstatus == pytest.ExitCode.OK:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        module = report.nodeid.partition("::")[0].rpartition("/")[2].removesuffix(".py")
+        method = str(dict(report.user_properties)["method"])
+        if report.failed:
+            self.counts[module, method, "failed"] += 1
+        elif report.skipped:
+            self.counts[module, method, "skipped"] += 1
+            text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            reason = expected_skip(text)
+            if reason is None:
+                self.unexplained[f"{report.nodeid.partition('[')[0]}: {text}"] += 1
+            else:
+                self.skips[reason] += 1
+        elif report.when == "call":
+            self.counts[module, method, "passed"] += 1
 
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """A skip that left_out.py does not explain fails the run."""
+        if self.unexplained and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    write = terminalreporter.write_line
-    counts = config.stash[_COUNTS]
-    terminalreporter.section("PEFT's test suite with the methods of bem_peft")
-    write(f"{'file':34}{'method':20}{'passed':>8}{'failed':>8}{'skipped':>8}")
-    rows = sorted({(module, method) for module, method, _ in counts})
-    for module, method in [*rows, ("all", "")]:
-        keys = rows if module == "all" else [(module, method)]
-        numbers = [sum(counts[m, k, what] for m, k in keys) for what in ("passed", "failed", "skipped")]
-        write(f"{module:34}{method:20}" + "".join(f"{number:8}" for number in numbers))
-    left_out = config.stash[_LEFT_OUT]
-    by_reason = Counter[str]()
-    for reason, _ in left_out.values():
-        by_reason[reason] += 1
-    write(f"left out: {len(left_out)} test functions (left_out.py)")
-    for reason, count in by_reason.most_common():
-        write(f"{count:5}  {reason}")
-    for skip, count in config.stash[_UNEXPECTED].most_common():
-        write(f"UNEXPLAINED SKIP {count} x {skip}", red=True)
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        write = terminalreporter.write_line
+        terminalreporter.section("PEFT's test suite with the methods of bem_peft")
+        write(f"{'file':34}{'method':20}{'passed':>8}{'failed':>8}{'skipped':>8}")
+        rows = sorted({(module, method) for module, method, _ in self.counts})
+        for module, method in [*rows, ("all", "")]:
+            keys = rows if module == "all" else [(module, method)]
+            numbers = [sum(self.counts[m, k, what] for m, k in keys) for what in ("passed", "failed", "skipped")]
+            write(f"{module:34}{method:20}" + "".join(f"{number:8}" for number in numbers))
+        for reason, count in self.skips.most_common():
+            write(f"skipped {count:5}  {reason}")
+        for reason, count in Counter(self.left_out.values()).most_common():
+            write(f"left out {count:4}  test functions: {reason}")
+        for skip, count in self.unexplained.most_common():
+            write(f"UNEXPLAINED SKIP {count} x {skip}", red=True)
