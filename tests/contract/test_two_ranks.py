@@ -3,43 +3,44 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
 
 from tests.contract.invariants import assert_same_gradients, gradients, loss_of
-from tests.contract.methods import METHODS, adapted, adapter_parameters
+from tests.contract.methods import METHODS, adapted
 from tests.tiny_models import tokens
 
-
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    ids = tokens(batch=4)[rank * 2 : rank * 2 + 2]
-    for method in METHODS:
-        model = adapted(method, "llama").train()
-        parallel = DistributedDataParallel(model)  # raises if a parameter takes no part in the loss
-        found = gradients(model, loss_of(parallel, "llama", ids))
-        if rank == 0:
-            torch.save(found, f"{folder}/{method}.pt")
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # the hooks of the step run in both ranks
-        optimizer.step()
-        for parameter in adapter_parameters(model).values():
-            mine = parameter.detach().clone()
-            distributed.all_reduce(mine)
-            assert torch.equal(mine, parameter * 2), f"{method}: the ranks' weights differ after a step"
-    distributed.destroy_process_group()
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the gradients of rank 0, after both ranks ended well."""
     folder = tmp_path_factory.mktemp("ddp")
-    mp.spawn(_rank, args=(str(folder),), nprocs=2)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST", "TORCHINDUCTOR"))}
+    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.contract.two_ranks", str(rank), str(folder)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank, output in zip(ranks, outputs, strict=True):
+        assert rank.returncode == 0, output[-3000:]
     return folder
 
 

@@ -231,11 +231,10 @@ STAND_INS: dict[str, list[ParameterSet]] = {
     },
     "test_custom_models::test_multiple_adapters_automatic_modules_to_save": ON_TRANSFORMERS,
     "test_custom_models::test_multiple_adapters_no_needless_copy_modules_to_save": ON_TRANSFORMERS,
+    "test_config::test_from_peft_type": ON_CUSTOM,  # goes through PeftType, of which only ours is left
     "test_encoder_decoder_models::test_load_model_low_cpu_mem_usage": ON_TRANSFORMERS,
     "test_feature_extraction_models::test_load_model_low_cpu_mem_usage": ON_TRANSFORMERS,
 }
-# tests that go through all methods that PEFT knows by themselves
-AS_IT_IS = ("test_config::test_from_peft_type",)
 LIN0, LIN1 = {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}
 LIN0_SAVED = {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}
 LIN0_GRU = {"target_modules": ["lin0"], "modules_to_save": ["gru"]}

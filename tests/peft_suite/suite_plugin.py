@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from cases import AS_IT_IS, CLASSES, STAND_INS, SUITE, cases_for, is_mergeable
+from cases import CLASSES, STAND_INS, SUITE, cases_for, is_mergeable
 from left_out import expected_skip, reason_left_out
 from torch import nn
 
@@ -89,6 +89,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """`LoraConfig` in the test's module is a config of ours, and what it says of `lora_A` holds for our parameters."""
     monkeypatch.setattr(request.module, "LoraConfig", request.param)
+    if hasattr(request.module, "PeftType"):
+        monkeypatch.setattr(request.module, "PeftType", [request.param().peft_type])
     check = getattr(request.cls, "check_requires_grad", None)
     if check is not None:
         monkeypatch.setattr(request.cls, "check_requires_grad", partialmethod(_check_requires_grad, check))
@@ -134,9 +136,7 @@ def _names(node: pytest.Item | Any) -> tuple[str, str]:
 
 
 def _method(item: pytest.Item) -> str | None:
-    """The method that an item tests; "every" where it goes through all that PEFT knows."""
-    if "::".join(_names(item)) in AS_IT_IS:
-        return "every"
+    """The method that an item tests."""
     parameters = getattr(item, "callspec", None)
     for name in ("config_cls", "config_class", "config0", "config", "stand_in"):
         value = None if parameters is None else parameters.params.get(name)

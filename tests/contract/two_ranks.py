@@ -1,0 +1,36 @@
+"""One rank of `test_two_ranks.py`: python -m tests.contract.two_ranks RANK FOLDER."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.contract.invariants import gradients, loss_of
+from tests.contract.methods import METHODS, adapted, adapter_parameters
+from tests.tiny_models import tokens
+
+
+def main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    ids = tokens(batch=4)[rank * 2 : rank * 2 + 2]
+    for method in METHODS:
+        model = adapted(method, "llama").train()
+        parallel = DistributedDataParallel(model)  # raises if a parameter takes no part in the loss
+        found = gradients(model, loss_of(parallel, "llama", ids))
+        if rank == 0:
+            torch.save(found, f"{folder}/{method}.pt")
+        torch.optim.SGD(model.parameters(), lr=0.1).step()  # the hooks of the step run in both ranks
+        for parameter in adapter_parameters(model).values():
+            both = parameter.detach().clone()
+            distributed.all_reduce(both)
+            if not torch.equal(both, parameter * 2):
+                raise AssertionError(f"{method}: the ranks' weights differ after a step")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
