@@ -13,6 +13,7 @@ once more under a name of ours; it calls the original and hands the rows to the 
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -124,8 +125,7 @@ def _row_statistics(scores: torch.Tensor, visible: torch.Tensor) -> tuple[torch.
 
 def require_interface(attention: nn.Module, site: str) -> None:
     """Raise ValueError where the attention module does not call transformers' attention interface."""
-    module = sys.modules[type(attention).__module__]
-    if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+    if "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(type(attention)):
         raise ValueError(
             f"attention_stats='exact' cannot be had at {site}: {type(attention).__name__} does not go through "
             "transformers' attention interface; use attention_stats='output'."

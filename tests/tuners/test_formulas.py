@@ -81,7 +81,12 @@ def test_groups_are_the_nearest_divisor(heads: int, wanted: int, found: int) -> 
 @pytest.mark.parametrize("scope", ["token", "task"])
 def test_rank_mask_formula(value_gate: bool, use_hadamard: bool, scope: str) -> None:
     config = DynamicRankMaskConfig(
-        total_rank=8, active_rank=3, value_gate=value_gate, use_hadamard_path=use_hadamard, mask_scope=scope, scaling=0.9
+        total_rank=8,
+        active_rank=3,
+        value_gate=value_gate,
+        use_hadamard_path=use_hadamard,
+        mask_scope=scope,
+        scaling=0.9,
     )
     adapter, (x, y) = make(DynamicRankMaskAdapter, config), data()
     p = numbers(adapter)

@@ -1,0 +1,228 @@
+"""What reaches PT1's gates beside the hidden states: retrieval quality, exact attention rows, penalties' masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+import bem_peft
+from bem_peft import HeadGroupGatingConfig
+from bem_peft.tuners import attention_stats
+from bem_peft.tuners.attention_stats import AttentionRows, attention_rows
+from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
+from tests.contract.invariants import assert_same_gradients, gradients
+from tests.contract.methods import adapted, adapter_parameters, randomize
+from tests.tiny_models import VOCABULARY, build, llama, tokens
+
+
+def gated(task_type: str | None = "CAUSAL_LM", **fields: Any) -> nn.Module:
+    model = get_peft_model(build("llama"), HeadGroupGatingConfig(task_type=task_type, **fields))
+    randomize(model)
+    return model.eval()
+
+
+def logits(model: nn.Module, **inputs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_retrieval_quality_reaches_the_gates(task_type: str | None) -> None:
+    model, ids = gated(task_type, retrieval="quality"), tokens()
+    low = logits(model, input_ids=ids, retrieval_quality=torch.tensor([0.0, 0.5]))
+    high = logits(model, input_ids=ids, retrieval_quality=torch.tensor([1.0, 0.5]))
+    absent = logits(model, input_ids=ids)
+    assert not torch.allclose(low[0], high[0])
+    assert torch.equal(low[1], high[1]), "the other sequence's quality leaked"
+    torch.testing.assert_close(low[1], absent[1]), "one half is neutral"
+    by_token = logits(model, input_ids=ids, retrieval_quality=torch.tensor([[0.0] * 9, [0.5] * 9]))
+    torch.testing.assert_close(by_token, low)
+    with bem_peft.retrieval_quality(model, torch.tensor([0.0, 0.5])):
+        torch.testing.assert_close(logits(model, input_ids=ids), low)
+    torch.testing.assert_close(logits(model, input_ids=ids), absent)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_retrieval_quality_holds_for_every_generated_token(beams: int) -> None:
+    model, ids = gated(retrieval="quality"), tokens(batch=2, length=5)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+    quality = torch.tensor([0.0, 1.0])
+    found = model.generate(input_ids=ids, retrieval_quality=quality, **options)
+    alone = [
+        model.generate(input_ids=ids[i : i + 1], retrieval_quality=quality[i : i + 1], **options) for i in range(2)
+    ]
+    assert torch.equal(found, torch.cat(alone))
+    with bem_peft.retrieval_quality(model, quality):
+        without_cache = model.generate(input_ids=ids, use_cache=False, **options)
+    assert torch.equal(found, without_cache)
+
+
+def test_retriever_scores_are_scored_by_a_learned_scorer() -> None:
+    model, ids = gated(retrieval="scores").train(), tokens()
+    scores = torch.tensor([[9.0, 1.0, 0.5], [2.0, 1.9, float("-inf")]])
+    model(input_ids=ids, labels=ids, retrieval_scores=scores).loss.backward()
+    for name, parameter in adapter_parameters(model).items():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+    adapter = next(m for m in model.modules() if isinstance(m, HeadGroupGatingAdapter))
+    w, b = adapter.scorer_weight.detach().numpy(), adapter.scorer_bias.item()
+    share = np.exp(scores[0].numpy() - 9) / np.exp(scores[0].numpy() - 9).sum()
+    features = np.array([9.0, 8.0, 1 + (share * np.log(share)).sum() / np.log(3)])
+    expected = 1 / (1 + np.exp(-(w @ features + b)))
+    np.testing.assert_allclose(adapter.score_quality(scores)[0].item(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_two_checkpointed_forwards_keep_their_own_quality(reentrant: bool) -> None:
+    ids, first, second = tokens(), torch.tensor([0.1, 0.9]), torch.tensor([1.0, 0.3])
+
+    def both(model: nn.Module) -> torch.Tensor:
+        a = model(input_ids=ids, labels=ids, retrieval_quality=first).loss
+        return a + model(input_ids=ids, labels=ids, retrieval_quality=second).loss
+
+    plain = gated(retrieval="quality").train()
+    expected = gradients(plain, both(plain))
+    model = gated(retrieval="quality").train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert_same_gradients(gradients(model, both(model)), expected, 1e-4)
+
+
+def eager_probabilities(model: nn.Module, **inputs: Any) -> Any:
+    with torch.no_grad():
+        return model(**inputs, output_attentions=True)
+
+
+def numpy_statistics(p: np.ndarray, visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(-1)
+    n = np.maximum(visible.sum(-1), 1)  # a padding row sees nothing
+    return entropy, (p**2).sum(-1) / n - 1 / n**2
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 22])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_exact_rows_equal_eager_probabilities(
+    implementation: str, kv_heads: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float64, causal, grouped queries, left padding, and one decoding step with a cache."""
+    monkeypatch.setattr(attention_stats, "SCORES_AT_ONCE", chunk)
+    torch.manual_seed(0)
+    softmax = torch.nn.functional.softmax  # eager asks for float32; the reference is to be float64
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
+    base = llama(num_key_value_heads=kv_heads, initializer_range=0.3).double().eval()
+    eager = llama(num_key_value_heads=kv_heads, attn_implementation="eager").double().eval()
+    eager.load_state_dict(base.state_dict())
+    base.set_attn_implementation(implementation)
+    seen: list[AttentionRows] = []
+    take = HeadGroupGatingAdapter.statistics
+
+    def record(self: Any, x: torch.Tensor) -> torch.Tensor:
+        seen.append(self.attention_rows)
+        return take(self, x)
+
+    monkeypatch.setattr(HeadGroupGatingAdapter, "statistics", record)
+    config = HeadGroupGatingConfig(task_type="CAUSAL_LM", attention_stats="exact")
+    model = get_peft_model(base, config, autocast_adapter_dtype=False).eval()
+    ids = torch.randint(3, VOCABULARY, (2, 7))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    with torch.no_grad():
+        out = model(input_ids=ids, attention_mask=mask, use_cache=True)
+        reference = eager(input_ids=ids, attention_mask=mask, use_cache=True, output_attentions=True)
+        step_mask = torch.cat((mask, torch.ones(2, 1, dtype=mask.dtype)), dim=1)
+        model(input_ids=ids[:, :1], attention_mask=step_mask, past_key_values=out.past_key_values)
+        step = eager(
+            input_ids=ids[:, :1],
+            attention_mask=step_mask,
+            past_key_values=reference.past_key_values,
+            output_attentions=True,
+        )
+    causal = np.tril(np.ones((7, 7), dtype=bool))[None, None] & mask.bool().numpy()[:, None, None, :]
+    real = mask.bool().numpy()
+    for layer in range(2):
+        p = reference.attentions[layer].numpy()
+        entropy, variance = numpy_statistics(p, causal)
+        found = seen[layer]
+        np.testing.assert_allclose(found.entropy.numpy()[real], entropy.transpose(0, 2, 1)[real], atol=1e-12)
+        np.testing.assert_allclose(found.variance.numpy()[real], variance.transpose(0, 2, 1)[real], atol=1e-12)
+        p = step.attentions[layer].numpy()
+        entropy, variance = numpy_statistics(p, step_mask.bool().numpy()[:, None, None, :])
+        found = seen[2 + layer]
+        np.testing.assert_allclose(found.entropy.numpy(), entropy.transpose(0, 2, 1), atol=1e-12)
+        np.testing.assert_allclose(found.variance.numpy(), variance.transpose(0, 2, 1), atol=1e-12)
+
+
+def test_rows_with_softcap_and_position_bias_equal_a_plain_softmax() -> None:
+    query, key = torch.randn(2, 4, 5, 8, dtype=torch.float64), torch.randn(2, 2, 5, 8, dtype=torch.float64)
+    bias = torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    rows = attention_rows(query, key, None, 0.3, True, position_bias=bias, softcap=2.0)
+    scores = 2 * torch.tanh(query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3 / 2) + bias
+    p = scores.masked_fill(~torch.ones(5, 5).tril().bool(), float("-inf")).softmax(-1).numpy()
+    entropy, variance = numpy_statistics(p, np.tril(np.ones((5, 5)))[None, None])
+    np.testing.assert_allclose(rows.entropy.numpy(), entropy.transpose(0, 2, 1), atol=1e-12)
+    np.testing.assert_allclose(rows.variance.numpy(), variance.transpose(0, 2, 1), atol=1e-12)
+
+
+def test_unloading_restores_the_attention_implementation() -> None:
+    model = adapted("head_gating_exact", "llama")
+    assert model.config._attn_implementation.startswith("bem_peft_exact_")
+    assert model.unload().config._attn_implementation == "sdpa"
+
+
+def test_attention_outside_the_interface_is_refused() -> None:
+    model = build("jamba").get_submodule("model")
+    config = HeadGroupGatingConfig(attention_stats="exact", target_modules=["mamba.out_proj"], num_heads=4)
+    with pytest.raises(ValueError, match=r"exact.*JambaMambaMixer"):
+        get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("method", ["head_gating", "rank_mask", "kronecker"])
+def test_penalty_gradient_equals_adding_it_to_the_loss(method: str) -> None:
+    """Real tokens only; the loss that is reported stays as it is; half the loss carries half the penalty."""
+    field = {
+        "head_gating": "decorrelation_strength",
+        "rank_mask": "balance_strength",
+        "kronecker": "diversity_strength",
+    }
+    ids = tokens()
+    mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
+    labels = ids.masked_fill(mask == 0, -100)
+
+    def run(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, share: float) -> Any:
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        return float(loss.detach()), gradients(model, loss * share)
+
+    plain_loss, plain = run(adapted_with(method), ids, mask, labels, 1.0)
+    loss, found = run(adapted_with(method, **{field[method]: 3.0}), ids, mask, labels, 1.0)
+    assert loss == plain_loss
+    penalty = {name: found[name] - plain[name] for name in plain}
+    assert sum(float(p.abs().sum()) for p in penalty.values()) > 0
+    _, half = run(adapted_with(method, **{field[method]: 3.0}), ids, mask, labels, 0.5)
+    assert_same_gradients(half, {name: g / 2 for name, g in found.items()}, 1e-4)
+    wider = torch.cat((ids, torch.zeros(2, 3, dtype=torch.long)), dim=1)
+    wider_mask = torch.cat((mask, torch.zeros(2, 3, dtype=torch.long)), dim=1)
+    wider_labels = torch.cat((labels, torch.full((2, 3), -100)), dim=1)
+    _, padded = run(adapted_with(method, **{field[method]: 3.0}), wider, wider_mask, wider_labels, 1.0)
+    assert_same_gradients(padded, found, 1e-3)
+    model = adapted_with(method, **{field[method]: 3.0}).eval()
+    with torch.no_grad():
+        with_penalty = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        without = adapted_with(method).eval()(input_ids=ids, attention_mask=mask, labels=labels).loss
+    assert torch.equal(with_penalty, without)
+
+
+def adapted_with(method: str, **fields: Any) -> PeftModel:
+    configs = {
+        "head_gating": HeadGroupGatingConfig,
+        "rank_mask": bem_peft.DynamicRankMaskConfig,
+        "kronecker": bem_peft.KroneckerConfig,
+    }
+    sizes = {"u_rank": 3, "v_rank": 2} if method == "kronecker" else {}
+    model = get_peft_model(build("llama"), configs[method](task_type="CAUSAL_LM", **sizes, **fields))
+    randomize(model)
+    return model.train()
