@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.contract.methods import METHODS, adapted
 from tests.tiny_models import tokens
 
 ROOT = Path(__file__).parents[2]
+SECONDS = 240
 
 
 @pytest.fixture(scope="module")
@@ -23,24 +25,28 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST", "TORCHINDUCTOR"))}
     environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.contract.two_ranks", str(rank), str(folder)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    logs = [folder / f"rank_{rank}.log" for rank in range(2)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        command = [sys.executable, "-W", "ignore", "-m", "tests.contract.two_ranks", str(rank), str(folder)]
+        with log.open("w") as output:
+            ranks.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                )
+            )
+    deadline = time.monotonic() + SECONDS
+    try:  # until both ended well, or one did not: the other would wait for it
+        while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
     finally:
         for rank in ranks:
             rank.kill()
-    for rank, output in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, output[-3000:]
+            rank.wait()
+    texts = [f"rank {rank}: exit {ranks[rank].returncode}\n{log.read_text()[-4000:]}" for rank, log in enumerate(logs)]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(texts)
     return folder
 
 

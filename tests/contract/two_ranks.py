@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
+from datetime import timedelta
 
 import torch
 from torch import distributed
@@ -14,8 +16,11 @@ from tests.tiny_models import tokens
 
 
 def main(rank: int, folder: str) -> None:
+    faulthandler.dump_traceback_later(200, exit=True)
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=100)
+    )
     ids = tokens(batch=4)[rank * 2 : rank * 2 + 2]
     for method in METHODS:
         model = adapted(method, "llama").train()

@@ -81,13 +81,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.definition.own_markers[:] = marks
     stand_ins = STAND_INS.get(f"{module}::{test}")
     if stand_ins is not None:
-        metafunc.fixturenames.append("stand_in")
         metafunc.parametrize("stand_in", stand_ins, indirect=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """`LoraConfig` in the test's module is a config of ours, and what it says of `lora_A` holds for our parameters."""
+    if not hasattr(request, "param"):
+        return
     monkeypatch.setattr(request.module, "LoraConfig", request.param)
     if hasattr(request.module, "PeftType"):
         monkeypatch.setattr(request.module, "PeftType", [request.param().peft_type])

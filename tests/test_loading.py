@@ -1,0 +1,233 @@
+"""Saving and loading on every road that LoRA has."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.utils import PeftType
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import bem_peft
+from bem_peft import DeadSiteError, KroneckerConfig, export_lora, probe
+from bem_peft.tuners import pt3_kronecker, registry
+from tests.contract.invariants import assert_close, logits
+from tests.contract.methods import CONFIGS, METHODS, adapted, adapter_parameters, randomize
+from tests.tiny_models import build, call, llama, tokens
+
+methods = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path) -> Path:
+    build("llama").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@methods
+def test_auto_classes_load_the_adapter(method: str, base_folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    model = get_peft_model(base, CONFIGS[method](task_type="CAUSAL_LM"))
+    randomize(model)
+    expected = logits(model.eval(), input_ids=tokens())
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    card = (folder / "README.md").read_text()
+    assert "import bem_peft" in card
+    assert str(base_folder) in card
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(folder).eval(), input_ids=tokens()), expected)
+    assert PeftConfig.from_pretrained(folder).peft_type == CONFIGS[method]().peft_type
+    for changes in ({"low_cpu_mem_usage": True}, {"is_trainable": True}):
+        fresh = AutoModelForCausalLM.from_pretrained(base_folder)
+        loaded = PeftModel.from_pretrained(fresh, folder, **changes).eval()
+        assert torch.equal(logits(loaded, input_ids=tokens()), expected)
+        assert any(p.requires_grad for p in loaded.parameters()) is ("is_trainable" in changes)
+
+
+@methods
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_native_integration_of_transformers(method: str, name: str, base_folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    model.add_adapter(CONFIGS[method](task_type="CAUSAL_LM"), adapter_name="first")
+    randomize(model)
+    expected = logits(model, input_ids=tokens())
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    base = logits(fresh, input_ids=tokens())
+    fresh.load_adapter(tmp_path / "adapter", adapter_name=name)
+    assert torch.equal(logits(fresh, input_ids=tokens()), expected)
+    fresh.disable_adapters()
+    assert torch.equal(logits(fresh, input_ids=tokens()), base)
+
+
+@methods
+def test_direct_injection_round_trip(method: str) -> None:
+    config = CONFIGS[method](task_type="CAUSAL_LM")
+    model = inject_adapter_in_model(copy.deepcopy(config), build("llama"), adapter_name="one").eval()
+    randomize(model)
+    state = get_peft_model_state_dict(model, adapter_name="one")
+    other = inject_adapter_in_model(copy.deepcopy(config), build("llama"), adapter_name="two").eval()
+    set_peft_model_state_dict(other, state, adapter_name="two")
+    assert torch.equal(logits(other, input_ids=tokens()), logits(model, input_ids=tokens()))
+
+
+@methods
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_rows_of_a_batch_use_their_own_adapter(method: str, architecture: str) -> None:
+    model = adapted(method, architecture)
+    model.add_adapter("second", CONFIGS[method](task_type=model.peft_config["default"].task_type))
+    randomize(model, seed=11)
+    ids = tokens(batch=3)
+    inputs = call(architecture, ids)
+    with torch.no_grad():
+        mixed = model(**inputs, adapter_names=["default", "__base__", "second"]).logits
+    with model.disable_adapter():
+        assert_close(mixed[1], logits(model, **inputs)[1])
+    assert_close(mixed[0], logits(model, **inputs)[0])
+    model.set_adapter("second")
+    assert_close(mixed[2], logits(model, **inputs)[2])
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    assert "second" not in str(model.state_dict().keys())
+
+
+def test_beam_search_with_mixed_adapters() -> None:
+    model, ids = adapted("kronecker", "llama"), tokens(batch=2, length=5)
+    options = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    mixed = model.generate(input_ids=ids, adapter_names=["default", "__base__"], **options)
+    assert torch.equal(mixed[:1], model.generate(input_ids=ids[:1], **options))
+    with model.disable_adapter():
+        assert torch.equal(mixed[1:], model.generate(input_ids=ids[1:], **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bart"])
+def test_exported_lora_gives_the_same_logits(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    changes = {"rank_pattern": {r"layers\.0\.mlp\.down_proj": {"u_rank": 2}}} if architecture == "llama" else {}
+    model = get_peft_model(
+        build(architecture, dtype),
+        KroneckerConfig(u_rank=3, v_rank=2, task_type=None if architecture == "bart" else "CAUSAL_LM", **changes),
+    ).eval()
+    randomize(model)
+    report = export_lora(model, tmp_path)
+    assert report.is_exact
+    lora = PeftModel.from_pretrained(build(architecture, dtype), tmp_path).eval()
+    assert isinstance(lora.peft_config["default"], LoraConfig)
+    inputs = call(architecture, tokens())
+    assert_close(logits(lora, **inputs), logits(model, **inputs))
+
+
+@pytest.mark.parametrize("method", ["head_gating", "rank_mask"])
+def test_lossy_export_reports_its_error(method: str, tmp_path: Path) -> None:
+    model = adapted(method, "llama")
+    report = export_lora(model, tmp_path, calibration=[{"input_ids": tokens(batch=4)}])
+    assert not report.is_exact
+    assert len(report.relative_error) == len(report.ranks)
+    assert all(0 < error < 1 for error in report.relative_error.values())
+    constant = get_peft_model(build("llama"), CONFIGS[method](task_type="CAUSAL_LM"))
+    assert all(
+        e == 0 for e in export_lora(constant, tmp_path, calibration=[{"input_ids": tokens()}]).relative_error.values()
+    )
+    lora = PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert isinstance(lora.peft_config["default"], LoraConfig)
+
+
+def test_loading_for_inference_does_no_decomposition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    original = pt3_kronecker.higher_order_svd
+    monkeypatch.setattr(pt3_kronecker, "higher_order_svd", lambda *a: calls.append(1) or original(*a))
+    adapted("kronecker", "llama").save_pretrained(tmp_path)
+    assert len(calls) == 2
+    PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert len(calls) == 2
+
+
+def test_modules_to_save_and_layers_to_transform(tmp_path: Path) -> None:
+    config = KroneckerConfig(
+        task_type="CAUSAL_LM", u_rank=2, v_rank=2, layers_to_transform=[1], modules_to_save=["lm_head"]
+    )
+    model = get_peft_model(build("llama"), config).train()
+    assert all(".layers.1." in name for name in adapter_parameters(model))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path).eval()
+    assert torch.equal(logits(loaded, input_ids=tokens()), logits(model, input_ids=tokens()))
+
+
+def test_registration_is_idempotent_and_pickles() -> None:
+    registry.register("bem_kronecker", KroneckerConfig, bem_peft.KroneckerModel)
+    member = PeftType("BEM_KRONECKER")
+    assert member is PeftType["BEM_KRONECKER"]
+    assert member in list(PeftType)
+    assert pickle.loads(pickle.dumps(member)) is member
+    assert json.dumps(member) == '"BEM_KRONECKER"'
+    assert registry.extend_peft_type("BEM_KRONECKER") is member
+
+
+def test_too_old_peft_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.peft, "__version__", "0.17.1")
+    with pytest.raises(ImportError, match=r"peft >= 0.21.*pip install"):
+        registry.extend_peft_type("BEM_NEW")
+
+
+def test_probe_names_a_site_that_a_fused_kernel_bypasses() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down_proj = nn.Linear(8, 8)
+            self.out_proj = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"y": nn.functional.linear(self.down_proj(x), self.out_proj.weight)}
+
+    config = bem_peft.ResidualFiLMConfig(target_modules=["down_proj", "out_proj"])
+    with pytest.raises(DeadSiteError, match=r"1 of 2.*out_proj"):
+        probe(get_peft_model(Fused(), config), {"x": torch.randn(3, 8)})
+    assert probe(adapted("film", "t5").train()) == 10
+
+
+def test_kept_weights_follow_every_way_of_changing_a_parameter() -> None:
+    model, ids = adapted("rank_mask", "llama"), tokens()
+    adapter = next(m for m in model.modules() if isinstance(m, bem_peft.tuners.pt2_rank_mask.DynamicRankMaskAdapter))
+    seen = [logits(model, input_ids=ids)]
+
+    def fresh() -> torch.Tensor:  # with gradients nothing is kept
+        return model(input_ids=ids).logits.detach()
+
+    with torch.no_grad():
+        adapter.B.mul_(2.0)
+    seen.append(logits(model, input_ids=ids))
+    adapter.B.data = adapter.B.data * 0.5 + 1.0
+    seen.append(logits(model, input_ids=ids))
+    adapter.B = nn.Parameter(torch.randn_like(adapter.B))
+    seen.append(logits(model, input_ids=ids))
+    torch.testing.assert_close(seen[-1], fresh(), rtol=1e-4, atol=1e-4)
+    for i, a in enumerate(seen):
+        assert all(not torch.allclose(a, b) for b in seen[i + 1 :])
+
+
+def test_a_shared_weight_is_not_merged_twice() -> None:
+    base = llama()
+    base.model.layers[1].mlp.down_proj.weight = base.model.layers[0].mlp.down_proj.weight
+    model = get_peft_model(base, KroneckerConfig(u_rank=2, v_rank=2))
+    with pytest.raises(ValueError, match="share one weight"):
+        model.merge_adapter()
