@@ -22,6 +22,8 @@ def main(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=100)
     )
     ids = tokens(batch=4)[rank * 2 : rank * 2 + 2]
+    reduced = []  # kept until the group ends: gloo's thread must not free the last reference to a tensor of Python while
+    # the group's destructor, which holds the GIL, waits for that thread
     for method in METHODS:
         model = adapted(method, "llama").train()
         parallel = DistributedDataParallel(model)  # raises if a parameter takes no part in the loss
@@ -31,9 +33,11 @@ def main(rank: int, folder: str) -> None:
         torch.optim.SGD(model.parameters(), lr=0.1).step()  # the hooks of the step run in both ranks
         for parameter in adapter_parameters(model).values():
             both = parameter.detach().clone()
+            reduced.append(both)
             distributed.all_reduce(both)
             if not torch.equal(both, parameter * 2):
                 raise AssertionError(f"{method}: the ranks' weights differ after a step")
+        del parallel
     distributed.destroy_process_group()
 
 
