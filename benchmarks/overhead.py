@@ -3,8 +3,9 @@
     python benchmarks/overhead.py [--checkpoint FOLDER] [--rounds 30] [--dtype float32 bfloat16] [--out FOLDER]
 
 All variants share the base's weights. Each round times every variant once, in an order that changes from round to
-round; a cell is the median over rounds of time / base's time of the same round, minus one, with its quartiles. Run it
-alone on the machine. Nothing is reported if a fresh adapter does not give the base's logits.
+round; a cell is the median over rounds of time / base's time of the same round, minus one, with its quartiles; beside
+it the same ratio to LoRA's time. Run it alone on the machine. Nothing is reported if a fresh adapter does not give the
+base's logits.
 """
 
 from __future__ import annotations
@@ -38,9 +39,13 @@ VARIANTS: dict[str, tuple[Callable[[], object], str | None]] = {
     "LoRA W_O+W_down r=8": (lambda: LoraConfig(r=8, target_modules=W_O + W_DOWN), None),
     "PT2 rank mask": (lambda: DynamicRankMaskConfig(total_rank=8, active_rank=4), "LoRA W_O+W_down r=8"),
     "LoRA W_down r=8": (lambda: LoraConfig(r=8, target_modules=W_DOWN), None),
-    "PT3 Kronecker": (lambda: KroneckerConfig(u_rank=7, v_rank=4), "LoRA W_down r=8"),
+    "PT3 Kronecker": (lambda: KroneckerConfig(u_rank=4, v_rank=7), "LoRA W_down r=8"),
     "PT4 FiLM": (lambda: ResidualFiLMConfig(gamma_dim=6, beta_dim=6), "LoRA W_O+W_down r=8"),
 }
+HEADER = (
+    *("dtype", "phase", "base_ms", "variant", "parameters", "overhead", "quartile_1", "quartile_3"),
+    *("beside", "time_ratio", "time_ratio_quartile_1", "time_ratio_quartile_3"),
+)
 
 
 def share_weights(model: torch.nn.Module) -> torch.nn.Module:
@@ -55,8 +60,10 @@ def build(checkpoint: str, dtype: torch.dtype, only: list[str] | None) -> dict[s
     models = {"base": base}
     with torch.inference_mode():
         reference = base(ids).logits
-    for name, (config, beside) in VARIANTS.items():
-        if only and not any(part in name for part in only) and not any(part in (beside or "") for part in only):
+    chosen = [name for name in VARIANTS if not only or any(part in name for part in only)]
+    chosen += [beside for name in chosen if (beside := VARIANTS[name][1]) is not None]
+    for name, (config, _) in VARIANTS.items():
+        if name not in chosen:
             continue
         torch.manual_seed(0)
         model = get_peft_model(share_weights(base), config()).eval().requires_grad_(False)
@@ -101,10 +108,9 @@ def interleave(models: dict[str, torch.nn.Module], timed: Callable[[torch.nn.Mod
     return seconds
 
 
-def overhead(seconds: dict[str, list[float]], name: str) -> tuple[float, float, float]:
-    """Median and quartiles of time / base time - 1, of the same round."""
-    ratios = [a / b - 1 for a, b in zip(seconds[name], seconds["base"], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+def ratio(seconds: dict[str, list[float]], name: str, to: str) -> tuple[float, float, float]:
+    """Median and quartiles of the time of `name` / the time of `to` in the same round."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(seconds[name], seconds[to], strict=True)], n=4)
     return middle, low, high
 
 
@@ -136,22 +142,24 @@ def main() -> None:
             for name in models:
                 if name == "base":
                     continue
-                middle, low, high = overhead(seconds, name)
-                beside = VARIANTS[name][1]
-                against = ""
+                middle, low, high = (value - 1 for value in ratio(seconds, name, "base"))
+                beside, against, shown = VARIANTS[name][1], ("", "", ""), ""
                 if beside is not None:
-                    share = middle / overhead(seconds, beside)[0]
-                    against = f"{share:5.2f} of LoRA's overhead"
+                    against = tuple(f"{value:.4f}" for value in ratio(seconds, name, beside))
+                    shown = "{} [{}, {}] of LoRA's time".format(*(f"{float(value):.3f}" for value in against))
+                    lora, _, _ = ratio(seconds, beside, "base")
+                    shown += f", {middle / (lora - 1):.2f} of its overhead" if lora > 1 else ""
                 count = sum(p.numel() for n, p in models[name].named_parameters() if "bem_" in n or "lora_" in n)
-                print(f"  {name:22s} {middle:+7.1%}  [{low:+.1%}, {high:+.1%}]  {count:9,d} parameters  {against}")
-                rows.append([dtype, phase, name, count, f"{middle:.4f}", f"{low:.4f}", f"{high:.4f}", beside or ""])
+                print(f"  {name:20s} {middle:+7.1%} [{low:+.1%}, {high:+.1%}]  {count:9,d} parameters  {shown}")
+                cells = [f"{value:.4f}" for value in (middle, low, high)]
+                rows.append([dtype, phase, f"{base_ms:.2f}", name, count, *cells, beside or "", *against])
             print()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "overhead.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["# " + machine, versions, str(datetime.date.today()), f"{args.rounds} rounds"])
-        writer.writerow(["dtype", "phase", "variant", "parameters", "overhead", "quartile_1", "quartile_3", "beside"])
+        writer.writerow(HEADER)
         writer.writerows(rows)
     print(f"written to {path}")
 

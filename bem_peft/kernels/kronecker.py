@@ -7,15 +7,17 @@ multiplications a token take its place.
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import linear
 
 
-def kronecker_project(x: torch.Tensor, u: torch.Tensor, v_t: torch.Tensor) -> torch.Tensor:
-    """Args: x (N, u_dim * v_dim), u (u_rank, u_dim), v_t = V^T (v_dim, v_rank). Returns: (N, u_rank * v_rank).
+def kronecker_project(x: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Args: x (N, u_dim * v_dim), u (u_rank, u_dim), v (v_rank, v_dim). Returns: (N, u_rank * v_rank).
 
     `bmm` and not `matmul`: the latter folds its batch or not by whether a gradient is asked for, and so would give
     other bits in training than at inference.
     """
-    tokens = x.shape[0]
-    (u_rank, u_dim), (v_dim, v_rank) = u.shape, v_t.shape
+    if x.shape[0] == 1:  # a decoding step
+        return linear(torch.mm(u, x.view(u.shape[1], -1)), v).view(1, -1)
+    tokens, (u_rank, u_dim), (v_rank, v_dim) = x.shape[0], u.shape, v.shape
     left = torch.bmm(u.expand(tokens, u_rank, u_dim), x.reshape(tokens, u_dim, v_dim))
-    return torch.mm(left.view(tokens * u_rank, v_dim), v_t).view(tokens, u_rank * v_rank)
+    return linear(left.view(tokens * u_rank, v_dim), v).view(tokens, u_rank * v_rank)

@@ -192,16 +192,17 @@ FEW_ROWS = 8
 
 
 def transposed(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight (a, b) -> (b, a) in `dtype`; laid out anew where it is kept (no gradient), a view where it is not."""
+    """B (out, r) -> (r, out) in `dtype`; laid out anew where it is kept (no gradient), a view where it is not.
+
+    For the wide side only: a product with A^T is faster from A's own layout.
+    """
     turned = weight.to(dtype).t()
     return turned if torch.is_grad_enabled() else turned.contiguous()
 
 
-def is_few_rows(x: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether x (N, in) is a decoding step in half precision that float32 serves better (on a CPU)."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return x.shape[0] <= FEW_ROWS
+def is_few_rows(x: torch.Tensor) -> bool:
+    """Whether x (N, in) is a decoding step, whose time on a CPU goes into the number of operations."""
+    return x.shape[0] <= FEW_ROWS and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class Adapter(nn.Module):
@@ -243,9 +244,10 @@ class Adapter(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x (..., in), y (..., out) -> y' (..., out) in the dtype of y.
 
-        The dtype of y is the compute dtype; autocast would choose another one behind the formula's back. A few rows of
-        bfloat16 or float16 on a CPU (a decoding step) are computed in float32, with the weights that longer inputs are
-        computed with: setting up a product in half precision costs ten times the product there.
+        The dtype of y is the compute dtype; autocast would choose another one behind the formula's back. A few rows
+        on a CPU (a decoding step) read the weights as `derive_few_rows` lays them out, and bfloat16 or float16 rows
+        are computed in float32, with the rounded weights that longer inputs are computed with: setting up a product
+        in half precision costs ten times the product there.
         """
         kind = y.device.type
         if torch.is_autocast_enabled(kind):
@@ -255,29 +257,35 @@ class Adapter(nn.Module):
         if self.reads_call:
             self.call.lead = x.shape[:-1]
         inputs, rows = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
-        if dtype is not torch.float32 and kind == "cpu" and is_few_rows(inputs, dtype):
-            out = self.transform(inputs.float(), rows.float(), *self.weights(dtype, widened=True)).to(dtype)
+        few_rows = kind == "cpu" and is_few_rows(inputs)
+        weights = self.weights(dtype, few_rows)
+        if few_rows and dtype in (torch.bfloat16, torch.float16):
+            out = self.transform(inputs.float(), rows.float(), *weights).to(dtype)
         else:
             if inputs.dtype is not dtype:
                 inputs = inputs.to(dtype)
-            out = self.transform(inputs, rows, *self.weights(dtype))
+            out = self.transform(inputs, rows, *weights)
         return out.view(y.shape)
 
-    def weights(self, dtype: torch.dtype, widened: bool = False) -> tuple[torch.Tensor, ...]:
-        """`derive(dtype)`, `widened` to float32; without gradients the last result serves until a parameter changes."""
-        kept = self._derived.get((dtype, widened))
+    def derive_few_rows(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """`derive(dtype)` for a decoding step on a CPU; a subclass may lay the weights out for fewer operations."""
+        return self.derive(dtype)
+
+    def weights(self, dtype: torch.dtype, few_rows: bool = False) -> tuple[torch.Tensor, ...]:
+        """The derived weights, half precision as float32 for `few_rows`; kept until a parameter changes (no grad)."""
+        kept = self._derived.get((dtype, few_rows))
         if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._derive_anew(dtype, widened)
+            return self._derive_anew(dtype, few_rows)
         current: Any = self._parameters
         for name, parameter, version, address, _ in kept[0]:
             if current[name] is not parameter or parameter._version != version or parameter.data_ptr() != address:
                 self._derived.clear()
-                return self._derive_anew(dtype, widened)
+                return self._derive_anew(dtype, few_rows)
         return kept[1]
 
-    def _derive_anew(self, dtype: torch.dtype, widened: bool) -> tuple[torch.Tensor, ...]:
-        derived = self.derive(dtype)
-        if widened:
+    def _derive_anew(self, dtype: torch.dtype, few_rows: bool) -> tuple[torch.Tensor, ...]:
+        derived = self.derive_few_rows(dtype) if few_rows else self.derive(dtype)
+        if few_rows and dtype in (torch.bfloat16, torch.float16):
             derived = tuple(weight.float() for weight in derived)
         parameters = [(name, p) for name, p in self._parameters.items() if p is not None]
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -286,7 +294,7 @@ class Adapter(nn.Module):
             return derived  # a fake, functional or distributed tensor, or one without a version to watch
         # the aliases keep the old storages alive, so that no new one can stand at the same address
         seen = [(name, p, p._version, p.data_ptr(), p.detach()) for name, p in parameters]
-        self._derived[dtype, widened] = (seen, derived)
+        self._derived[dtype, few_rows] = (seen, derived)
         return derived
 
     def merge_obstacle(self, has_bias: bool) -> str | None:

@@ -164,7 +164,8 @@ class AdapterLinear(nn.Module, AdapterLayer):
             if self.merged_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
+        modules: Any = self._modules  # not through nn.Module.__getattr__, which costs as much as a small product
+        y = modules["base_layer"](x, *args, **kwargs)
         names = self.call.adapter_names
         if names is not None:
             return self._mixed_batch(x, y, names)
@@ -175,7 +176,7 @@ class AdapterLinear(nn.Module, AdapterLayer):
             y = self.quantization_backend.maybe_clone_base_result(y)
         for name in (active,) if isinstance(active, str) else active:
             for container in self.adapter_layer_names:
-                adapters: Any = self._modules[container]._modules  # type: ignore[union-attr]
+                adapters = modules[container]._modules
                 if name in adapters:
                     y = adapters[name](x, y)
         return y

@@ -162,6 +162,7 @@ class HeadGroupGatingAdapter(LowRankAdapter):
             nn.init.zeros_(self.scorer_bias)
 
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """A as (G, in/G, r), B^T, and the controller's weight and bias in float32."""
         a: torch.Tensor = self.A
         widest = max(self.ranks)
         if not self.is_even:
@@ -175,6 +176,11 @@ class HeadGroupGatingAdapter(LowRankAdapter):
             self.gate_bias.float(),
         )
 
+    def derive_few_rows(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """As `derive`, but A as one block-diagonal (in, G r): G times the multiplications, a quarter of the calls."""
+        a, *rest = self.derive(dtype)
+        return torch.block_diag(*a), *rest
+
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         a, b_t, gate_weight, gate_bias = weights
         gate = torch.sigmoid(self.logits(self.statistics(x), gate_weight, gate_bias))  # half the gate, (N, G), float32
@@ -185,10 +191,14 @@ class HeadGroupGatingAdapter(LowRankAdapter):
             gate = torch.nn.functional.dropout(gate, self.gate_dropout)
         if self.dropout:
             x = self.drop(x)
-        groups = x.view(x.shape[0], self.num_groups, -1).transpose(0, 1)
         if gate.dtype is not x.dtype:
             gate = gate.to(x.dtype)
-        low = (torch.bmm(groups, a).transpose(0, 1) * gate.unsqueeze(-1)).flatten(1)  # (N, G r)
+        if a.dim() == 2:
+            low = torch.mm(x, a).view(x.shape[0], self.num_groups, -1)
+        else:
+            groups = x.view(x.shape[0], self.num_groups, -1).transpose(0, 1)
+            low = torch.bmm(groups, a).transpose(0, 1)
+        low = (low * gate.unsqueeze(-1)).flatten(1)  # (N, G r)
         if not self.is_even:
             low = low[:, self.slots]
         return torch.addmm(y, low, b_t, alpha=2.0 * self.scaling)

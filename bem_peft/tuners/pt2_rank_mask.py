@@ -111,7 +111,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         b: torch.Tensor = self.B
         if self.hadamard:  # H z = (H A) x and B H h = (B H) h
             a, b = hadamard_transform(a), hadamard_transform(b.t()).t()
-        weights = [transposed(a, dtype), transposed(b, dtype)]
+        weights = [a.to(dtype).t(), transposed(b, dtype)]
         if self.has_value_gate:
             weights.append(transposed(self.C.float() * rank_root(a), torch.float32))
         if not self.is_task_mask:

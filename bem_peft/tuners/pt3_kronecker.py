@@ -151,15 +151,15 @@ class KroneckerAdapter(LowRankAdapter):
                 nn.init.orthogonal_(factor)
 
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        return self.U.to(dtype), transposed(self.V, dtype), transposed(self.B, dtype)
+        return self.U.to(dtype), self.V.to(dtype), transposed(self.B, dtype)
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        u, v_t, b_t = weights
+        u, v, b_t = weights
         if self.training and (self.orthogonality_strength or self.diversity_strength):
             y = carry(y, self.penalty(), self.call.values.penalty_scale)
         if self.dropout:
             x = self.drop(x)
-        return torch.addmm(y, kronecker_project(x, u, v_t), b_t, alpha=self.scaling)
+        return torch.addmm(y, kronecker_project(x, u, v), b_t, alpha=self.scaling)
 
     def penalty(self) -> torch.Tensor:
         """The weighted orthogonality and diversity penalties of U and V, a scalar."""

@@ -132,7 +132,7 @@ class ResidualFiLMAdapter(Adapter):
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         derived = []
         if not self.is_static:
-            derived += [transposed(self.controller_weight, dtype), self.controller_bias.to(dtype)]
+            derived += [self.controller_weight.to(dtype).t(), self.controller_bias.to(dtype)]
         if self.clamp_range > 0:
             derived.append(transposed(bounded_rows(self.gamma, self.scaling, self.clamp_range, dtype), dtype))
         if self.max_beta > 0:

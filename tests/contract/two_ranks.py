@@ -22,8 +22,9 @@ def main(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=100)
     )
     ids = tokens(batch=4)[rank * 2 : rank * 2 + 2]
-    reduced = []  # kept until the group ends: gloo's thread must not free the last reference to a tensor of Python while
-    # the group's destructor, which holds the GIL, waits for that thread
+    # kept until the group ends: gloo's thread must not free the last reference to a tensor of Python while the group's
+    # destructor, which holds the GIL, waits for that thread
+    reduced = []
     for method in METHODS:
         model = adapted(method, "llama").train()
         parallel = DistributedDataParallel(model)  # raises if a parameter takes no part in the loss
