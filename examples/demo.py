@@ -67,9 +67,7 @@ class Method:
 # sizes within 3 % of the parameters of LoRA r=8 at both sites
 METHODS = {
     "lora": Method("LoRA r=8", lambda: LoraConfig(task_type=TASK, r=8, target_modules=SITES)),
-    "pt1": Method(
-        "PT1 head gating", lambda: HeadGroupGatingConfig(task_type=TASK, num_groups=3, rank_per_group=11)
-    ),
+    "pt1": Method("PT1 head gating", lambda: HeadGroupGatingConfig(task_type=TASK, num_groups=3, rank_per_group=11)),
     "pt2": Method("PT2 rank mask", lambda: DynamicRankMaskConfig(task_type=TASK, total_rank=8, active_rank=4)),
     "pt3": Method("PT3 Kronecker", lambda: KroneckerConfig(task_type=TASK, u_rank=9, v_rank=5)),
     "pt4": Method("PT4 FiLM", lambda: ResidualFiLMConfig(task_type=TASK, gamma_dim=6, beta_dim=6)),
