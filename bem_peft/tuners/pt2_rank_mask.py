@@ -96,6 +96,11 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         if self.has_value_gate:
             self.C = nn.Parameter(torch.empty(rank, rank))
 
+    def num_active_parameters(self) -> int:
+        """Parameters that one token uses: k of R rows of A and columns of B, and the controller."""
+        idle = self.A.shape[0] - self.active_rank
+        return sum(p.numel() for p in self.parameters()) - idle * (self.in_features + self.out_features)
+
     def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
         nn.init.normal_(self.A, std=self.A.shape[1] ** -0.5)
         nn.init.normal_(self.mask_weight, std=self.mask_weight.shape[-1] ** -0.5)

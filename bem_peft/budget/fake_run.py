@@ -1,0 +1,103 @@
+"""A model run without its weights: fake tensors of the same shapes, so that FLOPs and bytes are known before any run.
+
+The model may be on the meta device (a 70B model needs no memory), or hold its weights; they are not read. What cannot
+be faked (weights of bitsandbytes or torchao, control flow that depends on values) is run for real where it can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a fake tensor can stand in for it."""
+    return type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) and not tensor.is_sparse
+
+
+def can_fake(model: nn.Module) -> bool:
+    """Whether every weight is a plain tensor."""
+    return all(is_plain(t) for t in (*model.parameters(), *model.buffers()))
+
+
+def fake_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor (in a `FakeTensorMode`) of the same shape, strides, dtype and gradient; meta becomes cpu."""
+    device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+class FakeRun:
+    """`run(model, inputs)` calls `model(**inputs)` on fake weights; `trainable` are the fakes that take a gradient."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.mode:
+            named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            self.tensors = {name: fake_like(tensor) for name, tensor in named.items()}
+        self.trainable = [self.tensors[n] for n, p in model.named_parameters() if p.requires_grad]
+
+    def inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        with self.mode:
+            return {k: fake_like(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+    def __call__(self, inputs: Mapping[str, Any]) -> Any:
+        return torch.func.functional_call(self.model, self.tensors, (), dict(inputs))
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode: dropout decides by random values, which fake tensors have not."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing off: its second forward would run outside of the swapped weights, and is counted apart."""
+    on = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    for module in on:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def adapter_tensor_names(model: nn.Module) -> set[str]:
+    """Names of the parameters and buffers that stand in an adapted layer beside its base layer."""
+    names: set[str] = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            inner = "base_layer." if isinstance(module, BaseTunerLayer) else "original_module."
+            own = (*module.named_parameters(), *module.named_buffers())
+            names |= {f"{prefix}.{name}" for name, _ in own if not name.startswith(inner)}
+    return names
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model, for a `PeftModel` and for transformers' own integration alike."""
+    layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]
+    before = [layer.disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, before, strict=True):
+            layer._disable_adapters = flag

@@ -1,0 +1,182 @@
+"""FLOPs of an adapted model, a multiplication and an addition counted as two, base and adapter apart.
+
+Counted by torch's `FlopCounterMode` from the operators that really run, forward and backward; no fixed multiplier for
+the backward pass, which with a frozen base is far from two. Attention on a CPU, which torch 2.13 counts as nothing,
+gets torch's own formula. The model runs in evaluation mode: dropout and training penalties are not in it. Operators
+without a formula (elementwise, norms, softmax) count nothing: they are listed with the elements that they put out.
+
+The adapter's backward is the whole backward less what the frozen base has to carry back to the same sites: that is
+counted by a run in which each adapter is replaced by adding a number that is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from bem_peft.budget.fake_run import FakeRun, adapters_off, can_fake, evaluation_mode, without_checkpointing
+
+aten = torch.ops.aten
+
+
+def _cpu_attention(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(q, k, v))
+
+
+def _cpu_attention_backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, q, k, v))
+
+
+CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of one batch of `tokens` tokens; exact for the operators counted. Divide by `tokens` for a token's."""
+
+    tokens: int
+    base_forward: int
+    adapter_forward: int
+    base_backward: int
+    adapter_backward: int
+    uncounted: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def adapter_per_token(self) -> float:
+        """Forward and backward of the adapter, a token."""
+        return (self.adapter_forward + self.adapter_backward) / self.tokens
+
+    @property
+    def total_per_token(self) -> float:
+        """Forward and backward of base and adapter, a token."""
+        return self.adapter_per_token + (self.base_forward + self.base_backward) / self.tokens
+
+
+class _Uncounted(TorchDispatchMode):
+    """Output elements of the operators that no formula covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet not in flop_registry and packet not in CPU_ATTENTION and not func.is_view:
+            size = sum(t.numel() for t in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_tensor(t))
+            if size and packet not in (aten.detach, aten.empty, aten.empty_like, aten.empty_strided):
+                name = str(packet).removeprefix("aten.")
+                self.elements[name] = self.elements.get(name, 0) + size
+        return out
+
+
+def count_flops(model: nn.Module, inputs: Mapping[str, Any]) -> FlopCount:
+    """Count one forward and one backward pass.
+
+    Args:
+        model: with an adapter. Its weights are not read where they are plain tensors (they may be on the meta device).
+        inputs: keyword arguments of one batch; tensors (batch, tokens, ...). The tokens are those of `input_ids`,
+            and of `labels` where the model is an encoder-decoder.
+
+    Raises:
+        ValueError: nothing is trainable, or the model cannot be run on fake tensors and has no weights.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "no parameter is trainable, so there is no backward pass to count: load with is_trainable=True."
+        )
+    with without_checkpointing(model), evaluation_mode(model):
+        forward, backward, uncounted = _count(model, inputs)
+        with adapters_off(model), trained_numbers(model):
+            base_forward, base_backward, _ = _count(model, inputs)
+    tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"][..., 0]
+    return FlopCount(
+        tokens=tokens.numel(),
+        base_forward=base_forward,
+        adapter_forward=forward - base_forward,
+        base_backward=base_backward,
+        adapter_backward=backward - base_backward,
+        uncounted=uncounted,
+    )
+
+
+def _count(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, dict[str, int]]:
+    """FLOPs forward, FLOPs backward, and the uncounted operators of the forward pass."""
+    if can_fake(model):
+        run = FakeRun(model)
+        given = run.inputs(inputs)
+        try:
+            return count_passes(lambda: training_value(run(given)), run.trainable, run.mode)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            if any(p.is_meta for p in model.parameters()):
+                raise ValueError(
+                    f"{type(model).__name__} decides by values ({error.func}), so its FLOPs are unknown without "
+                    "weights: load them, or choose an experts implementation without a loop over experts."
+                ) from error
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return count_passes(lambda: training_value(model(**inputs)), trainable, nullcontext())
+
+
+def count_passes(
+    forward: Callable[[], torch.Tensor], trainable: Sequence[torch.Tensor], mode: Any
+) -> tuple[int, int, dict[str, int]]:
+    """FLOPs of `forward()`, a tensor, of its gradient for `trainable`, and the uncounted operators."""
+    uncounted, counters = _Uncounted(), []
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(mode)
+        stack.enter_context(uncounted)
+        counters.append(FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION))
+        with counters[0]:
+            out = forward()
+        seen = dict(uncounted.elements)
+        counters.append(FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION))
+        with counters[1]:
+            torch.autograd.grad(out, trainable, torch.ones_like(out), allow_unused=True)
+    return counters[0].get_total_flops(), counters[1].get_total_flops(), seen
+
+
+def training_value(output: Any) -> torch.Tensor:
+    """What is differentiated: the loss where the model computes one, else the logits or the last hidden state."""
+    for name in ("loss", "logits", "last_hidden_state"):
+        value = getattr(output, name, None)
+        if isinstance(value, torch.Tensor):
+            return value
+    if isinstance(output, torch.Tensor):
+        return output
+    raise ValueError(f"the model returned {type(output).__name__}: expected a loss, logits or last_hidden_state.")
+
+
+@contextmanager
+def trained_numbers(model: nn.Module) -> Iterator[None]:
+    """At each adapted layer, y + p with p a trained number: the backward that any adapter there needs, at no FLOP."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    handles = []
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    for layer in layers:
+        device = next(layer.parameters()).device
+        layer.register_parameter("trained_number", nn.Parameter(torch.zeros((), device=device)))
+        handles.append(layer.register_forward_hook(lambda module, _, y: y + module.trained_number))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers:
+            del layer.trained_number
+        for parameter in parameters:
+            parameter.requires_grad_(True)
