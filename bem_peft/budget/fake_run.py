@@ -52,6 +52,10 @@ class FakeRun:
     def __call__(self, inputs: Mapping[str, Any]) -> Any:
         return torch.func.functional_call(self.model, self.tensors, (), dict(inputs))
 
+    def call(self, *args: Any) -> Any:
+        """`model(*args)`."""
+        return torch.func.functional_call(self.model, self.tensors, args)
+
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:

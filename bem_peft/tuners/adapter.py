@@ -144,6 +144,11 @@ class AdapterConfig(PeftConfig):
             )
         return dataclasses.replace(self, rank_pattern={}, **sizes)
 
+    def with_sizes(self, **sizes: int) -> AdapterConfig:
+        """This config with other values of `size_fields`; sizes that follow them keep their ratio."""
+        changed: dict[str, Any] = {**sizes}
+        return dataclasses.replace(self, **changed)
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config; if the folder has a model card, add how to load the adapter to it."""
         super().save_pretrained(save_directory, **kwargs)

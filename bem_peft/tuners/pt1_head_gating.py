@@ -72,6 +72,7 @@ class HeadGroupGatingConfig(AdapterConfig):
     method: ClassVar[str] = "bem_head_gating"
     roles: ClassVar[tuple[str, ...]] = (ATTENTION_OUTPUT,)
     rank_fields: ClassVar[tuple[str, ...]] = ("rank_per_group", "num_groups", "num_heads")
+    size_fields: ClassVar[tuple[str, ...]] = ("rank_per_group",)  # what a budget search may change
 
     def __post_init__(self) -> None:
         check.check_int(self, "num_groups")

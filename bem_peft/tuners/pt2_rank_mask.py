@@ -54,6 +54,7 @@ class DynamicRankMaskConfig(AdapterConfig):
 
     method: ClassVar[str] = "bem_rank_mask"
     rank_fields: ClassVar[tuple[str, ...]] = ("total_rank", "active_rank")
+    size_fields: ClassVar[tuple[str, ...]] = ("total_rank",)  # what a budget search may change
 
     def __post_init__(self) -> None:
         check.check_int(self, "total_rank")
@@ -72,6 +73,12 @@ class DynamicRankMaskConfig(AdapterConfig):
         check.check_number(self, "balance_strength", 0.0)
         check.check_low_rank(self)
         super().__post_init__()
+
+    def with_sizes(self, **sizes: int) -> AdapterConfig:
+        """Where `total_rank` alone changes, `active_rank` keeps its share of it."""
+        if "total_rank" in sizes and "active_rank" not in sizes:
+            sizes["active_rank"] = max(1, sizes["total_rank"] * self.active_rank // self.total_rank)
+        return super().with_sizes(**sizes)
 
 
 class DynamicRankMaskAdapter(LowRankAdapter):

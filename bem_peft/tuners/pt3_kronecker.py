@@ -62,6 +62,7 @@ class KroneckerConfig(AdapterConfig):
     method: ClassVar[str] = "bem_kronecker"
     roles: ClassVar[tuple[str, ...]] = (MLP_DOWN,)
     rank_fields: ClassVar[tuple[str, ...]] = ("u_rank", "v_rank", "u_dim", "v_dim")
+    size_fields: ClassVar[tuple[str, ...]] = ("u_rank", "v_rank")  # what a budget search may change
 
     def __post_init__(self) -> None:
         check.check_int(self, "u_rank")

@@ -57,6 +57,7 @@ class ResidualFiLMConfig(AdapterConfig):
 
     method: ClassVar[str] = "bem_film"
     rank_fields: ClassVar[tuple[str, ...]] = ("gamma_dim", "beta_dim")
+    size_fields: ClassVar[tuple[str, ...]] = ("gamma_dim", "beta_dim")  # what a budget search may change
 
     def __post_init__(self) -> None:
         check.check_int(self, "gamma_dim")
