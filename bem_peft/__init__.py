@@ -4,6 +4,13 @@
 """
 
 from bem_peft._version import __version__
+from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetLine, BudgetReport, BudgetValidator
+from bem_peft.budget.enforce import BudgetCallback, BudgetWarning, check_budget
+from bem_peft.budget.flops import FlopCount, count_flops
+from bem_peft.budget.latency import LatencyComparison, compare_latency
+from bem_peft.budget.match import BudgetMatch, match_budget
+from bem_peft.budget.memory import MemoryCount, count_memory
+from bem_peft.budget.parameters import ParameterCount, count_parameters
 from bem_peft.tuners import (
     CompositeConfig,
     CompositeModel,
@@ -24,16 +31,28 @@ from bem_peft.tuners.pt4_film import emergency_stabilize
 from bem_peft.tuners.sites import Site, SiteError, SiteTable, find_sites
 
 __all__ = [
+    "BudgetCallback",
+    "BudgetConstraints",
+    "BudgetError",
+    "BudgetLine",
+    "BudgetMatch",
+    "BudgetReport",
+    "BudgetValidator",
+    "BudgetWarning",
     "CompositeConfig",
     "CompositeModel",
     "DeadSiteError",
     "DynamicRankMaskConfig",
     "DynamicRankMaskModel",
+    "FlopCount",
     "HeadGroupGatingConfig",
     "HeadGroupGatingModel",
     "KroneckerConfig",
     "KroneckerModel",
+    "LatencyComparison",
     "LoraExportReport",
+    "MemoryCount",
+    "ParameterCount",
     "ResidualFiLMConfig",
     "ResidualFiLMModel",
     "Site",
@@ -42,9 +61,15 @@ __all__ = [
     "SpectralGovernance",
     "SpectralNorms",
     "__version__",
+    "check_budget",
+    "compare_latency",
+    "count_flops",
+    "count_memory",
+    "count_parameters",
     "emergency_stabilize",
     "export_lora",
     "find_sites",
+    "match_budget",
     "probe",
     "retrieval_quality",
     "retrieval_scores",

@@ -1,40 +1,105 @@
-"""Command line: `bem-peft sites MODEL_OR_TYPE` and `bem-peft sites --all [--write FILE]`."""
+"""Command line of bem_peft.
+
+bem-peft sites MODEL_OR_TYPE          where W_O and W_down stand in a model
+bem-peft budget MODEL CONFIG          what an adapter costs, against an anchor
+bem-peft match MODEL CONFIG           the sizes that cost what the anchor costs
+"""
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 import transformers
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
+from bem_peft.budget.adapter_spec import AdapterSpecError, parse_adapter
+from bem_peft.budget.check import BudgetConstraints, BudgetValidator, adapted_copy
+from bem_peft.budget.match import MATCHED, match_budget
 from bem_peft.tuners import sites
 
+_NOT_MET = 1
 _USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0, or 2 after a message on stderr."""
-    parser = argparse.ArgumentParser(prog="bem-peft", description=__doc__)
+    """Runs one command; returns 0, 1 where a budget is not met, or 2 after a message on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="bem-peft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("sites", help="print where W_O and W_down stand in a model")
     command.add_argument("model", nargs="?", help="model type of transformers (llama), folder or hub id; config only")
     command.add_argument("--all", action="store_true", help="all causal and seq2seq language model types, as JSON")
     command.add_argument("--write", type=Path, metavar="FILE", help="with --all: write there, keeping `reviewed` marks")
-    arguments = parser.parse_args(argv)
-    if arguments.all == (arguments.model is not None):
-        command.error("give either a model or --all")
-    if arguments.write is not None and not arguments.all:
-        command.error("--write goes with --all")
-    try:
-        if arguments.all:
-            _print_all(arguments.write)
+    for name, text in (("budget", "print what an adapter costs"), ("match", "print the sizes that meet the anchor")):
+        budget = commands.add_parser(name, help=text)
+        budget.add_argument("model", help="model type of transformers, folder or hub id; config only, no weights")
+        budget.add_argument("config", help="METHOD:field=value,... (kronecker:u_rank=8) or the folder of an adapter")
+        budget.add_argument("--anchor", required=True, help="as CONFIG; without target_modules: at CONFIG's sites")
+        budget.add_argument("--tolerance", type=float, default=0.05, help="ratio, 0.05 is 5 %% (default)")
+        if name == "budget":
+            budget.add_argument("--scope", choices=("adapter", "total"), default="adapter")
+            budget.add_argument("--quantities", nargs="+", default=list(MATCHED), help="params flops memory stored")
         else:
-            print("\n".join(_text_lines(sites.find_sites(sites.build_meta(arguments.model)))))
-    except (sites.SiteError, sites.ModelBuildError, OSError, json.JSONDecodeError) as error:
+            budget.add_argument("--free", nargs="+", help="fields to choose; default: the method's own sizes")
+            budget.add_argument("--match", nargs="+", default=list(MATCHED), help="params flops (default: both)")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "sites":
+        if arguments.all == (arguments.model is not None):
+            command.error("give either a model or --all")
+        if arguments.write is not None and not arguments.all:
+            command.error("--write goes with --all")
+    try:
+        return {"sites": _sites, "budget": _budget, "match": _match}[arguments.command](arguments)
+    except (sites.SiteError, sites.ModelBuildError, AdapterSpecError, OSError, ValueError) as error:
         print(f"bem-peft: {error}", file=sys.stderr)
         return _USER_ERROR
+
+
+def _sites(arguments: argparse.Namespace) -> int:
+    if arguments.all:
+        _print_all(arguments.write)
+    else:
+        print("\n".join(_text_lines(sites.find_sites(sites.build_meta(arguments.model)))))
     return 0
+
+
+def _budget(arguments: argparse.Namespace) -> int:
+    model, config, anchor = _model_and_configs(arguments)
+    constraints = BudgetConstraints.from_anchor(
+        model, anchor, quantities=arguments.quantities, tolerance_ratio=arguments.tolerance, scope=arguments.scope
+    )
+    with torch.device("meta"):
+        adapted = adapted_copy(model, config)
+    report = BudgetValidator(constraints).validate_all(adapted)
+    print(report)
+    return 0 if report.is_met else _NOT_MET
+
+
+def _match(arguments: argparse.Namespace) -> int:
+    model, config, anchor = _model_and_configs(arguments)
+    match = match_budget(
+        model, config, anchor, free=arguments.free, match=arguments.match, tolerance_ratio=arguments.tolerance
+    )
+    print(match)
+    return 0 if match.is_met else _NOT_MET
+
+
+def _model_and_configs(arguments: argparse.Namespace) -> tuple[nn.Module, PeftConfig, PeftConfig]:
+    """The model on the meta device; the anchor stands at the sites of the config where it names none."""
+    model = sites.build_meta(arguments.model)
+    config, anchor = parse_adapter(arguments.config), parse_adapter(arguments.anchor)
+    if getattr(anchor, "target_modules", "") is None:
+        with torch.device("meta"):
+            base = adapted_copy(model, copy.deepcopy(config)).get_base_model()  # type: ignore[operator]
+        anchor.target_modules = [name for name, m in base.named_modules() if isinstance(m, BaseTunerLayer)]
+    return model, config, anchor
 
 
 def _text_lines(table: sites.SiteTable) -> Iterable[str]:

@@ -3,8 +3,8 @@
     trainer = BudgetCallback(budget).attach(Trainer(...))     # or Trainer(..., callbacks=[BudgetCallback(budget)])
     check_budget(accelerator, model, budget)                  # bare accelerate: on every rank
 
-Checked before the first step, at each evaluation and at each save. The report is `budget_report.json` beside the adapter,
-and a section of its model card.
+Checked before the first step, at each evaluation and at each save. The report is `budget_report.json` beside the
+adapter, and a section of its model card.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class BudgetCallback(TrainerCallback):
 
     Args:
         constraints: the budget.
-        policy: what happens when it is not kept. "raise": `BudgetError` at once. "warn": a `BudgetWarning`, once for each
-            event. "stop": training ends after the current step, as an early stop does; before the first step there is
-            nothing to keep, so it raises.
+        policy: what happens when it is not kept. "raise": `BudgetError` at once. "warn": a `BudgetWarning`, once for
+            each event. "stop": training ends after the current step, as an early stop does; before the first step
+            there is nothing to keep, so it raises.
 
     Raises:
         ValueError: an unknown policy.
@@ -50,7 +50,7 @@ class BudgetCallback(TrainerCallback):
         self._trainable: int | None = None
 
     def attach(self, trainer: Any) -> Any:
-        """Add the callback before the trainer's others, so that its trackers get the budget too; returns the trainer."""
+        """Add the callback before the trainer's others, so that its trackers get the budget; returns the trainer."""
         trainer.add_callback(self)
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop())

@@ -58,15 +58,15 @@ class FakeRun:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode: dropout decides by random values, which fake tensors have not."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
+def mode_of(model: nn.Module, is_training: bool) -> Iterator[None]:
+    """Every module in training or in evaluation mode, and afterwards in its own again."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(is_training)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, flag in before:
+            module.training = flag
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 Counted by torch's `FlopCounterMode` from the operators that really run, forward and backward; no fixed multiplier for
 the backward pass, which with a frozen base is far from two. Attention on a CPU, which torch 2.13 counts as nothing,
-gets torch's own formula. The model runs in evaluation mode: dropout and training penalties are not in it. Operators
-without a formula (elementwise, norms, softmax) count nothing: they are listed with the elements that they put out.
+gets torch's own formula. The model runs in training mode; a method whose training mode decides by random values (LoKr's
+module dropout) runs in evaluation mode where there are no weights. Operators without a formula (elementwise, norms,
+softmax) count nothing: they are listed with the elements that they put out.
 
 The adapter's backward is the whole backward less what the frozen base has to carry back to the same sites: that is
-counted by a run in which each adapter is replaced by adding a number that is trained.
+counted by a run in which each adapter is replaced by adding a number that is trained. The input of each site is taken
+to need a gradient, as it does above the lowest site, and everywhere under gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from bem_peft.budget.fake_run import FakeRun, adapters_off, can_fake, evaluation_mode, without_checkpointing
+from bem_peft.budget.fake_run import FakeRun, adapters_off, can_fake, mode_of, without_checkpointing
 
 aten = torch.ops.aten
 
@@ -40,6 +43,9 @@ CPU_ATTENTION: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
 }
+
+
+DECIDES_BY_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Any]) -> FlopCount:
         raise ValueError(
             "no parameter is trainable, so there is no backward pass to count: load with is_trainable=True."
         )
-    with without_checkpointing(model), evaluation_mode(model):
+    with without_checkpointing(model):
         forward, backward, uncounted = _count(model, inputs)
         with adapters_off(model), trained_numbers(model):
             base_forward, base_backward, _ = _count(model, inputs)
@@ -114,25 +120,59 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Any]) -> FlopCount:
 
 def _count(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, dict[str, int]]:
     """FLOPs forward, FLOPs backward, and the uncounted operators of the forward pass."""
+    reason: Exception | None = None
     if can_fake(model):
-        run = FakeRun(model)
-        given = run.inputs(inputs)
-        try:
-            return count_passes(lambda: training_value(run(given)), run.trainable, run.mode)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            if any(p.is_meta for p in model.parameters()):
-                raise ValueError(
-                    f"{type(model).__name__} decides by values ({error.func}), so its FLOPs are unknown without "
-                    "weights: load them, or choose an experts implementation without a loop over experts."
-                ) from error
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return count_passes(lambda: training_value(model(**inputs)), trainable, nullcontext())
+        for is_training in (True, False):
+            run = FakeRun(model)
+            given, wanted = run.inputs(inputs), list(run.trainable)
+            with mode_of(model, is_training), _inputs_take_gradients(model, wanted):
+                try:
+                    return count_passes(partial(_value, run, given), wanted, run.mode)
+                except DECIDES_BY_VALUES as error:
+                    reason = error
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} decides by values ({reason}), so its FLOPs are unknown without weights: load "
+            "them, or choose an experts implementation without a loop over experts."
+        ) from reason
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    with torch.random.fork_rng(), mode_of(model, True), _inputs_take_gradients(model, wanted):
+        return count_passes(partial(_value, lambda batch: model(**batch), inputs), wanted, nullcontext())
+
+
+def _value(run: Callable[[Any], Any], batch: Mapping[str, Any]) -> torch.Tensor:
+    return training_value(run(batch))
+
+
+@contextmanager
+def _inputs_take_gradients(model: nn.Module, wanted: list[torch.Tensor]) -> Iterator[None]:
+    """Let the input of each adapted layer need a gradient; inputs that would not are added to `wanted`."""
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if args[0].requires_grad or not args[0].is_floating_point():
+            return args
+        wanted.append(args[0].detach().requires_grad_())
+        return (wanted[-1], *args[1:])
+
+    def embedded(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if output.is_leaf and output.requires_grad:  # as gradient checkpointing asks for
+            wanted.append(output)
+
+    handles = [m.register_forward_pre_hook(before) for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    embeddings: Any = getattr(model, "get_input_embeddings", None)
+    if embeddings is not None:
+        handles.append(embeddings().register_forward_hook(embedded))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def count_passes(
     forward: Callable[[], torch.Tensor], trainable: Sequence[torch.Tensor], mode: Any
 ) -> tuple[int, int, dict[str, int]]:
-    """FLOPs of `forward()`, a tensor, of its gradient for `trainable`, and the uncounted operators."""
+    """FLOPs of `forward()`, a tensor, of its gradient for `trainable` (read after it), and the uncounted operators."""
     uncounted, counters = _Uncounted(), []
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,8 @@ class LatencyComparison:
 
 def interval(log_ratios: np.ndarray) -> tuple[float, float, float]:
     """Mean ratio and its 90 % interval from log ratios (n,), n >= 2."""
+    from scipy import stats  # half a second to import
+
     mean, error = float(log_ratios.mean()), float(log_ratios.std(ddof=1)) / math.sqrt(len(log_ratios))
     reach = float(stats.t.ppf(0.95, len(log_ratios) - 1)) * error
     return math.exp(mean), math.exp(mean - reach), math.exp(mean + reach)

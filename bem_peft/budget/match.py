@@ -22,8 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from bem_peft.budget.check import adapted_copy, check_positive
-from bem_peft.budget.fake_run import FakeRun, adapters_off, evaluation_mode
-from bem_peft.budget.flops import count_passes, trained_numbers
+from bem_peft.budget.fake_run import FakeRun, adapters_off, mode_of
+from bem_peft.budget.flops import DECIDES_BY_VALUES, count_passes, trained_numbers
 
 MATCHED = ("params", "flops")
 TOKENS = 16
@@ -113,8 +113,8 @@ def match_budget(
     if not match or set(match) - set(MATCHED):
         raise ValueError(f"`match` = {list(match)}: must be a choice of {', '.join(MATCHED)}.")
     with torch.device("meta"):
-        target = SiteCost(model, anchor)(anchor)
-        cost = SiteCost(model, search.smallest())
+        target = ModelCost(model, anchor)(anchor)
+        cost = ModelCost(model, search.smallest())
     goal = {name: target[name] for name in match}
     if not all(goal.values()):
         raise ValueError(f"the anchor {type(anchor).__name__} costs nothing in {[n for n in goal if not goal[n]]}.")
@@ -166,7 +166,8 @@ def _free_names(config: PeftConfig, free: Iterable[str] | None) -> tuple[str, ..
             raise ValueError(f"`free`: {type(config).__name__} names no sizes of its own; give the fields to search.")
         return tuple(own)
     names = tuple(free)
-    unknown = [name for name in names if not hasattr(config, name)]
+    own = getattr(config, "size_fields", None) or ()
+    unknown = [name for name in names if name not in own and not hasattr(config, name)]
     if unknown or not names:
         raise ValueError(f"`free` = {list(names)}: {type(config).__name__} has no field {unknown}.")
     return names
@@ -261,8 +262,30 @@ def _is_above(found: tuple[float, dict[str, float]] | None) -> bool:
     return found is None or max(found[1].values()) >= -min(found[1].values())
 
 
-class SiteCost:
-    """What a config of one method costs on a model, a function of its sizes: {"params": ..., "flops": a token}."""
+class ModelCost:
+    """What a config costs on a model, a function of its sizes: {"params": ..., "flops": a token}.
+
+    A config with `methods` costs what these cost together.
+    """
+
+    def __init__(self, model: nn.Module, config: PeftConfig) -> None:
+        self.parts = [MethodCost(model, part) for part in getattr(config, "methods", [config])]
+
+    def __call__(self, config: PeftConfig) -> dict[str, float]:
+        """Raises ValueError where the sizes do not fit a site."""
+        costs = [cost(part) for cost, part in zip(self.parts, getattr(config, "methods", [config]), strict=True)]
+        return {name: sum(cost[name] for cost in costs) for name in MATCHED}
+
+    def try_sizes(self, config: PeftConfig) -> dict[str, float] | None:
+        """As a call, or None where the sizes do not fit a site."""
+        try:
+            return self(config)
+        except ValueError:
+            return None
+
+
+class MethodCost:
+    """`ModelCost` of one method."""
 
     def __init__(self, model: nn.Module, config: PeftConfig) -> None:
         skeleton = adapted_copy(_on_meta(model), config)
@@ -281,14 +304,6 @@ class SiteCost:
         self.counts = {names[0]: len(names) for names in kinds.values()}
         self.heads = {name: heads[name] for name in self.counts}
         self.modules = {name: copy.deepcopy(base.get_submodule(name).get_base_layer()) for name in self.counts}
-        self.config_of_model = getattr(base, "config", None)
-
-    def try_sizes(self, config: PeftConfig) -> dict[str, float] | None:
-        """As a call, or None where the sizes do not fit a site."""
-        try:
-            return self(config)
-        except ValueError:
-            return None
 
     def __call__(self, config: PeftConfig) -> dict[str, float]:
         """Raises ValueError where the sizes do not fit a site."""
@@ -313,18 +328,26 @@ class SiteCost:
         if not params:
             return 0, 0.0
         layer = adapted.base_model.model.site
-        with evaluation_mode(layer):
-            run = FakeRun(layer)
-            with run.mode:
-                x = torch.empty(1, TOKENS, site.width, device="cpu", requires_grad=True)
-            trainable = [*run.trainable, x]
-            forward, backward, _ = count_passes(lambda: run.call(x), trainable, run.mode)
-            with adapters_off(layer), trained_numbers(layer):
-                base = FakeRun(layer)
-                with base.mode:
-                    x = torch.empty(1, TOKENS, site.width, device="cpu", requires_grad=True)
-                bare = count_passes(lambda: base.call(x), [*base.trainable, x], base.mode)
-        return params, (forward + backward - bare[0] - bare[1]) / TOKENS
+        try:
+            return params, _flops_per_token(layer, site.width, is_training=True)
+        except DECIDES_BY_VALUES:  # LoKr's module dropout, in training only
+            return params, _flops_per_token(layer, site.width, is_training=False)
+
+
+def _flops_per_token(layer: nn.Module, width: int, is_training: bool) -> float:
+    """Forward and backward of the adapter on one adapted layer of input `width`."""
+
+    def count() -> int:
+        run = FakeRun(layer)
+        with run.mode:
+            x = torch.empty(1, TOKENS, width, device="cpu", requires_grad=True)
+        forward, backward, _ = count_passes(lambda: run.call(x), [*run.trainable, x], run.mode)
+        return forward + backward
+
+    with mode_of(layer, is_training):
+        whole = count()
+        with adapters_off(layer), trained_numbers(layer):
+            return (whole - count()) / TOKENS
 
 
 class _Site(nn.Module):

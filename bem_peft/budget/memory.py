@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bem_peft.budget.fake_run import FakeRun, adapter_tensor_names, adapters_off, can_fake, evaluation_mode
+from bem_peft.budget.fake_run import FakeRun, adapter_tensor_names, adapters_off, can_fake, mode_of
 from bem_peft.budget.flops import trained_numbers, training_value
 
 
@@ -83,7 +83,7 @@ def count_memory(model: nn.Module, inputs: Mapping[str, Any]) -> MemoryCount:
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter is trainable, so there is no training step: load with is_trainable=True.")
-    with evaluation_mode(model):
+    with mode_of(model, False):
         peak, weights = _peak(model, inputs)
         absent = adapter_tensor_names(model)
         with adapters_off(model), trained_numbers(model):

@@ -5,6 +5,7 @@ At a site that several methods share they apply in the order PT1, PT2, PT3, PT4,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterator
@@ -102,6 +103,21 @@ class CompositeConfig(AdapterConfig):
                 unset = "error" if name == "fused_experts" else None
                 if getattr(config, name) == unset and getattr(self, name) != unset:
                     setattr(config, name, getattr(self, name))
+
+    @property
+    def size_fields(self) -> tuple[str, ...]:
+        """What a budget search may change: "0.rank_per_group" is `rank_per_group` of the first method."""
+        return tuple(f"{i}.{name}" for i, part in enumerate(self.methods) for name in part.size_fields)
+
+    def with_sizes(self, **sizes: int) -> AdapterConfig:
+        """This config with other sizes of its methods, named as in `size_fields`."""
+        methods = []
+        for i, part in enumerate(self.methods):
+            own = {name.partition(".")[2]: size for name, size in sizes.items() if name.startswith(f"{i}.")}
+            methods.append(part.with_sizes(**own))
+        changed = copy.deepcopy(self)
+        changed.methods = methods
+        return changed
 
     @staticmethod
     def _method_config(given: Any) -> AdapterConfig:

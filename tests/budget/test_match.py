@@ -1,0 +1,149 @@
+"""The sizes that a match finds, against brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoKrConfig, LoraConfig
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bem_peft import (
+    BudgetConstraints,
+    BudgetValidator,
+    CompositeConfig,
+    DynamicRankMaskConfig,
+    HeadGroupGatingConfig,
+    KroneckerConfig,
+    ResidualFiLMConfig,
+    match_budget,
+)
+from bem_peft.budget.check import adapted_copy
+from bem_peft.budget.match import ModelCost
+from tests.tiny_models import build
+
+BOTH = ["o_proj", "down_proj"]
+
+
+class Stack(nn.Module):
+    """Projections of the given (in, out) shapes, without weights."""
+
+    def __init__(self, shapes: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"site": nn.Linear(i, o, device="meta")}) for i, o in shapes)
+
+
+def brute_force(model: nn.Module, config: object, anchor: LoraConfig, fields: list[str], limit: int) -> float:
+    """The smallest largest deviation over every choice of the fields up to `limit`."""
+    import dataclasses
+
+    with torch.device("meta"):
+        target = ModelCost(model, anchor)(anchor)
+        cost = ModelCost(model, dataclasses.replace(config, **dict.fromkeys(fields, 1)))
+        best = float("inf")
+        for values in itertools.product(range(1, limit + 1), repeat=len(fields)):
+            found = cost.try_sizes(dataclasses.replace(config, **dict(zip(fields, values, strict=True))))
+            if found is not None:
+                best = min(best, max(abs(found[q] / target[q] - 1) for q in target))
+    return best
+
+
+shapes = st.lists(
+    st.tuples(st.sampled_from([12, 16, 24, 36]), st.sampled_from([8, 20, 32])), min_size=1, max_size=2, unique=True
+)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(shapes=shapes, rank=st.integers(1, 5), method=st.sampled_from(["kronecker", "film", "lora"]))
+def test_no_choice_of_sizes_beats_the_match(shapes: list[tuple[int, int]], rank: int, method: str) -> None:
+    config = {
+        "kronecker": KroneckerConfig(target_modules=["site"], u_rank=1, v_rank=1),
+        "film": ResidualFiLMConfig(target_modules=["site"]),
+        "lora": LoraConfig(target_modules=["site"], use_dora=True),
+    }[method]
+    fields = {"kronecker": ["u_rank", "v_rank"], "film": ["gamma_dim", "beta_dim"], "lora": ["r"]}[method]
+    model, anchor = Stack(shapes), LoraConfig(r=rank, target_modules=["site"])
+    found = match_budget(model, config, anchor, free=fields, limit=7)
+    assert found.worst == pytest.approx(brute_force(model, config, anchor, fields, 7), rel=1e-12)
+
+
+def test_each_method_matches_lora_on_a_model_and_the_validator_agrees() -> None:
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8, vocab_size=64
+    )
+    base = LlamaForCausalLM(config)
+    cases = [
+        (HeadGroupGatingConfig(), ["o_proj"]),
+        (DynamicRankMaskConfig(), BOTH),
+        (ResidualFiLMConfig(), BOTH),
+        (LoraConfig(target_modules=BOTH, use_rslora=True), BOTH),
+    ]
+    for candidate, sites in cases:
+        anchor = LoraConfig(r=16, target_modules=sites)
+        match = match_budget(base, candidate, anchor, tolerance_ratio=0.11)
+        assert match.is_met, str(match)
+        budget = BudgetConstraints.from_anchor(base, anchor, tolerance_ratio=0.11)
+        report = BudgetValidator(budget).validate_all(adapted_copy(base, match.config))
+        assert report.is_met, str(report)
+        for line in report.lines:
+            assert line.deviation_ratio == pytest.approx(match.deviation_ratio[line.quantity], abs=1e-9)
+
+
+def test_total_rank_takes_its_active_rank_along() -> None:
+    anchor = LoraConfig(r=8, target_modules=BOTH)
+    match = match_budget(build("llama"), DynamicRankMaskConfig(total_rank=16, active_rank=4), anchor)
+    assert (match.config.total_rank, match.config.active_rank) == (8, 2)
+
+
+def test_what_cannot_be_met_is_named() -> None:
+    match = match_budget(
+        build("llama"), LoKrConfig(target_modules=["down_proj"]), LoraConfig(r=8, target_modules=["down_proj"])
+    )
+    assert not match.is_met
+    assert "meets params and flops: flops already lies above the anchor where params lies below" in str(match)
+
+
+def test_choices_of_a_field_are_searched() -> None:
+    match = match_budget(
+        build("llama"),
+        KroneckerConfig(),
+        LoraConfig(r=2, target_modules=["down_proj"]),
+        free={"u_dim": [6, 8, 12], "u_rank": None, "v_rank": None},
+    )
+    assert match.sizes["u_dim"] in (6, 8, 12)
+    narrow = match_budget(
+        build("llama"),
+        KroneckerConfig(u_dim=8),
+        LoraConfig(r=2, target_modules=["down_proj"]),
+        free=["u_rank", "v_rank"],
+    )
+    assert match.worst <= narrow.worst
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"free": ["rank"]}, r"`free` = \['rank'\]: KroneckerConfig has no field"),
+        ({"free": []}, r"`free` = \[\]"),
+        ({"match": ["memory"]}, r"`match` = \['memory'\]"),
+        ({"tolerance_ratio": 0}, "`tolerance_ratio` = 0"),
+        ({"tolerance_ratio": "5%"}, "`tolerance_ratio` = '5%'"),
+    ],
+)
+def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> None:
+    arguments = {"free": ["u_rank"], **changes}
+    with pytest.raises((ValueError, TypeError), match=message):
+        match_budget(build("llama"), KroneckerConfig(), LoraConfig(r=2, target_modules=["down_proj"]), **arguments)
+
+
+def test_a_composite_is_matched_by_the_sizes_of_its_methods() -> None:
+    composite = CompositeConfig([HeadGroupGatingConfig(), KroneckerConfig(u_rank=2, v_rank=2)])
+    anchor = LoraConfig(r=4, target_modules=BOTH)
+    match = match_budget(build("llama"), composite, anchor, free=["0.rank_per_group"], match=["params"])
+    budget = BudgetConstraints.from_anchor(build("llama"), anchor, quantities=["params"])
+    line = BudgetValidator(budget).validate_parameters(adapted_copy(build("llama"), match.config))
+    assert line.deviation_ratio == pytest.approx(match.deviation_ratio["params"])
