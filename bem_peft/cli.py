@@ -21,7 +21,7 @@ from torch import nn
 from bem_peft.budget.adapter_spec import AdapterSpecError, parse_adapter
 from bem_peft.budget.check import BudgetConstraints, BudgetValidator, adapted_copy
 from bem_peft.budget.match import MATCHED, match_budget
-from bem_peft.tuners import sites
+from bem_peft.tuners import registry, sites
 
 _NOT_MET = 1
 _USER_ERROR = 2
@@ -94,7 +94,7 @@ def _match(arguments: argparse.Namespace) -> int:
 def _model_and_configs(arguments: argparse.Namespace) -> tuple[nn.Module, PeftConfig, PeftConfig]:
     """The model on the meta device; the anchor stands at the sites of the config where it names none."""
     model = sites.build_meta(arguments.model)
-    config, anchor = parse_adapter(arguments.config), parse_adapter(arguments.anchor)
+    config, anchor = (parse_adapter(text, registry.config_classes()) for text in (arguments.config, arguments.anchor))
     if getattr(anchor, "target_modules", "") is None:
         with torch.device("meta"):
             base = adapted_copy(model, copy.deepcopy(config)).get_base_model()  # type: ignore[operator]

@@ -43,6 +43,7 @@ FIELDS: dict[type, dict[str, st.SearchStrategy[Any]]] = {
         "strict_groups": flags,
         "num_heads": sizes,
         "rank_per_group": st.one_of(sizes, st.lists(st.integers(0, 4), max_size=4)),
+        "total_rank": sizes,
         "gate_temperature": numbers,
         "gate_dropout": numbers,
         "decorrelation_strength": numbers,

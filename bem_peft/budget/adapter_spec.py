@@ -9,19 +9,19 @@ or a FOLDER with an adapter_config.json. METHOD is a PEFT type in any case; a me
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 class AdapterSpecError(ValueError):
     """The text names no config."""
 
 
-def parse_adapter(text: str) -> PeftConfig:
-    """The config that `text` describes.
+def parse_adapter(text: str, known: Mapping[str, type[PeftConfig]]) -> PeftConfig:
+    """The config that `text` describes; `known`: lower-case PEFT type -> config class.
 
     Raises:
         AdapterSpecError: an unknown method or field, a missing `=`, or values that the config refuses.
@@ -29,7 +29,6 @@ def parse_adapter(text: str) -> PeftConfig:
     if (Path(text) / "adapter_config.json").is_file():
         return PeftConfig.from_pretrained(text)
     method, _, rest = text.partition(":")
-    known = {str(kind.value).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     cls = known.get(method.lower()) or known.get(f"bem_{method.lower()}")
     if cls is None:
         names = ", ".join(sorted(name.removeprefix("bem_") for name in known))

@@ -27,6 +27,7 @@ from bem_peft.budget.flops import DECIDES_BY_VALUES, count_passes, trained_numbe
 
 MATCHED = ("params", "flops")
 TOKENS = 16
+FIRST = 256  # a size that fits no site from 1 to here fits none
 # what PEFT calls the size of its own methods
 PEFT_SIZES = {"LORA": ("r",), "LOKR": ("r",), "LOHA": ("r",), "ADALORA": ("init_r",), "VERA": ("r",)}
 
@@ -114,7 +115,10 @@ def match_budget(
         raise ValueError(f"`match` = {list(match)}: must be a choice of {', '.join(MATCHED)}.")
     with torch.device("meta"):
         target = ModelCost(model, anchor)(anchor)
-        cost = ModelCost(model, search.smallest())
+        try:  # which sites it has does not depend on the sizes
+            cost = ModelCost(model, config)
+        except ValueError:  # its own sizes do not fit
+            cost = ModelCost(model, search.smallest())
     goal = {name: target[name] for name in match}
     if not all(goal.values()):
         raise ValueError(f"the anchor {type(anchor).__name__} costs nothing in {[n for n in goal if not goal[n]]}.")
@@ -243,6 +247,8 @@ class _Search:
         if self.names[-1] in self.choices:
             return [(*outer, value) for value in values]
         low, high, step = 0, len(values), 1  # values[:low] lie below the crossing, values[high:] at or above it
+        while low < min(high, FIRST) - 1 and deviations((*outer, values[low])) is None:
+            low += 1  # too small for the sites
         while low + step < high:  # double first: large sizes are the costly ones to try
             if _is_above(deviations((*outer, values[low + step]))):
                 high = low + step

@@ -46,6 +46,9 @@ class HeadGroupGatingConfig(AdapterConfig):
     rank_per_group: int | list[int] = field(
         default=4, metadata={"help": "Rank r_g of every group, or a list of one rank a group."}
     )
+    total_rank: int | None = field(
+        default=None, metadata={"help": "Sum of the groups' ranks, spread evenly; in place of `rank_per_group`."}
+    )
     gate_temperature: float = field(default=1.0, metadata={"help": "Divides the gate's logit, > 0."})
     gate_dropout: float = field(default=0.0, metadata={"help": "Share of gates set to 0 while training, in [0, 1)."})
     decorrelation_strength: float = field(
@@ -71,8 +74,8 @@ class HeadGroupGatingConfig(AdapterConfig):
 
     method: ClassVar[str] = "bem_head_gating"
     roles: ClassVar[tuple[str, ...]] = (ATTENTION_OUTPUT,)
-    rank_fields: ClassVar[tuple[str, ...]] = ("rank_per_group", "num_groups", "num_heads")
-    size_fields: ClassVar[tuple[str, ...]] = ("rank_per_group",)  # what a budget search may change
+    rank_fields: ClassVar[tuple[str, ...]] = ("rank_per_group", "total_rank", "num_groups", "num_heads")
+    size_fields: ClassVar[tuple[str, ...]] = ("total_rank",)  # what a budget search may change
 
     def __post_init__(self) -> None:
         check.check_int(self, "num_groups")
@@ -85,6 +88,8 @@ class HeadGroupGatingConfig(AdapterConfig):
                 raise TypeError(f"`rank_per_group` = {self.rank_per_group!r}: must be an int or a list of ints.")
         if not ranks or min(ranks) < 1:
             raise check.field_error("rank_per_group", self.rank_per_group, "every rank must be at least 1")
+        if self.total_rank is not None:
+            check.check_int(self, "total_rank")
         check.check_number(self, "gate_temperature", 0.0, exclusive=True)
         check.check_number(self, "gate_dropout", 0.0, 1.0)
         if self.gate_dropout == 1.0:
@@ -124,6 +129,13 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         self.num_groups = resolve_groups(heads, config.num_groups, config.strict_groups, site.name)
         ranks = config.rank_per_group
         self.ranks = list(ranks) if isinstance(ranks, list) else [ranks] * self.num_groups
+        if config.total_rank is not None:
+            if config.total_rank < self.num_groups:
+                raise check.field_error(
+                    "total_rank", config.total_rank, f"must be at least 1 for each of the {self.num_groups} groups"
+                )
+            even, rest = divmod(config.total_rank, self.num_groups)
+            ranks = self.ranks = [even + (g < rest) for g in range(self.num_groups)]
         if len(self.ranks) != self.num_groups:
             raise check.field_error(
                 "rank_per_group", ranks, f"must have one rank for each of the {self.num_groups} groups of {site.name}"

@@ -59,3 +59,10 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
         PEFT_TYPE_TO_PREFIX_MAPPING[member] = name + "_"
         return
     peft.utils.register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+
+
+def config_classes() -> dict[str, type]:
+    """Lower-case PEFT type -> config class, of every method that PEFT knows now."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return {str(kind.value).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}

@@ -99,6 +99,19 @@ def test_total_rank_takes_its_active_rank_along() -> None:
     assert (match.config.total_rank, match.config.active_rank) == (8, 2)
 
 
+def test_pt1_spreads_a_total_rank_over_its_groups() -> None:
+    anchor = LoraConfig(r=5, target_modules=["o_proj"])
+    match = match_budget(build("llama"), HeadGroupGatingConfig(), anchor, match=["params"])
+    even = match_budget(build("llama"), HeadGroupGatingConfig(), anchor, free=["rank_per_group"], match=["params"])
+    assert match.worst < even.worst
+    model = adapted_copy(build("llama"), match.config)
+    adapter = next(m for m in model.modules() if hasattr(m, "ranks"))
+    assert sum(adapter.ranks) == match.sizes["total_rank"]
+    assert max(adapter.ranks) - min(adapter.ranks) <= 1
+    with pytest.raises(ValueError, match="`total_rank` = 3: must be at least 1 for each of the 4 groups"):
+        adapted_copy(build("llama"), HeadGroupGatingConfig(total_rank=3))
+
+
 def test_what_cannot_be_met_is_named() -> None:
     match = match_budget(
         build("llama"), LoKrConfig(target_modules=["down_proj"]), LoraConfig(r=8, target_modules=["down_proj"])
@@ -143,7 +156,7 @@ def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> No
 def test_a_composite_is_matched_by_the_sizes_of_its_methods() -> None:
     composite = CompositeConfig([HeadGroupGatingConfig(), KroneckerConfig(u_rank=2, v_rank=2)])
     anchor = LoraConfig(r=4, target_modules=BOTH)
-    match = match_budget(build("llama"), composite, anchor, free=["0.rank_per_group"], match=["params"])
+    match = match_budget(build("llama"), composite, anchor, free=["0.total_rank"], match=["params"])
     budget = BudgetConstraints.from_anchor(build("llama"), anchor, quantities=["params"])
     line = BudgetValidator(budget).validate_parameters(adapted_copy(build("llama"), match.config))
     assert line.deviation_ratio == pytest.approx(match.deviation_ratio["params"])

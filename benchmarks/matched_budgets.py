@@ -1,0 +1,118 @@
+"""The sizes of PT1 to PT4 that cost what LoRA r=8 and r=16 cost at the same sites, on published shapes up to 70B.
+
+    python benchmarks/matched_budgets.py [--out FOLDER]
+
+No weights are needed. PT1 and PT3 are searched twice: with their default groups and factors, and with these free as well
+(no factor above 16 times the other). Written as CSV with the time that each search took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    MixtralConfig,
+    T5Config,
+)
+
+from bem_peft import (
+    DynamicRankMaskConfig,
+    HeadGroupGatingConfig,
+    KroneckerConfig,
+    ResidualFiLMConfig,
+    find_sites,
+    match_budget,
+)
+
+
+def llama(hidden: int, mlp: int, layers: int, heads: int, kv: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        vocab_size=1000,
+    )
+
+
+SHAPES: dict[str, Any] = {
+    "SmolLM2-135M": llama(576, 1536, 30, 9, 3),
+    "Llama-3-8B": llama(4096, 14336, 32, 32, 8),
+    "T5-base": T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, vocab_size=1000),
+    "Mixtral (W_O only: its experts are fused)": MixtralConfig(vocab_size=1000),
+    "Llama-3-70B": llama(8192, 28672, 80, 64, 8),
+}
+
+
+def balanced(width: int) -> list[int]:
+    return [d for d in range(1, width + 1) if width % d == 0 and width / 16 <= d * d <= width * 16]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    rows = []
+    for shape, config in SHAPES.items():
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = auto.from_config(config)
+        table = find_sites(model)
+        names: dict[str, list[str]] = {"attention_output": [], "mlp_down": []}
+        width = heads = 0
+        for site in table.sites:
+            names[site.role].append(site.name)
+            width = site.in_features if site.role == "mlp_down" else width
+            heads = site.num_heads or heads
+        both = [*names["attention_output"], *names["mlp_down"]]
+        skip = {"fused_experts": "skip"} if table.fused_experts else {}
+        searches: list[tuple[str, Any, list[str], Any]] = [
+            ("PT1", HeadGroupGatingConfig(), names["attention_output"], None),
+            (
+                "PT1, groups free",
+                HeadGroupGatingConfig(strict_groups=True),
+                names["attention_output"],
+                {"num_groups": [g for g in (2, 3, 4, 6, 8, 9) if heads % g == 0], "total_rank": None},
+            ),
+            ("PT2", DynamicRankMaskConfig(**skip), both, None),
+            ("PT4", ResidualFiLMConfig(**skip), both, None),
+        ]
+        if names["mlp_down"]:
+            free = {"u_dim": balanced(width), "u_rank": None, "v_rank": None}
+            searches.append(("PT3", KroneckerConfig(), names["mlp_down"], None))
+            searches.append(("PT3, factors free", KroneckerConfig(), names["mlp_down"], free))
+        for rank in (8, 16):
+            for method, candidate, sites, free in searches:
+                start = time.perf_counter()
+                found = match_budget(model, candidate, LoraConfig(r=rank, target_modules=sites), free=free)
+                seconds = time.perf_counter() - start
+                deviations = [found.deviation_ratio[name] for name in ("params", "flops")]
+                sizes = " ".join(f"{k}={v}" for k, v in found.sizes.items())
+                verdict = "met" if found.is_met else "nearest"
+                print(
+                    f"{shape:42s} r={rank:2d} {method:18s} {sizes:32s} params {deviations[0]:+.2%} "
+                    f"flops {deviations[1]:+.2%} {verdict:8s} {seconds:.1f} s",
+                    flush=True,
+                )
+                rows.append([shape, rank, method, sizes, *(f"{d:.5f}" for d in deviations), verdict, f"{seconds:.1f}"])
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "matched_budgets.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["shape", "lora_r", "method", "sizes", "params_deviation", "flops_deviation", "verdict", "s"])
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
