@@ -5,7 +5,7 @@
 
 from bem_peft._version import __version__
 from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetLine, BudgetReport, BudgetValidator
-from bem_peft.budget.enforce import BudgetCallback, BudgetWarning, check_budget
+from bem_peft.budget.enforce import BudgetCallback, BudgetWarning, check_budget, write_report
 from bem_peft.budget.flops import FlopCount, count_flops
 from bem_peft.budget.latency import LatencyComparison, compare_latency
 from bem_peft.budget.match import BudgetMatch, match_budget
@@ -73,4 +73,5 @@ __all__ = [
     "probe",
     "retrieval_quality",
     "retrieval_scores",
+    "write_report",
 ]

@@ -1,6 +1,7 @@
 """Fine-tune LoRA and PT1 to PT4 on real text, from a real checkpoint, and compare them. `make demo` runs this.
 
-Each method trains on the same verses with the HF Trainer, is saved, loaded again onto a fresh base, and evaluated on
+Each method gets the sizes that cost what LoRA r=8 costs (parameters and FLOPs, +-5 %), trains on the same verses with
+the HF Trainer under a callback that enforces this budget, is saved, loaded again onto a fresh base, and evaluated on
 verses of chapters that it has not seen: loss, chrF, BLEU. What is done is kept in `demo_run/`: interrupted and started
 again, it goes on where it was. Sizes come from the environment:
 
@@ -44,11 +45,16 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from bem_peft import (
+    BudgetCallback,
+    BudgetConstraints,
+    BudgetValidator,
     DynamicRankMaskConfig,
     HeadGroupGatingConfig,
     KroneckerConfig,
     ResidualFiLMConfig,
+    match_budget,
     probe,
+    write_report,
 )
 
 TASK = "CAUSAL_LM"
@@ -58,19 +64,23 @@ LEARNING_RATE = 8e-3  # for every method, LoRA included: it trains all of them i
 
 @dataclass(frozen=True)
 class Method:
-    """A method of the demo."""
+    """A method of the demo; its sizes are searched until it costs what LoRA r=8 costs (`free`: see `match_budget`)."""
 
     title: str
     config: Callable[[], PeftConfig]
+    free: Any = None
 
 
-# sizes within 3 % of the parameters of LoRA r=8 at both sites
 METHODS = {
-    "lora": Method("LoRA r=8", lambda: LoraConfig(task_type=TASK, r=8, target_modules=SITES)),
-    "pt1": Method("PT1 head gating", lambda: HeadGroupGatingConfig(task_type=TASK, num_groups=3, rank_per_group=11)),
-    "pt2": Method("PT2 rank mask", lambda: DynamicRankMaskConfig(task_type=TASK, total_rank=8, active_rank=4)),
-    "pt3": Method("PT3 Kronecker", lambda: KroneckerConfig(task_type=TASK, u_rank=9, v_rank=5)),
-    "pt4": Method("PT4 FiLM", lambda: ResidualFiLMConfig(task_type=TASK, gamma_dim=6, beta_dim=6)),
+    "lora": Method("LoRA r=8", lambda: LoraConfig(task_type=TASK, r=8, target_modules=SITES), ["r"]),
+    "pt1": Method("PT1 head gating", lambda: HeadGroupGatingConfig(task_type=TASK, num_groups=3)),
+    "pt2": Method("PT2 rank mask", lambda: DynamicRankMaskConfig(task_type=TASK, total_rank=16, active_rank=8)),
+    "pt3": Method(
+        "PT3 Kronecker",
+        lambda: KroneckerConfig(task_type=TASK),
+        {"u_dim": [12, 24, 48], "u_rank": None, "v_rank": None},
+    ),
+    "pt4": Method("PT4 FiLM", lambda: ResidualFiLMConfig(task_type=TASK)),
 }
 
 
@@ -111,7 +121,9 @@ def load_base(checkpoint: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
 
 
-def trainer_for(model: Any, folder: Path, settings: Settings, data: Any, tokenizer: Any) -> Trainer:
+def trainer_for(
+    model: Any, folder: Path, settings: Settings, data: Any, tokenizer: Any, budget: BudgetConstraints
+) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=settings.steps,
@@ -129,7 +141,8 @@ def trainer_for(model: Any, folder: Path, settings: Settings, data: Any, tokeniz
         dataloader_pin_memory=False,
     )
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
-    return Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator)
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator)
+    return BudgetCallback(budget).attach(trainer)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -181,21 +194,31 @@ def evaluate(model: Any, held_out: list[Verse], settings: Settings, tokenizer: A
 
 
 def run_method(
-    name: str, folder: Path, checkpoint: Path, settings: Settings, train: Any, held_out: list[Verse], tokenizer: Any
+    name: str,
+    folder: Path,
+    checkpoint: Path,
+    settings: Settings,
+    train: Any,
+    held_out: list[Verse],
+    tokenizer: Any,
+    budget: BudgetConstraints,
 ) -> dict[str, Any]:
-    """Train, save, load again, evaluate; or read what an earlier run left."""
+    """Match the sizes, train under the budget, save, load again, evaluate; or read what an earlier run left."""
     result_file = folder / "result.json"
     if result_file.is_file():
         print("  done in an earlier run")
         return json.loads(result_file.read_text())  # type: ignore[no-any-return]
     method = METHODS[name]
+    base = load_base(checkpoint)
+    match = match_budget(base, method.config(), METHODS["lora"].config(), free=method.free)
+    print(f"  {match}")
     transformers.set_seed(settings.seed)
-    model = get_peft_model(load_base(checkpoint), method.config())
+    model = get_peft_model(base, match.config)
     if not isinstance(method.config(), LoraConfig):
         print(f"  {probe(model)} sites are on the compute path")
     trainable, total = model.get_nb_trainable_parameters()
     adapter = folder / "adapter"
-    trainer = trainer_for(model, folder, settings, train, tokenizer)
+    trainer = trainer_for(model, folder, settings, train, tokenizer, budget)
     checkpoints = folder / "checkpoints"
     last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
     if last is not None:
@@ -205,6 +228,8 @@ def run_method(
     trainer.train(resume_from_checkpoint=last)
     seconds = (time.perf_counter() - start) / max(1, settings.steps - before)
     model.save_pretrained(adapter)
+    report = BudgetValidator(budget).validate_all(model)
+    write_report(report, adapter)
     tokens = torch.arange(100, 164).unsqueeze(0)
     with torch.no_grad():
         trained = model.eval()(tokens).logits
@@ -217,6 +242,8 @@ def run_method(
         "title": method.title,
         "parameters": trainable,
         "share": trainable / (total - trainable),
+        "flops": next(line.measured for line in report.lines if line.quantity == "flops"),
+        "budget_is_met": report.is_met,
         "learning_rate": LEARNING_RATE,
         "seconds_per_step": seconds if math.isfinite(seconds) else None,
         "reloaded_identical": is_identical,
@@ -239,18 +266,18 @@ def print_report(results: dict[str, dict[str, Any]], verses: list[Verse], settin
         f"loss on {settings.eval_verses} held-out verses, chrF and BLEU on {settings.generate_verses}"
     )
     print(
-        f"{'method':16s} {'parameters':>11s} {'of base':>8s} {'lr':>7s} {'s/step':>7s} {'loss':>7s} "
+        f"{'method':16s} {'parameters':>11s} {'of base':>8s} {'MFLOP/token':>11s} {'s/step':>7s} {'loss':>7s} "
         f"{'chrF':>6s} {'BLEU':>6s}  reloaded"
     )
     for result in results.values():
         is_base = "parameters" not in result
         count = "" if is_base else f"{result['parameters']:,}"
         share = "" if is_base else f"{result['share']:.2%}"
-        rate = "" if is_base else f"{result['learning_rate']:.0e}"
+        flops = "" if is_base else f"{result['flops'] / 1e6:.2f}"
         pace = "" if is_base else f"{result['seconds_per_step']:.2f}"
         same = "" if is_base else ("bit for bit" if result["reloaded_identical"] else "DIFFERS")
         print(
-            f"{result['title']:16s} {count:>11s} {share:>8s} {rate:>7s} {pace:>7s} {result['loss']:7.3f} "
+            f"{result['title']:16s} {count:>11s} {share:>8s} {flops:>11s} {pace:>7s} {result['loss']:7.3f} "
             f"{result['chrf']:6.1f} {result['bleu']:6.1f}  {same}"
         )
 
@@ -267,6 +294,7 @@ def main() -> None:
     training, held_out = split_verses(read_verses())
     print(f"data: {len(training):,} verses to train on, {len(held_out):,} held out (whole chapters)")
     train = tokenize(training, tokenizer)
+    budget = BudgetConstraints.from_anchor(load_base(checkpoint), METHODS["lora"].config())
     run = root / "-".join(f"{key}{value}" for key, value in asdict(settings).items())
     run.mkdir(exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
@@ -280,7 +308,7 @@ def main() -> None:
         print(f"\n[{i}/{len(names)}] {METHODS[name].title}")
         folder = run / name
         folder.mkdir(exist_ok=True)
-        results[name] = run_method(name, folder, checkpoint, settings, train, held_out, tokenizer)
+        results[name] = run_method(name, folder, checkpoint, settings, train, held_out, tokenizer, budget)
         print(f"  loss {results[name]['loss']:.3f}")
     print_report(results, held_out, settings)
     print(

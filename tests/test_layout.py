@@ -1,4 +1,4 @@
-"""Imports point down: the command line -> tuners -> kernels; one file touches PEFT's private tables."""
+"""Imports point down: the command line -> tuners, budget -> kernels; one file touches PEFT's private tables."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def test_imports_point_down(file: Path) -> None:
         other = floor(tuple(name.split(".")[1:])) if name.split(".")[0] == "bem_peft" else None
         if own is not None and other is not None:
             assert other <= own, f"{file.name} imports {name}, which stands above it"
+
+
+def test_budgets_serve_every_method_and_know_none() -> None:
+    for file in sorted((PACKAGE / "budget").glob("*.py")):
+        assert not any(name.startswith("bem_peft.tuners") for name in imported(file)), file.name
 
 
 def test_one_file_touches_the_private_tables_of_peft() -> None:

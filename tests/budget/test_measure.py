@@ -73,6 +73,31 @@ def test_flops_equal_the_closed_form(method: str) -> None:
     assert found.adapter_backward == LAYERS * backward
 
 
+class Logits(nn.Module):
+    """A model that a tracer can take: ids -> logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore")  # fvcore traces the model: torch warns of each shape that becomes a constant
+@pytest.mark.parametrize("method", CASES)
+def test_forward_flops_equal_fvcores(method: str) -> None:
+    from fvcore.nn import FlopCountAnalysis
+
+    base = build("llama")
+    base.set_attn_implementation("eager")
+    model = adapted_copy(base, CASES[method][0]).eval()
+    analysis = FlopCountAnalysis(Logits(model), (BATCH["input_ids"],))
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    found = count_flops(model, BATCH)
+    assert found.base_forward + found.adapter_forward == 2 * analysis.total()  # fvcore counts a product as one
+
+
 def test_flops_of_the_base_equal_the_closed_form() -> None:
     model = adapted_copy(build("llama"), CASES["lora"][0])
     config = model.config
