@@ -197,7 +197,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[st
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
     environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     found = {}
-    for case in ("kept", "broken", "one_fails"):
+    for case in ("kept", "broken", "one_fails", "fsdp2"):
         # torchrun, which `accelerate launch` starts for several processes; with --cpu it starts one only
         command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", "2", "-m", "tests.budget.two_processes", str(folder), case]
@@ -213,6 +213,10 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[st
 def test_two_processes_agree(two_processes: dict[str, list[str]]) -> None:
     assert two_processes["kept"] == ["kept", "kept"]
     assert two_processes["broken"] == ["BudgetError False", "BudgetError False"]
+
+
+def test_sharded_parameters_count_as_whole_ones(two_processes: dict[str, list[str]]) -> None:
+    assert two_processes["fsdp2"] == ["cut True, same True"] * 2
 
 
 def test_where_one_process_cannot_measure_both_stop(two_processes: dict[str, list[str]]) -> None:

@@ -8,13 +8,17 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from bem_peft import BudgetConstraints, BudgetError, KroneckerConfig, check_budget
+from bem_peft import BudgetConstraints, BudgetError, KroneckerConfig, check_budget, count_parameters
 from tests.tiny_models import build
 
 
 def main(folder: Path, case: str) -> str:
     accelerator = Accelerator(cpu=True)
+    if case == "fsdp2":
+        return sharded(folder, accelerator.process_index)
     budget = BudgetConstraints.from_anchor(build("llama"), LoraConfig(r=2, target_modules=["down_proj"]))
     kept = LoraConfig(r=2, target_modules=["down_proj"], use_rslora=True)
     broken = KroneckerConfig(u_rank=4, v_rank=4)
@@ -31,6 +35,20 @@ def main(folder: Path, case: str) -> str:
     else:
         outcome = "kept"
     (folder / f"{case}_{accelerator.process_index}.txt").write_text(outcome)
+    return outcome
+
+
+def sharded(folder: Path, rank: int) -> str:
+    """Counts of a model whose parameters FSDP2 has cut in two, beside those of the whole one."""
+    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["down_proj"]))
+    whole = count_parameters(model)
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.get_base_model().model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    cut = sum(p.to_local().numel() for p in model.parameters()) < sum(p.numel() for p in model.parameters())
+    outcome = f"cut {cut}, same {count_parameters(model) == whole}"
+    (folder / f"fsdp2_{rank}.txt").write_text(outcome)
     return outcome
 
 
