@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoKrConfig, LoraConfig, OFTConfig, VeraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bem_peft import (
@@ -178,6 +178,24 @@ def test_other_methods_of_peft_are_checked_too(budget: BudgetConstraints) -> Non
     model = get_peft_model(build("llama"), AdaLoraConfig(init_r=2, target_modules=["down_proj"], total_step=10))
     report = BudgetValidator(budget).validate_all(model)
     assert report.lines[0].measured == 2 * (2 * (48 + 32) + 2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["down_proj"], use_dora=True),
+        LoKrConfig(r=2, target_modules=["down_proj"]),
+        IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+        VeraConfig(r=4, target_modules=["down_proj"]),
+        OFTConfig(oft_block_size=4, target_modules=["down_proj"]),
+    ],
+    ids=["dora", "lokr", "ia3", "vera", "oft"],
+)
+def test_every_quantity_is_measured_for_other_methods(config: Any) -> None:
+    limits = BudgetConstraints.from_anchor(build("llama"), ANCHOR, quantities=["params", "flops", "memory", "stored"])
+    report = BudgetValidator(limits).validate_all(adapted_copy(build("llama"), config))
+    assert all(line.measured is not None for line in report.lines), str(report)
+    assert report.lines[0].measured > 0
 
 
 def test_a_report_is_written_once_into_a_card(budget: BudgetConstraints, tmp_path: Path) -> None:
