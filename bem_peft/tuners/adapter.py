@@ -20,7 +20,10 @@ from torch import nn
 from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.optimizer_hooks import watch
+from bem_peft.tuners.penalty import carry
+from bem_peft.tuners.penalty_call import Sequences
 from bem_peft.tuners.registry import extend_peft_type
+from bem_peft.tuners.sharded import is_distributed
 from bem_peft.tuners.sites import ATTENTION_OUTPUT, MLP_DOWN
 
 MODEL_CARD_HEADING = "## Loading this adapter"
@@ -221,7 +224,9 @@ class Adapter(nn.Module):
     attention_rows: Any = None  # the exact rows of the attention that runs now, where the method reads them
     watch_order: int = 0
     is_watched: bool = False  # has something to do around an optimizer step
-    reads_call = False  # reads values of the call: retrieval quality, the token mask
+    reads_call = False  # reads values of the call: retrieval quality, which tokens are real
+    token_penalties: tuple[str, ...] = ()  # penalties that are on and read tokens, by field name
+    is_penalised = False
     merge_refusal: str = (
         "its update depends on the token, so no weight equals it; use `export_lora` for an approximation"
     )
@@ -295,8 +300,8 @@ class Adapter(nn.Module):
         parameters = [(name, p) for name, p in self._parameters.items() if p is not None]
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return derived
-        if any(type(p) is not nn.Parameter or p.is_inference() for _, p in parameters):
-            return derived  # a fake, functional or distributed tensor, or one without a version to watch
+        if is_distributed() or any(type(p) is not nn.Parameter or p.is_inference() for _, p in parameters):
+            return derived  # sharding moves storages unseen; a fake or functional tensor has no version to watch
         # the aliases keep the old storages alive, so that no new one can stand at the same address
         seen = [(name, p, p._version, p.data_ptr(), p.detach()) for name, p in parameters]
         self._derived[dtype, few_rows] = (seen, derived)
@@ -321,6 +326,44 @@ class Adapter(nn.Module):
         """The inverse of `merge_into`."""
         self.refuse_merge(bias is not None)
         raise NotImplementedError
+
+    # penalties
+
+    def penalise(
+        self, y: torch.Tensor, name: str, strength: float | torch.Tensor, value: torch.Tensor, *, once: bool = False
+    ) -> torch.Tensor:
+        """y, carrying `strength * value` to the gradient; `once`: the value is of parameters alone.
+
+        Raises:
+            RuntimeError: the call did not go through the model, or is being compiled.
+        """
+        call = self.call.values.penalty
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"a penalty ({name}) cannot be compiled: train without torch.compile, or set it to 0.")
+        if call is None:
+            if not torch.is_grad_enabled():
+                return y
+            raise RuntimeError(
+                f"{self.site_name} has a penalty ({name}) and was called without its model: call the whole model."
+            )
+        weighted = strength * value
+        self.call.log.record(name, self.site_name, value, weighted)
+        return carry(y, weighted, call, self if once else None)
+
+    def sequences(self, tokens: int) -> Sequences:
+        """The sequences that the site's rows belong to. Raises RuntimeError where the call does not tell them."""
+        call = self.call.values.penalty
+        found: Sequences | str = "the call did not go through the model"
+        if call is not None:
+            stack = "" if "" in call.stacks else "decoder" if "decoder" in self.site_name.split(".") else "encoder"
+            found = call.stacks[stack]
+        if isinstance(found, Sequences) and found.index.shape[0] != tokens:
+            found = f"it sees {tuple(self.call.lead)} rows, the call has {found.index.shape[0]} tokens"
+        if isinstance(found, str):
+            raise RuntimeError(
+                f"the penalty at {self.site_name} counts real tokens only, and cannot tell them: {found}."
+            )
+        return found
 
     def before_optimizer_step(self) -> None:
         """Called before each step of an optimizer that holds one of the parameters, if `is_watched`."""

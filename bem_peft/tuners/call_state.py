@@ -7,6 +7,8 @@ again in the backward pass, when the call is over: its values are bound to it (`
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,15 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from bem_peft.tuners.penalty_call import LoopScale, PenaltyCall, PenaltyLog, penalty_call
+
 
 @dataclass(frozen=True)
 class CallValues:
-    """Values of one call. quality (B,) or (B, T) in [0, 1]; scores (B, K); token_mask (B, T), 1 at real tokens."""
+    """Values of one call. quality (B,) or (B, T) in [0, 1]; scores (B, K); penalty: in training, if one is on."""
 
     retrieval_quality: torch.Tensor | None = None
     retrieval_scores: torch.Tensor | None = None
-    token_mask: torch.Tensor | None = None
-    penalty_scale: list[torch.Tensor] | None = None  # filled by the gradient of the model's own loss
+    penalty: PenaltyCall | None = None
 
     def rows(self, rows: torch.Tensor, batch: int) -> CallValues:
         """The values of some rows (indices) of a batch; a value for each sequence that became n rows is repeated."""
@@ -31,9 +34,7 @@ class CallValues:
         def pick(value: torch.Tensor | None) -> torch.Tensor | None:
             return None if value is None else repeat_rows(value, batch)[rows]
 
-        return CallValues(
-            pick(self.retrieval_quality), pick(self.retrieval_scores), pick(self.token_mask), self.penalty_scale
-        )
+        return CallValues(pick(self.retrieval_quality), pick(self.retrieval_scores), self.penalty)
 
 
 class CallState:
@@ -45,8 +46,20 @@ class CallState:
         self.adapter_names: list[str] | None = None
         self.lead: torch.Size = torch.Size()
         self.retrieval: set[str] = set()  # kinds that some adapter of the model reads: "quality", "scores"
-        self.reads_mask = False
+        self.is_penalised = False  # some adapter of the model carries a penalty
+        self.loop = LoopScale()
+        self.pending: weakref.WeakSet[PenaltyCall] = weakref.WeakSet()
+        self.log = PenaltyLog()
         self.handles: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or stored model starts without calls."""
+        fresh = ("values", "adapter_names", "lead", "loop", "pending", "log")
+        return {name: value for name, value in self.__dict__.items() if name not in fresh}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(state)
 
     @contextmanager
     def using(self, values: CallValues) -> Iterator[None]:
@@ -121,12 +134,14 @@ class _ReceiveCall:
             scores = check_scores(kwargs["retrieval_scores"], state.retrieval)
         if "retrieval_quality" in kwargs or "retrieval_scores" in kwargs:
             kwargs = {k: v for k, v in kwargs.items() if k not in ("retrieval_quality", "retrieval_scores")}
-        mask = kwargs.get("attention_mask") if state.reads_mask and model.training else None
+        penalty = None
+        if state.is_penalised and model.training and torch.is_grad_enabled():
+            given = inspect.signature(model.forward).bind_partial(*args).arguments if args else {}
+            penalty = penalty_call({**given, **kwargs}, getattr(model, "config", None), state.loop, state.pending)
         state.values = CallValues(
             state.ambient.retrieval_quality if quality is None else quality,
             state.ambient.retrieval_scores if scores is None else scores,
-            mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None,
-            [] if state.reads_mask and model.training else None,
+            penalty,
         )
         if model.training and torch.is_grad_enabled():
             _bind_checkpointing(model, state)
@@ -138,10 +153,11 @@ class _EndCall:
         self.state = state
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        scale = self.state.values.penalty_scale
-        loss = output.get("loss") if isinstance(output, dict) else None
-        if scale is not None and isinstance(loss, torch.Tensor) and loss.requires_grad:
-            loss.register_hook(lambda gradient: scale.append(gradient.detach()))
+        penalty = self.state.values.penalty
+        if penalty is not None:
+            loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
+            if isinstance(loss, torch.Tensor) and loss.requires_grad and loss.dim() == 0:
+                loss.register_hook(penalty.receive_loss_gradient)
         self.state.values = CallValues()
 
 

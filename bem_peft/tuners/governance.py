@@ -21,6 +21,7 @@ from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import Adapter, SiteShape
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.optimizer_hooks import watch
+from bem_peft.tuners.sharded import whole, write
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class LowRankAdapter(Adapter):
     @torch.no_grad()
     def singular_values(self) -> torch.Tensor:
         """The R singular values of the composed update (ascending, float64)."""
-        left = self.B.double()
+        left = whole(self.B).double()
         root = _root(self.right_gram())[0]
         return torch.linalg.eigvalsh(root.t() @ (left.t() @ left) @ root).clamp_min(0.0).sqrt()
 
@@ -68,7 +69,7 @@ class LowRankAdapter(Adapter):
     def project(self, max_singular_value: float | None, fro_budget: float | None) -> None:
         """Move B to where both caps hold on the composed update. No host synchronisation."""
         slack = 1.0 - 8.0 * torch.finfo(self.B.dtype).eps  # B is rounded once more when it is written back
-        left = self.B.double()
+        left = whole(self.B).double()
         root, inverse = _root(self.right_gram())
         squared, vectors = torch.linalg.eigh(root.t() @ (left.t() @ left) @ root)
         sigma = squared.clamp_min(0.0).sqrt()
@@ -81,7 +82,7 @@ class LowRankAdapter(Adapter):
             shrink = (slack * fro_budget / norm.clamp_min(1e-300)).clamp_max(1.0)
         moved = (left @ (root @ vectors * keep) @ (vectors.t() @ inverse)) * shrink
         exceeded = (keep < 1.0).any() | (shrink < 1.0)
-        self.B.copy_(torch.where(exceeded, moved, left))
+        write(self.B, torch.where(exceeded, moved, left))
 
     def after_optimizer_step(self) -> None:
         if self.max_singular_value is not None or self.fro_budget is not None:

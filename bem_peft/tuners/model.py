@@ -21,6 +21,7 @@ from bem_peft.tuners.adapter import Adapter, AdapterConfig, SiteShape
 from bem_peft.tuners.attention_stats import require_interface, restore_attention, use_exact_attention
 from bem_peft.tuners.call_state import CallState, attach_call_state, find_call_state
 from bem_peft.tuners.layer import AdapterLayer, AdapterLinear, projection_shape
+from bem_peft.tuners.loop import attach_to_trainers
 from bem_peft.tuners.sites import MLP_DOWN, SiteError, SiteTable, find_sites
 
 
@@ -103,6 +104,11 @@ class AdapterModel(BaseTuner):
                 if matched and not isinstance(matched, _ExcludedModule):
                     with torch.device("meta"):
                         adapter = self._build(container, config, name, modules[name])
+                    if adapter.token_penalties and "experts" in name.split("."):
+                        raise ValueError(
+                            f"`{adapter.token_penalties[0]}` at {name}: its rows are tokens that a router chose, so "
+                            "that sequences and padding cannot be told; exclude the experts or set it to 0."
+                        )
                     planned += sum(p.numel() for p in adapter.parameters())
                     if getattr(adapter, "uses_exact_statistics", False):
                         require_interface(modules[name.rpartition(".")[0]], name)
@@ -186,9 +192,10 @@ class AdapterModel(BaseTuner):
         adapters = [m for m in model.modules() if isinstance(m, Adapter)]
         kinds = {getattr(adapter, "retrieval", "none") for adapter in adapters} - {"none"}
         self.call.retrieval |= kinds
-        penalised = any(is_penalised(adapter) for adapter in adapters)
-        self.call.reads_mask |= penalised
+        self.call.is_penalised |= any(adapter.is_penalised for adapter in adapters)
         attach_call_state(model, self.call)
+        if any(adapter.is_penalised or adapter.is_watched for adapter in adapters):
+            attach_to_trainers()
         if any(getattr(adapter, "uses_exact_statistics", False) for adapter in adapters):
             use_exact_attention(model)
 
@@ -300,12 +307,6 @@ class AdapterModel(BaseTuner):
                 + "load it with the config and the base model that it was saved with."
             )
         return remapped
-
-
-def is_penalised(adapter: Adapter) -> bool:
-    """Whether the adapter carries a penalty in training."""
-    strengths = ("decorrelation_strength", "balance_strength", "orthogonality_strength", "diversity_strength")
-    return any(getattr(adapter, name, 0.0) > 0.0 for name in strengths)
 
 
 def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -1,12 +1,16 @@
 r"""Penalties that reach the gradient through a layer's own output, and never touch the loss that is reported.
 
-    carry(y, p) = y,   d/dp = a,   where a is the gradient of the total with respect to the model's own loss
+    carry(y, p) = y,   and backwards  dp = a w,   with a, w of the call (`penalty_call`)
 
-With a = 1 the gradient equals that of (loss + p).backward(); a loss that was divided (accumulation) or scaled (float16)
-carries its factor to the penalty.
+so that the gradient equals that of (loss + w p).backward(). The penalties of tokens are means over sequences,
 
-Source: the auxiliary-loss scaler of Megatron-LM's mixture of experts (MoEAuxLossAutoScaler). Its factor is a global
-that the trainer sets; ours is read from the graph.
+    p = sum_s weight_s p_s,   sum_s weight_s = 1,
+
+and p_s reads the real tokens of sequence s alone: how sequences are batched, padded, packed, accumulated or spread over
+processes changes nothing.
+
+Source: the auxiliary-loss scaler of Megatron-LM's mixture of experts (MoEAuxLossAutoScaler), whose factor is a global
+that the trainer sets; and the sequence-wise balance loss of DeepSeek-V2, 2024, arXiv:2405.04434 (eq. 23).
 """
 
 from __future__ import annotations
@@ -15,46 +19,59 @@ from typing import Any
 
 import torch
 
+from bem_peft.tuners.penalty_call import PenaltyCall, Sequences
+
 
 class _Carrier(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, penalty: torch.Tensor, scale: list[torch.Tensor] | None) -> torch.Tensor:
-        ctx.scale = scale
+    def forward(ctx: Any, y: torch.Tensor, penalty: torch.Tensor, call: PenaltyCall, owner: object) -> torch.Tensor:
+        ctx.call, ctx.owner = call, owner
         ctx.penalty_like = (penalty.dtype, penalty.device)
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         dtype, device = ctx.penalty_like
-        factor = ctx.scale[0].to(dtype) if ctx.scale else torch.ones((), dtype=dtype, device=device)
-        return gradients[0], factor, None
+        factor = ctx.call.factor_for(ctx, ctx.owner)
+        return gradients[0], factor.to(device=device, dtype=dtype), None, None
 
 
-def carry(y: torch.Tensor, penalty: torch.Tensor, scale: list[torch.Tensor] | None) -> torch.Tensor:
-    """y, whose backward pass also adds the gradient of the scalar `penalty`, times `scale[0]` where there is one."""
-    return _Carrier.apply(y, penalty, scale)
+def carry(y: torch.Tensor, penalty: torch.Tensor, call: PenaltyCall, owner: object = None) -> torch.Tensor:
+    """y, whose backward pass also adds the gradient of the scalar `penalty`, as `call` weighs it.
+
+    `owner`: a penalty of parameters alone counts once a call for each owner, however often its layer runs.
+    """
+    out: torch.Tensor = _Carrier.apply(y, penalty, call, owner)
+    return out
 
 
-def decorrelation(gates: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean squared off-diagonal correlation of the gates over real tokens.
+def decorrelation(gates: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """Mean squared off-diagonal correlation of the gates (N, G) over the tokens of each sequence; a scalar in [0, 1].
 
-    Args:
-        gates: (N, G). mask: (N,), 1 at real tokens; None: all are.
-
-    Returns:
-        scalar, in [0, 1]; 0 where a gate does not vary.
+    A gate that does not vary in a sequence counts 0.
     """
     groups = gates.shape[1]
     if groups == 1:
         return gates.sum() * 0.0
-    weight = torch.ones_like(gates[:, :1]) if mask is None else mask.to(gates.dtype).unsqueeze(1)
-    total = weight.sum().clamp_min(1.0)
-    centred = (gates - (gates * weight).sum(0) / total) * weight
-    covariance = centred.t() @ centred / total
-    variance = covariance.diagonal()
-    correlation_squared = covariance.square() / (variance.unsqueeze(0) * variance.unsqueeze(1) + 1e-12)
-    off_diagonal = correlation_squared.sum() - correlation_squared.diagonal().sum()
-    return off_diagonal / (groups * (groups - 1))
+    centred = (gates - sequences.means(gates)[sequences.index]) * sequences.real.unsqueeze(1)
+    products = centred.unsqueeze(2) * centred.unsqueeze(1)  # (N, G, G)
+    covariance = sequences.means(products.flatten(1)).view(-1, groups, groups)
+    variance = covariance.diagonal(dim1=1, dim2=2)
+    squared = covariance.square() / (variance.unsqueeze(1) * variance.unsqueeze(2) + 1e-12)
+    off_diagonal = squared.sum((1, 2)) - squared.diagonal(dim1=1, dim2=2).sum(1)
+    return sequences.average(off_diagonal / (groups * (groups - 1)))
+
+
+def gate_entropy(half_gates: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """Mean binary entropy, in nats, of gate/2 in (0, 1), (N, G), over the tokens of each sequence; at most log 2."""
+    entropy = torch.special.entr(half_gates) + torch.special.entr(1.0 - half_gates)
+    return sequences.average(sequences.means(entropy).mean(1))
+
+
+def mask_balance(probabilities: torch.Tensor, k: int, sequences: Sequences) -> torch.Tensor:
+    """Mean squared deviation of each rank's mean soft mask, (N, R), from k / R over the tokens of each sequence."""
+    usage = sequences.means(probabilities)
+    return sequences.average((usage - k / probabilities.shape[1]).square().mean(1))
 
 
 def orthogonality(factor: torch.Tensor) -> torch.Tensor:
@@ -70,14 +87,3 @@ def diversity(factor: torch.Tensor) -> torch.Tensor:
         return factor.sum() * 0.0
     cosine = torch.nn.functional.normalize(factor, dim=1) @ torch.nn.functional.normalize(factor, dim=1).t()
     return (cosine.square().sum() - cosine.diagonal().square().sum()) / (rank * (rank - 1))
-
-
-def mask_balance(probabilities: torch.Tensor, k: int, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean squared deviation of each rank's mean probability from k / R over real tokens.
-
-    Args:
-        probabilities: (N, R), the soft mask. mask: (N,) or None.
-    """
-    weight = torch.ones_like(probabilities[:, :1]) if mask is None else mask.to(probabilities.dtype).unsqueeze(1)
-    usage = (probabilities * weight).sum(0) / weight.sum().clamp_min(1.0)
-    return (usage - k / probabilities.shape[1]).square().mean()

@@ -25,8 +25,10 @@ from bem_peft.tuners.call_state import CallState, repeat_rows
 from bem_peft.tuners.governance import LowRankAdapter
 from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.model import AdapterModel
-from bem_peft.tuners.penalty import carry, decorrelation
+from bem_peft.tuners.optimizer_hooks import watch
+from bem_peft.tuners.penalty import decorrelation, gate_entropy
 from bem_peft.tuners.registry import register
+from bem_peft.tuners.sharded import whole
 from bem_peft.tuners.sites import ATTENTION_OUTPUT
 
 
@@ -52,7 +54,19 @@ class HeadGroupGatingConfig(AdapterConfig):
     gate_temperature: float = field(default=1.0, metadata={"help": "Divides the gate's logit, > 0."})
     gate_dropout: float = field(default=0.0, metadata={"help": "Share of gates set to 0 while training, in [0, 1)."})
     decorrelation_strength: float = field(
-        default=0.0, metadata={"help": "Weight of the mean squared correlation between the gates of a batch."}
+        default=0.0,
+        metadata={"help": "Weight of the mean squared correlation between the gates over a sequence's tokens."},
+    )
+    decorrelation_anneal_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps in which `decorrelation_strength` falls to 0, linearly; None: it stays."},
+    )
+    gate_entropy_strength: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the mean binary entropy of gate/2: above 0 the gates are led to decide (0 or 2), "
+            "below 0 to stay undecided (1)."
+        },
     )
     attention_stats: str = field(
         default="output",
@@ -95,6 +109,16 @@ class HeadGroupGatingConfig(AdapterConfig):
         if self.gate_dropout == 1.0:
             raise check.field_error("gate_dropout", self.gate_dropout, "must be below 1")
         check.check_number(self, "decorrelation_strength", 0.0)
+        if self.decorrelation_anneal_steps is not None:
+            check.check_int(self, "decorrelation_anneal_steps")
+            if not self.decorrelation_strength:
+                raise check.field_error(
+                    "decorrelation_anneal_steps",
+                    self.decorrelation_anneal_steps,
+                    "needs `decorrelation_strength` above 0",
+                    "set both or neither",
+                )
+        check.check_number(self, "gate_entropy_strength")
         check.check_choice(self, "attention_stats", ("output", "exact"))
         check.check_choice(self, "retrieval", ("none", "quality", "scores"))
         check.check_low_rank(self)
@@ -115,6 +139,8 @@ def resolve_groups(heads: int, num_groups: int, strict: bool, site: str) -> int:
 
 class HeadGroupGatingAdapter(LowRankAdapter):
     """y' = y + s sum_g gate_g(x) B_g A_g x_g."""
+
+    steps_taken: torch.Tensor
 
     def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
         super().__init__(config, site, call)
@@ -144,7 +170,17 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         self.decorrelation_strength = config.decorrelation_strength
         self.uses_exact_statistics = config.attention_stats == "exact"
         self.retrieval = config.retrieval
-        self.reads_call = config.retrieval != "none" or config.decorrelation_strength > 0.0
+        self.gate_entropy_strength = config.gate_entropy_strength
+        self.token_penalties = tuple(
+            name for name in ("decorrelation_strength", "gate_entropy_strength") if getattr(config, name)
+        )
+        self.is_penalised = bool(self.token_penalties)
+        self.reads_call = config.retrieval != "none" or self.is_penalised
+        self.anneal_steps = config.decorrelation_anneal_steps
+        if self.anneal_steps is not None:
+            self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))  # saved: a resumed run goes on
+            self.is_watched = True
+            watch(self)
         self.attention_rows: AttentionRows | None = None
         self.A = nn.Parameter(torch.empty(sum(self.ranks), site.in_features // self.num_groups))
         self.B = nn.Parameter(torch.empty(site.out_features, sum(self.ranks)))
@@ -197,9 +233,8 @@ class HeadGroupGatingAdapter(LowRankAdapter):
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         a, b_t, gate_weight, gate_bias = weights
         gate = torch.sigmoid(self.logits(self.statistics(x), gate_weight, gate_bias))  # half the gate, (N, G), float32
-        if self.decorrelation_strength and self.training:
-            penalty = self.decorrelation_strength * decorrelation(gate, self.token_mask(gate.shape[0]))
-            y = carry(y, penalty, self.call.values.penalty_scale)
+        if self.is_penalised and self.training:
+            y = self.carry_penalties(y, gate)
         if self.gate_dropout and self.training:
             gate = torch.nn.functional.dropout(gate, self.gate_dropout)
         if self.dropout:
@@ -274,17 +309,31 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         features = torch.stack((top[:, 0], margin, 1.0 - entropy), dim=1)
         return torch.sigmoid(features @ self.scorer_weight.float() + self.scorer_bias.float())
 
-    def token_mask(self, tokens: int) -> torch.Tensor | None:
-        """(N,), 1 at real tokens, or None where the call gave no mask of this site's shape."""
-        mask = self.call.values.token_mask
-        if mask is None or mask.shape != self.call.lead:
-            return None
-        return mask.reshape(tokens)
+    def carry_penalties(self, y: torch.Tensor, half_gates: torch.Tensor) -> torch.Tensor:
+        """y with the penalties of the gates, (N, G), halved."""
+        sequences = self.sequences(half_gates.shape[0])
+        if self.decorrelation_strength:
+            strength = self.decorrelation_strength * self.annealing()
+            y = self.penalise(y, "decorrelation", strength, decorrelation(half_gates, sequences))
+        if self.gate_entropy_strength:
+            y = self.penalise(y, "gate_entropy", self.gate_entropy_strength, gate_entropy(half_gates, sequences))
+        return y
+
+    def annealing(self) -> float | torch.Tensor:
+        """The share of `decorrelation_strength` that holds now, from 1 down to 0."""
+        if self.anneal_steps is None:
+            return 1.0
+        return (1.0 - self.steps_taken / self.anneal_steps).clamp_min(0.0)
+
+    def after_optimizer_step(self) -> None:
+        super().after_optimizer_step()
+        if self.anneal_steps is not None:
+            self.steps_taken += 1
 
     def right_gram(self) -> torch.Tensor:
-        start, blocks = 0, []
+        start, blocks, rows = 0, [], whole(self.A).double()
         for rank in self.ranks:
-            a = self.A[start : start + rank].double()
+            a = rows[start : start + rank]
             blocks.append(a @ a.t())
             start += rank
         return torch.block_diag(*blocks) * (2.0 * self.scaling) ** 2  # a gate is at most 2

@@ -25,8 +25,9 @@ from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.governance import LowRankAdapter
 from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.model import AdapterModel
-from bem_peft.tuners.penalty import carry, mask_balance
+from bem_peft.tuners.penalty import mask_balance
 from bem_peft.tuners.registry import register
+from bem_peft.tuners.sharded import whole
 
 
 @dataclass
@@ -91,7 +92,8 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         self.hadamard, self.is_task_mask = config.use_hadamard_path, config.mask_scope == "task"
         self.has_value_gate = config.value_gate
         self.balance_strength = config.balance_strength
-        self.reads_call = config.balance_strength > 0.0
+        self.is_penalised = self.reads_call = config.balance_strength > 0.0
+        self.token_penalties = ("balance_strength",) if self.is_penalised and not self.is_task_mask else ()
         self.is_mergeable = self.is_task_mask and not self.has_value_gate
         if self.is_task_mask and self.has_value_gate:
             self.merge_refusal = "its value gate depends on the token; set `value_gate=False` with a task mask"
@@ -138,7 +140,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         if gate is not None:
             z = torch.addcmul(z, z, gate if gate.dtype is z.dtype else gate.to(z.dtype))
         if self.balance_strength and self.training:
-            y = carry(y, self.balance_penalty(logits), self.call.values.penalty_scale)
+            y = self.penalise(y, "balance", self.balance_strength, self.imbalance(logits), once=self.is_task_mask)
         return torch.addmm(y, self.masked(z, logits), weights[1], alpha=self.scaling)
 
     def control(self, z: torch.Tensor, *control: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -171,31 +173,29 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         mask = k_hot_mask(logits, self.active_rank)
         return (mask if gate is None else mask * (1.0 + gate)).expand(x.shape[0], -1)
 
-    def balance_penalty(self, logits: torch.Tensor) -> torch.Tensor:
-        """The weighted deviation of each rank's soft use from k / R."""
+    def imbalance(self, logits: torch.Tensor) -> torch.Tensor:
+        """Deviation of each rank's soft use from k / R, for logits (N, R), or (1, R) of a task's mask; a scalar."""
         threshold = logits.detach().topk(self.active_rank, dim=1).values[:, -1:]
-        mask = self.call.values.token_mask
-        usable = mask is not None and not self.is_task_mask and mask.shape == self.call.lead
-        return self.balance_strength * mask_balance(
-            torch.sigmoid((logits - threshold) / self.temperature),
-            self.active_rank,
-            mask.reshape(-1) if usable and mask is not None else None,
-        )
+        soft = torch.sigmoid((logits - threshold) / self.temperature)
+        if self.is_task_mask:
+            return (soft - self.active_rank / soft.shape[1]).square().mean()
+        return mask_balance(soft, self.active_rank, self.sequences(soft.shape[0]))
 
     def right_gram(self) -> torch.Tensor:
         largest = 2.0 if self.has_value_gate else 1.0  # every rank kept, every gate at its bound
         if self.is_task_mask and not self.has_value_gate:
             a = self.masked_a().double()
         else:
-            a = self.A.double()  # H is orthonormal: it leaves B A as it is
+            a = whole(self.A).double()  # H is orthonormal: it leaves B A as it is
         return (a @ a.t()) * (largest * self.scaling) ** 2
 
     def masked_a(self) -> torch.Tensor:
         """H (m * (H A)) for the task's mask, (R, in): the A of the update as it is applied."""
-        mask = k_hot_mask(self.mask_weight.detach().float(), self.active_rank).to(self.A.dtype).unsqueeze(1)
+        a = whole(self.A.detach())
+        mask = k_hot_mask(whole(self.mask_weight.detach()).float(), self.active_rank).to(a.dtype).unsqueeze(1)
         if not self.hadamard:
-            return self.A.detach() * mask
-        return hadamard_transform(hadamard_transform(self.A.detach()) * mask)
+            return a * mask
+        return hadamard_transform(hadamard_transform(a) * mask)
 
     def lora_factors(self, gate: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """A (R, in) and B (out, R) with s B A the update at constant mask values (R,), or with the task's mask."""

@@ -24,8 +24,9 @@ from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.governance import LowRankAdapter
 from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.model import AdapterModel
-from bem_peft.tuners.penalty import carry, diversity, orthogonality
+from bem_peft.tuners.penalty import diversity, orthogonality
 from bem_peft.tuners.registry import register
+from bem_peft.tuners.sharded import whole
 from bem_peft.tuners.sites import MLP_DOWN
 
 
@@ -125,6 +126,7 @@ class KroneckerAdapter(LowRankAdapter):
         self.init_method, self.inference_mode = config.init_method, config.inference_mode
         self.orthogonality_strength = config.orthogonality_strength
         self.diversity_strength = config.diversity_strength
+        self.is_penalised = bool(self.orthogonality_strength or self.diversity_strength)
         self.U = nn.Parameter(torch.empty(config.u_rank, u_dim))
         self.V = nn.Parameter(torch.empty(config.v_rank, v_dim))
         self.B = nn.Parameter(torch.empty(site.out_features, config.u_rank * config.v_rank))
@@ -156,23 +158,24 @@ class KroneckerAdapter(LowRankAdapter):
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         u, v, b_t = weights
-        if self.training and (self.orthogonality_strength or self.diversity_strength):
-            y = carry(y, self.penalty(), self.call.values.penalty_scale)
+        if self.training and self.is_penalised:
+            y = self.carry_penalties(y)
         if self.dropout:
             x = self.drop(x)
         return torch.addmm(y, kronecker_project(x, u, v), b_t, alpha=self.scaling)
 
-    def penalty(self) -> torch.Tensor:
-        """The weighted orthogonality and diversity penalties of U and V, a scalar."""
-        total = self.U.new_zeros(())
+    def carry_penalties(self, y: torch.Tensor) -> torch.Tensor:
+        """y with the orthogonality and diversity penalties of U and V."""
         if self.orthogonality_strength:
-            total = total + self.orthogonality_strength * (orthogonality(self.U) + orthogonality(self.V))
+            value = orthogonality(self.U) + orthogonality(self.V)
+            y = self.penalise(y, "orthogonality", self.orthogonality_strength, value, once=True)
         if self.diversity_strength:
-            total = total + self.diversity_strength * (diversity(self.U) + diversity(self.V))
-        return total
+            value = diversity(self.U) + diversity(self.V)
+            y = self.penalise(y, "diversity", self.diversity_strength, value, once=True)
+        return y
 
     def right_gram(self) -> torch.Tensor:
-        u, v = self.U.double(), self.V.double()
+        u, v = whole(self.U).double(), whole(self.V).double()
         return torch.kron(u @ u.t(), v @ v.t()) * self.scaling**2
 
     def lora_factors(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,6 +29,7 @@ from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.model import AdapterModel
 from bem_peft.tuners.optimizer_hooks import watch
 from bem_peft.tuners.registry import register
+from bem_peft.tuners.sharded import is_distributed, own_part, whole, write
 
 logger = logging.getLogger("bem_peft")
 
@@ -114,9 +115,16 @@ class ResidualFiLMAdapter(Adapter):
             for name, parameter in list(self.named_parameters()):
                 self.register_buffer(f"last_good_{name}", torch.empty_like(parameter, requires_grad=False))
             self.register_buffer("emergency_count", torch.zeros((), dtype=torch.int64))
-            self.register_buffer("is_unstable", torch.zeros((), dtype=torch.bool), persistent=False)
+            # no buffer: DistributedDataParallel would overwrite it with the first process's
+            self.is_unstable = torch.zeros((), dtype=torch.bool)
             self.is_watched = True
             watch(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.is_guarded:
+            self.is_unstable = torch.zeros((), dtype=torch.bool, device=fn(self.is_unstable).device)
+        return self
 
     def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
         if not self.is_static:
@@ -204,22 +212,22 @@ class ResidualFiLMAdapter(Adapter):
         """Remember the present values as the last good ones."""
         if self.is_guarded:
             for name, parameter in self.named_parameters():
-                self.get_buffer(f"last_good_{name}").copy_(parameter)
+                self.get_buffer(f"last_good_{name}").copy_(whole(parameter))
 
     @torch.no_grad()
     def revert(self) -> None:
         """Go back to the last good values."""
         for name, parameter in self.named_parameters():
-            parameter.copy_(self.get_buffer(f"last_good_{name}"))
+            write(parameter, self.get_buffer(f"last_good_{name}"))
 
     @torch.no_grad()
     def unstable_flag(self) -> torch.Tensor:
         """A scalar bool tensor: an output since the last step, or a gradient or parameter now, is not sound."""
         flag = self.is_unstable.clone()
         for parameter in self.parameters():
-            flag |= ~torch.isfinite(parameter).all()
+            flag |= ~torch.isfinite(own_part(parameter)).all()
             if parameter.grad is not None:
-                flag |= ~torch.isfinite(parameter.grad).all()
+                flag |= ~torch.isfinite(own_part(parameter.grad)).all()
         return flag
 
     @torch.no_grad()
@@ -250,7 +258,7 @@ def judge_stability(adapters: Sequence[Adapter]) -> None:
     if not guarded:
         return
     flags = torch.stack([adapter.unstable_flag().to(guarded[0].is_unstable.device) for adapter in guarded])
-    if distributed.is_available() and distributed.is_initialized():
+    if is_distributed():
         as_int = flags.to(torch.int32)
         distributed.all_reduce(as_int, op=distributed.ReduceOp.MAX)
         flags = as_int.bool()

@@ -1,0 +1,242 @@
+r"""How much a penalty counts in one call of the model:  the gradient of (loss + w p), whatever scales the loss later.
+
+a, the factor that the loss gets on its way to the gradient (accumulation, float16 scaling, the number of processes), is
+read from the graph: it is the gradient of the model's own loss. w is the share of the call in the optimizer step: its
+share of `num_items_in_batch` where the call gets that number, and then sequences count by their labels; otherwise 1,
+and every sequence counts alike.
+
+A loss that somebody else computes from the logits (DPO, label smoothing) leaves no such trace. Then a is what the
+training loop is known to do: 1 / accumulation steps, times the float16 scale, as accelerate's shared state and
+transformers' Trainer tell (`LoopScale`); several calls before one backward pass share one penalty.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Which sequence each of N tokens belongs to.
+
+    index: (N,), in [0, S). real: (N,) float, 1 at real tokens. weight: (S,), sums to 1; 0 where there is no sequence.
+    """
+
+    index: torch.Tensor
+    real: torch.Tensor
+    weight: torch.Tensor
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """values (N, ...) summed over the real tokens of each sequence, (S, ...)."""
+        real = self.real.view(-1, *(1,) * (values.dim() - 1)).to(values.dtype)
+        total = values.new_zeros(self.weight.shape[0], *values.shape[1:])
+        return total.index_add(0, self.index, values * real)
+
+    def means(self, values: torch.Tensor) -> torch.Tensor:
+        """values (N, C) averaged over the real tokens of each sequence, (S, C)."""
+        count = torch.zeros_like(self.weight).index_add(0, self.index, self.real)
+        return self.sums(values) / count.clamp_min(1.0).unsqueeze(1).to(values.dtype)
+
+    def average(self, values: torch.Tensor) -> torch.Tensor:
+        """One value a sequence, (S,), averaged by weight."""
+        return (values * self.weight.to(values.dtype)).sum()
+
+
+def sequences_of(
+    shape: torch.Size,
+    device: torch.device,
+    mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    items: torch.Tensor | None,
+) -> Sequences:
+    """The sequences of a batch of `shape` (B, T).
+
+    Args:
+        mask: (B, T), 1 at real tokens; None: all are.
+        position_ids: (B, T) or (1, T); where they do not go on by one, a packed sequence starts. None: a row is one.
+        items: what sequences count by, (B, T) a token or (B,) a row; None: they count alike.
+    """
+    tokens = shape.numel()
+    real = torch.ones(shape, device=device) if mask is None else (mask.to(device) != 0).float()
+    if position_ids is None:
+        index = torch.arange(shape[0], device=device).unsqueeze(1).expand(shape)
+        slots = shape[0]
+    else:
+        positions = position_ids.to(device).expand(shape)
+        starts = torch.ones(shape, dtype=torch.long, device=device)
+        starts[:, 1:] = ((positions[:, 1:] != positions[:, :-1] + 1) & (real[:, 1:] > 0)).long()
+        index = starts.flatten().cumsum(0).view(shape) - 1
+        slots = tokens  # as many as there could be: counting them would make the host wait
+    index, real = index.reshape(tokens), real.reshape(tokens)
+    counts = torch.zeros(slots, device=device)
+    if items is None:
+        weight = (counts.index_add(0, index, real) > 0).float()
+    elif items.dim() == 1:
+        weight = counts.index_add(0, index.view(shape)[:, 0], items.to(device))
+    else:
+        weight = counts.index_add(0, index, items.to(device).reshape(tokens))
+    return Sequences(index, real, weight / weight.sum().clamp_min(1.0))
+
+
+@dataclass
+class LoopScale:
+    """What the training loop does to a loss that it computes itself; steps None: as accelerate's state says."""
+
+    accumulation_steps: Callable[[], int] | None = None
+    scaler: Any = None  # a GradScaler
+
+    def factor(self, in_float16: bool) -> float:
+        """1 / accumulation steps, times the float16 scale.
+
+        Raises:
+            RuntimeError: the forward pass ran under float16 autocast and nobody told the scale of the loss.
+        """
+        from accelerate.state import GradientState
+
+        if self.accumulation_steps is not None:
+            steps = self.accumulation_steps()
+        else:
+            steps = GradientState().num_steps if GradientState._shared_state else 1
+        if self.scaler is None and in_float16:
+            raise RuntimeError(
+                "a penalty cannot tell the float16 scale of a loss that is not the model's own: use PTTrainer or "
+                "transformers' Trainer, or call bem_peft.set_loss_scale(model, scaler=...) before training."
+            )
+        return (1.0 if self.scaler is None else float(self.scaler.get_scale())) / steps
+
+
+@dataclass(eq=False)
+class PenaltyCall:
+    """One forward pass in training: its sequences, and what its penalties are multiplied by."""
+
+    stacks: Mapping[str, Sequences | str] = field(default_factory=dict)  # a str: why there are none
+    sequences: int = 1  # rows; the share of the call among those of one backward pass
+    in_float16: bool = False  # the forward pass runs under float16 autocast
+    step_share: torch.Tensor | None = None  # share of the optimizer step, where the call knows it
+    loop: LoopScale = field(default_factory=LoopScale)
+    pending: weakref.WeakSet[PenaltyCall] = field(default_factory=weakref.WeakSet)
+    loss_gradient: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
+    owners: dict[int, object] = field(default_factory=dict)
+
+    def receive_loss_gradient(self, gradient: torch.Tensor) -> None:
+        """The hook on the model's own loss; it runs before the backward pass of any layer."""
+        self.loss_gradient = gradient.detach().float()
+        self.factor = None  # another backward pass of the same graph
+
+    def factor_for(self, node: object, owner: object) -> torch.Tensor:
+        """a w for one carrier in the backward pass; 0 for a parameter's penalty that another layer call has carried."""
+        if owner is not None and self.owners.setdefault(id(owner), node) is not node:
+            return torch.zeros(())
+        if self.factor is None:
+            self.factor = self._settle()
+        return self.factor
+
+    def _settle(self) -> torch.Tensor:
+        share = torch.ones(()) if self.step_share is None else self.step_share
+        if self.loss_gradient is not None:
+            self.pending.discard(self)
+            return self.loss_gradient * share.to(self.loss_gradient.device)
+        group = list(self.pending)  # the calls whose graphs are alive
+        total = sum(call.sequences for call in group) or self.sequences
+        factor = self.loop.factor(self.in_float16)
+        for call in group:
+            call.factor = torch.tensor(factor * call.sequences / total)
+        self.pending.clear()
+        return torch.tensor(factor * self.sequences / total)
+
+
+def penalty_call(
+    given: Mapping[str, Any], config: Any, loop: LoopScale, pending: weakref.WeakSet[PenaltyCall]
+) -> PenaltyCall:
+    """The `PenaltyCall` of a forward pass with the arguments `given`, of a model with `config`."""
+    labels, total = given.get("labels"), given.get("num_items_in_batch")
+    is_seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+    items = None
+    if isinstance(labels, torch.Tensor) and total is not None:
+        items = _items(labels, given.get("shift_labels"), is_seq2seq)
+    share = None
+    if items is not None and total is not None:
+        count = total.to(items.device).float() if isinstance(total, torch.Tensor) else float(total)
+        share = items.sum() / count
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    if not is_seq2seq:
+        stacks = {"": _stack(given.get("input_ids"), given.get("inputs_embeds"), mask, positions, items)}
+    else:
+        rows = None if items is None else items if items.dim() == 1 else items.sum(1)
+        target = given.get("decoder_input_ids")
+        decoder_mask = given.get("decoder_attention_mask")
+        if target is None and given.get("decoder_inputs_embeds") is None:
+            target = labels
+            if decoder_mask is None and isinstance(labels, torch.Tensor):
+                decoder_mask = (labels != -100).long()
+        stacks = {
+            "encoder": _stack(given.get("input_ids"), given.get("inputs_embeds"), mask, None, rows),
+            "decoder": _stack(target, given.get("decoder_inputs_embeds"), decoder_mask, None, rows),
+        }
+    rows_in_call = max((len(s.weight) if isinstance(s, Sequences) else 1) for s in stacks.values())
+    first = next((given[n] for n in ("input_ids", "inputs_embeds") if isinstance(given.get(n), torch.Tensor)), None)
+    call = PenaltyCall(
+        stacks,
+        rows_in_call if first is None else int(first.shape[0]),
+        any(torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) is torch.float16 for k in ("cuda", "cpu")),
+        share,
+        loop,
+        pending,
+    )
+    pending.add(call)
+    return call
+
+
+def _items(labels: torch.Tensor, shifted: object, is_seq2seq: bool) -> torch.Tensor:
+    """1 where a token (B, T), or a row (B,), is counted by the loss; as transformers' Trainer counts."""
+    if isinstance(shifted, torch.Tensor):
+        return (shifted != -100).float()
+    counted = (labels != -100).float()
+    if labels.dim() != 2 or is_seq2seq:
+        return counted.flatten(1).sum(1) if labels.dim() > 2 else counted
+    return torch.nn.functional.pad(counted[:, 1:], (0, 1))  # a causal model's loss shifts them
+
+
+def _stack(ids: object, embeds: object, mask: object, positions: object, items: torch.Tensor | None) -> Sequences | str:
+    tokens = ids if isinstance(ids, torch.Tensor) else embeds
+    if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
+        return "the call has neither token ids nor embeddings"
+    shape = tokens.shape[:2]
+    for name, value in (("attention_mask", mask), ("position_ids", positions)):
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.shape[1] != shape[1]:
+            return f"`{name}` is not of shape (batch, tokens), so it does not tell the real tokens of a sequence"
+    return sequences_of(shape, tokens.device, mask, positions, items)  # type: ignore[arg-type]
+
+
+class PenaltyLog:
+    """Means of the penalties' values since they were last read; nothing is synchronised until then."""
+
+    def __init__(self) -> None:
+        self.entries: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, int]] = {}
+
+    def record(self, name: str, site: str, value: torch.Tensor, weighted: torch.Tensor) -> None:
+        value, weighted = value.detach().float(), weighted.detach().float()
+        if (name, site) in self.entries:
+            seen, seen_weighted, count = self.entries[name, site]
+            self.entries[name, site] = (seen + value, seen_weighted + weighted, count + 1)
+        else:
+            self.entries[name, site] = (value, weighted, 1)
+
+    def read(self) -> dict[str, float]:
+        """{"penalty/<name>": mean over calls and sites, "penalty/total": what was added to the loss}; forgets them."""
+        values: dict[str, list[float]] = {}
+        total = 0.0
+        for (name, _), (value, weighted, count) in self.entries.items():
+            values.setdefault(f"penalty/{name}", []).append(float(value) / count)
+            total += float(weighted) / count
+        self.entries.clear()
+        means = {name: sum(found) / len(found) for name, found in values.items()}
+        return {**means, "penalty/total": total} if means else {}
