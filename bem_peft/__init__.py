@@ -25,12 +25,14 @@ from bem_peft.tuners import (
 )
 from bem_peft.tuners.call_state import retrieval_quality, retrieval_scores
 from bem_peft.tuners.governance import SpectralGovernance, SpectralNorms
+from bem_peft.tuners.loop import AdapterCallback, penalty_values, set_loss_scale
 from bem_peft.tuners.lora_export import LoraExportReport, export_lora
 from bem_peft.tuners.probe import DeadSiteError, probe
 from bem_peft.tuners.pt4_film import emergency_stabilize
 from bem_peft.tuners.sites import Site, SiteError, SiteTable, find_sites
 
 __all__ = [
+    "AdapterCallback",
     "BudgetCallback",
     "BudgetConstraints",
     "BudgetError",
@@ -70,8 +72,10 @@ __all__ = [
     "export_lora",
     "find_sites",
     "match_budget",
+    "penalty_values",
     "probe",
     "retrieval_quality",
     "retrieval_scores",
+    "set_loss_scale",
     "write_report",
 ]

@@ -21,7 +21,7 @@ from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.optimizer_hooks import watch
 from bem_peft.tuners.penalty import carry
-from bem_peft.tuners.penalty_call import Sequences
+from bem_peft.tuners.penalty_call import Sequences, sequences_of
 from bem_peft.tuners.registry import extend_peft_type
 from bem_peft.tuners.sharded import is_distributed
 from bem_peft.tuners.sites import ATTENTION_OUTPUT, MLP_DOWN
@@ -341,22 +341,25 @@ class Adapter(nn.Module):
         if torch.compiler.is_compiling():
             raise RuntimeError(f"a penalty ({name}) cannot be compiled: train without torch.compile, or set it to 0.")
         if call is None:
-            if not torch.is_grad_enabled():
-                return y
             raise RuntimeError(
                 f"{self.site_name} has a penalty ({name}) and was called without its model: call the whole model."
             )
         weighted = strength * value
         self.call.log.record(name, self.site_name, value, weighted)
-        return carry(y, weighted, call, self if once else None)
+        return carry(y, weighted, call, (self.site_name, id(self), name) if once else None)
 
     def sequences(self, tokens: int) -> Sequences:
         """The sequences that the site's rows belong to. Raises RuntimeError where the call does not tell them."""
         call = self.call.values.penalty
-        found: Sequences | str = "the call did not go through the model"
+        found: Sequences | str | None = "the call did not go through the model"
         if call is not None:
             stack = "" if "" in call.stacks else "decoder" if "decoder" in self.site_name.split(".") else "encoder"
             found = call.stacks[stack]
+        if found is None:
+            lead = self.call.lead if len(self.call.lead) > 1 else torch.Size((1, tokens))
+            found = sequences_of(
+                torch.Size((lead[0], tokens // lead[0])), next(self.parameters()).device, None, None, None
+            )
         if isinstance(found, Sequences) and found.index.shape[0] != tokens:
             found = f"it sees {tuple(self.call.lead)} rows, the call has {found.index.shape[0]} tokens"
         if isinstance(found, str):

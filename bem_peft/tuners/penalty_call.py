@@ -114,7 +114,7 @@ class LoopScale:
 class PenaltyCall:
     """One forward pass in training: its sequences, and what its penalties are multiplied by."""
 
-    stacks: Mapping[str, Sequences | str] = field(default_factory=dict)  # a str: why there are none
+    stacks: Mapping[str, Sequences | str | None] = field(default_factory=dict)  # a str: why there are none
     sequences: int = 1  # rows; the share of the call among those of one backward pass
     in_float16: bool = False  # the forward pass runs under float16 autocast
     step_share: torch.Tensor | None = None  # share of the optimizer step, where the call knows it
@@ -122,7 +122,7 @@ class PenaltyCall:
     pending: weakref.WeakSet[PenaltyCall] = field(default_factory=weakref.WeakSet)
     loss_gradient: torch.Tensor | None = None
     factor: torch.Tensor | None = None
-    owners: dict[int, object] = field(default_factory=dict)
+    owners: dict[object, object] = field(default_factory=dict)
 
     def receive_loss_gradient(self, gradient: torch.Tensor) -> None:
         """The hook on the model's own loss; it runs before the backward pass of any layer."""
@@ -131,7 +131,7 @@ class PenaltyCall:
 
     def factor_for(self, node: object, owner: object) -> torch.Tensor:
         """a w for one carrier in the backward pass; 0 for a parameter's penalty that another layer call has carried."""
-        if owner is not None and self.owners.setdefault(id(owner), node) is not node:
+        if owner is not None and self.owners.setdefault(owner, node) is not node:
             return torch.zeros(())
         if self.factor is None:
             self.factor = self._settle()
@@ -203,10 +203,13 @@ def _items(labels: torch.Tensor, shifted: object, is_seq2seq: bool) -> torch.Ten
     return torch.nn.functional.pad(counted[:, 1:], (0, 1))  # a causal model's loss shifts them
 
 
-def _stack(ids: object, embeds: object, mask: object, positions: object, items: torch.Tensor | None) -> Sequences | str:
+def _stack(
+    ids: object, embeds: object, mask: object, positions: object, items: torch.Tensor | None
+) -> Sequences | str | None:
+    """None: no tokens and no mask, as in a model of one's own; all rows of a site count."""
     tokens = ids if isinstance(ids, torch.Tensor) else embeds
     if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
-        return "the call has neither token ids nor embeddings"
+        return None if mask is None else "the call has an `attention_mask` but neither token ids nor embeddings"
     shape = tokens.shape[:2]
     for name, value in (("attention_mask", mask), ("position_ids", positions)):
         if value is None:

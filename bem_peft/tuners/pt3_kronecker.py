@@ -158,7 +158,7 @@ class KroneckerAdapter(LowRankAdapter):
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         u, v, b_t = weights
-        if self.training and self.is_penalised:
+        if self.is_penalised and self.training and torch.is_grad_enabled():
             y = self.carry_penalties(y)
         if self.dropout:
             x = self.drop(x)
