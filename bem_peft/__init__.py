@@ -3,6 +3,8 @@
 `import bem_peft` registers the methods with PEFT; it initialises no device and changes nothing else.
 """
 
+from typing import TYPE_CHECKING
+
 from bem_peft._version import __version__
 from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetLine, BudgetReport, BudgetValidator
 from bem_peft.budget.enforce import BudgetCallback, BudgetWarning, check_budget, write_report
@@ -11,6 +13,8 @@ from bem_peft.budget.latency import LatencyComparison, compare_latency
 from bem_peft.budget.match import BudgetMatch, match_budget
 from bem_peft.budget.memory import MemoryCount, count_memory
 from bem_peft.budget.parameters import ParameterCount, count_parameters
+from bem_peft.training.checkpoints import last_complete_checkpoint
+from bem_peft.training.parameter_groups import LearningRates, parameter_groups
 from bem_peft.tuners import (
     CompositeConfig,
     CompositeModel,
@@ -30,6 +34,9 @@ from bem_peft.tuners.lora_export import LoraExportReport, export_lora
 from bem_peft.tuners.probe import DeadSiteError, probe
 from bem_peft.tuners.pt4_film import emergency_stabilize
 from bem_peft.tuners.sites import Site, SiteError, SiteTable, find_sites
+
+if TYPE_CHECKING:
+    from bem_peft.training.trainer import PTTrainer, PTTrainingConfig
 
 __all__ = [
     "AdapterCallback",
@@ -52,8 +59,11 @@ __all__ = [
     "KroneckerConfig",
     "KroneckerModel",
     "LatencyComparison",
+    "LearningRates",
     "LoraExportReport",
     "MemoryCount",
+    "PTTrainer",
+    "PTTrainingConfig",
     "ParameterCount",
     "ResidualFiLMConfig",
     "ResidualFiLMModel",
@@ -71,7 +81,9 @@ __all__ = [
     "emergency_stabilize",
     "export_lora",
     "find_sites",
+    "last_complete_checkpoint",
     "match_budget",
+    "parameter_groups",
     "penalty_values",
     "probe",
     "retrieval_quality",
@@ -79,3 +91,12 @@ __all__ = [
     "set_loss_scale",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """`PTTrainer` and `PTTrainingConfig`, which load transformers' Trainer, when they are asked for."""
+    if name in ("PTTrainer", "PTTrainingConfig"):
+        from bem_peft.training import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module 'bem_peft' has no attribute {name!r}")

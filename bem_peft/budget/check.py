@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -289,12 +289,24 @@ def adapted_copy(model: nn.Module, config: PeftConfig) -> nn.Module:
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("the model is adapted already: give the base model, before get_peft_model or add_adapter.")
+    adapted: nn.Module = get_peft_model(_copy_around_weights(model), copy.deepcopy(config))
+    return adapted
+
+
+def unadapted_copy(model: PeftModel) -> tuple[nn.Module, list[str]]:
+    """The base model of `model`, new modules around the same weights, and the names of the adapted sites."""
+    whole: Any = _copy_around_weights(model)
+    sites = [name for name, m in whole.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)]
+    base: nn.Module = whole.unload()
+    return base, sites
+
+
+def _copy_around_weights(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():  # PEFT freezes what it adapts: not the model's own parameters
         same = nn.Parameter(parameter.detach(), requires_grad=False) if is_plain(parameter) else parameter
         memo[id(parameter)] = same
-    adapted: nn.Module = get_peft_model(copy.deepcopy(model, memo), copy.deepcopy(config))
-    return adapted
+    return copy.deepcopy(model, memo)
 
 
 def example_inputs(model: nn.Module, batch: int = 1, tokens: int = 128) -> dict[str, torch.Tensor]:

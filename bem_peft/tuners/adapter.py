@@ -220,6 +220,8 @@ class Adapter(nn.Module):
     and `transform` (the formula, on rows).
     """
 
+    variant: ClassVar[str] = ""  # PT1 to PT4
+    lr_groups: ClassVar[dict[str, str]] = {}  # parameter -> group of the optimizer
     is_mergeable: bool = False
     attention_rows: Any = None  # the exact rows of the attention that runs now, where the method reads them
     watch_order: int = 0

@@ -11,11 +11,14 @@ import itertools
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+
+from bem_peft.tuners.sharded import own_part
 
 if TYPE_CHECKING:
     from bem_peft.tuners.adapter import Adapter
@@ -48,9 +51,20 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
     concerned = watched_by(optimizer)
     if concerned:
-        judge_stability(concerned)
+        if judge_stability(concerned):
+            _drop_unsound_gradients(optimizer)
         for adapter in concerned:
             adapter.before_optimizer_step()
+
+
+@torch.no_grad()
+def _drop_unsound_gradients(optimizer: Optimizer) -> None:
+    """In an emergency, what is not finite must not reach the other parameters that the optimizer holds."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                gradient = own_part(parameter.grad)
+                gradient.masked_fill_(~torch.isfinite(gradient).all(), 0.0)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -140,6 +140,17 @@ def resolve_groups(heads: int, num_groups: int, strict: bool, site: str) -> int:
 class HeadGroupGatingAdapter(LowRankAdapter):
     """y' = y + s sum_g gate_g(x) B_g A_g x_g."""
 
+    variant = "PT1"
+    lr_groups = {
+        "A": "projection",
+        "B": "projection",
+        "gate_weight": "controller",
+        "gate_bias": "controller",
+        "retrieval_weight": "controller",
+        "scorer_weight": "controller",
+        "scorer_bias": "controller",
+    }
+
     steps_taken: torch.Tensor
 
     def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:

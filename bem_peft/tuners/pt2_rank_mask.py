@@ -85,6 +85,14 @@ class DynamicRankMaskConfig(AdapterConfig):
 class DynamicRankMaskAdapter(LowRankAdapter):
     """y' = y + s B (m(x) * (1 + tanh(C z/rms(z))) * z),  z = A x."""
 
+    variant = "PT2"
+    lr_groups = {
+        "A": "projection",
+        "B": "projection",
+        "mask_weight": "mask",
+        "C": "controller",
+    }
+
     def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
         super().__init__(config, site, call)
         rank = config.total_rank

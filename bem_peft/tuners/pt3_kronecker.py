@@ -113,6 +113,9 @@ def resolve_dims(width: int, u_dim: int | None, v_dim: int | None, site: str) ->
 class KroneckerAdapter(LowRankAdapter):
     """y' = y + s B (U (x) V) x."""
 
+    variant = "PT3"
+    lr_groups = {"B": "projection", "U": "factors", "V": "factors"}
+
     is_mergeable = True
 
     def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:

@@ -82,6 +82,14 @@ class ResidualFiLMConfig(AdapterConfig):
 class ResidualFiLMAdapter(Adapter):
     """y' = y (1 + gamma(x)) + beta(x) rho(y)."""
 
+    variant = "PT4"
+    lr_groups = {
+        "controller_weight": "controller",
+        "controller_bias": "controller",
+        "gamma": "gamma",
+        "beta": "beta",
+    }
+
     emergency_count: torch.Tensor
     is_unstable: torch.Tensor
     gamma: nn.Parameter
@@ -249,14 +257,17 @@ class ResidualFiLMAdapter(Adapter):
             self.is_unstable.zero_()
 
 
-def judge_stability(adapters: Sequence[Adapter]) -> None:
+def judge_stability(adapters: Sequence[Adapter]) -> bool:
     """Decide for all guarded adapters at once whether the step that comes is taken: one host synchronisation a step.
 
     With several processes the verdict is the same in all of them.
+
+    Returns:
+        Whether there is an emergency.
     """
     guarded = [adapter for adapter in adapters if isinstance(adapter, ResidualFiLMAdapter) and adapter.is_guarded]
     if not guarded:
-        return
+        return False
     flags = torch.stack([adapter.unstable_flag().to(guarded[0].is_unstable.device) for adapter in guarded])
     if is_distributed():
         as_int = flags.to(torch.int32)
@@ -274,6 +285,7 @@ def judge_stability(adapters: Sequence[Adapter]) -> None:
             len(guarded),
             names[0],
         )
+    return any(verdicts)
 
 
 def emergency_stabilize(model: nn.Module) -> dict[str, int]:

@@ -1,0 +1,125 @@
+"""Parameter groups for the optimizer: each trainable parameter once, in a stable order, with its learning rate.
+
+    optimizer = torch.optim.AdamW(parameter_groups(model, LearningRates(learning_rate=8e-3)))
+    Trainer(model, arguments, optimizers=(optimizer, None), ...)      # SFTTrainer takes it the same way
+
+A group's learning rate is  learning_rate * variant multiplier * group multiplier. A scheduler scales what it finds, and
+a checkpoint stores it, so neither has to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+from bem_peft.tuners import field_checks as check
+from bem_peft.tuners.adapter import Adapter
+
+# 1 throughout is what short runs on real text ask for (benchmarks/learning_rates.py); the multipliers of the document
+# that the methods come from are SEED_VARIANT_LR_MULTIPLIERS
+VARIANT_LR_MULTIPLIERS: Mapping[str, float] = {"PT1": 1.0, "PT2": 1.0, "PT3": 1.0, "PT4": 1.0}
+SEED_VARIANT_LR_MULTIPLIERS: Mapping[str, float] = {"PT1": 1.0, "PT2": 0.5, "PT3": 1.5, "PT4": 0.1}
+GROUPS = ("projection", "controller", "mask", "factors", "gamma", "beta")
+OTHER = "other"  # of modules_to_save, or of another PEFT method
+
+
+@dataclass
+class LearningRates:
+    """What `parameter_groups` reads; a `PTTrainingConfig` has the same fields.
+
+    Args:
+        learning_rate: before multipliers, > 0.
+        weight_decay: for all but biases, >= 0.
+        variant_lr_multipliers: for "PT1" to "PT4", > 0; what is left out is 1.
+        group_lr_multipliers: for the groups of a method: "projection", "controller", "mask", "factors", "gamma",
+            "beta", or one method's alone as "PT3/factors"; > 0; what is left out is 1.
+
+    Raises:
+        ValueError, TypeError: a key that does not exist, or a value that is no positive number.
+    """
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    variant_lr_multipliers: dict[str, float] = field(default_factory=lambda: dict(VARIANT_LR_MULTIPLIERS))
+    group_lr_multipliers: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check.check_number(self, "learning_rate", 0.0, exclusive=True)
+        check.check_number(self, "weight_decay", 0.0)
+        check_multipliers(self)
+
+
+def check_multipliers(config: Any) -> None:
+    """Raise ValueError or TypeError where a multiplier's name or value is wrong."""
+    pairs = {f"{variant}/{group}" for variant in VARIANT_LR_MULTIPLIERS for group in GROUPS}
+    allowed = {
+        "variant_lr_multipliers": set(VARIANT_LR_MULTIPLIERS),
+        "group_lr_multipliers": set(GROUPS) | pairs,
+    }
+    for name, keys in allowed.items():
+        given = getattr(config, name)
+        if not isinstance(given, dict):
+            raise TypeError(f"`{name}` = {given!r}: must map names to multipliers.")
+        for key, value in given.items():
+            if key not in keys:
+                known = sorted(keys) if name.startswith("variant") else [*GROUPS, "PT<n>/<group>"]
+                raise check.field_error(name, given, f"{key!r} is none of {', '.join(known)}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < float("inf"):
+                raise check.field_error(
+                    name, given, f"the multiplier of {key!r} must be above 0 and finite", "freeze what is not to learn"
+                )
+
+
+def parameter_groups(model: nn.Module, config: LearningRates | TrainingArguments) -> list[dict[str, Any]]:
+    """The optimizer's groups of all trainable parameters of `model`.
+
+    Args:
+        config: `LearningRates`, a `PTTrainingConfig`, or plain `TrainingArguments` (multipliers of 1).
+
+    Returns:
+        Groups {"name": "PT3/factors", "params": [...], "lr": ..., "weight_decay": ...}; biases in groups of their own,
+        "PT1/controller/no_decay". The order depends on the methods alone.
+
+    Raises:
+        ValueError: the model has nothing to train.
+    """
+    multipliers = {name: getattr(config, name, {}) or {} for name in ("variant_lr_multipliers", "group_lr_multipliers")}
+    owners = {
+        id(parameter): f"{module.variant}/{module.lr_groups[name]}"
+        for module in model.modules()
+        if isinstance(module, Adapter)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_bias = parameter.dim() == 1 and "bias" in name.rpartition(".")[2]
+            key = owners.get(id(parameter), OTHER) + ("/no_decay" if is_bias else "")
+            found.setdefault(key, []).append(parameter)
+    if not found:
+        raise ValueError("the model has no trainable parameter: load the adapter with is_trainable=True.")
+    order = [f"{v}/{g}" for v in VARIANT_LR_MULTIPLIERS for g in GROUPS] + [OTHER]
+    names = [name for key in order for name in (key, f"{key}/no_decay") if name in found]
+    return [
+        {
+            "name": name,
+            "params": found[name],
+            "lr": config.learning_rate * _multiplier(name, **multipliers),
+            "weight_decay": 0.0 if name.endswith("/no_decay") else config.weight_decay,
+        }
+        for name in names
+    ]
+
+
+def _multiplier(
+    name: str, variant_lr_multipliers: Mapping[str, float], group_lr_multipliers: Mapping[str, float]
+) -> float:
+    if name.startswith(OTHER):
+        return 1.0
+    variant, group = name.split("/")[:2]
+    own = group_lr_multipliers.get(f"{variant}/{group}", group_lr_multipliers.get(group, 1.0))
+    return variant_lr_multipliers.get(variant, 1.0) * own
