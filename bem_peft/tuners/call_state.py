@@ -47,6 +47,7 @@ class CallState:
         self.lead: torch.Size = torch.Size()
         self.retrieval: set[str] = set()  # kinds that some adapter of the model reads: "quality", "scores"
         self.is_penalised = False  # some adapter of the model carries a penalty
+        self.watched: nn.Module | None = None  # an adapter that does something around an optimizer step
         self.loop = LoopScale()
         self.pending: weakref.WeakSet[PenaltyCall] = weakref.WeakSet()
         self.log = PenaltyLog()
@@ -134,6 +135,8 @@ class _ReceiveCall:
             scores = check_scores(kwargs["retrieval_scores"], state.retrieval)
         if "retrieval_quality" in kwargs or "retrieval_scores" in kwargs:
             kwargs = {k: v for k, v in kwargs.items() if k not in ("retrieval_quality", "retrieval_scores")}
+        if state.watched is not None and model.training and torch.is_grad_enabled():
+            refuse_partitioned(state.watched)
         penalty = None
         if state.is_penalised and model.training and torch.is_grad_enabled():
             given = inspect.signature(model.forward).bind_partial(*args).arguments if args else {}
@@ -146,6 +149,21 @@ class _ReceiveCall:
         if model.training and torch.is_grad_enabled():
             _bind_checkpointing(model, state)
         return args, kwargs
+
+
+def refuse_partitioned(adapter: nn.Module) -> None:
+    """Raise where DeepSpeed's ZeRO keeps the parameters' masters, which no hook of an optimizer step would reach.
+
+    Raises:
+        RuntimeError: the adapter is in the hands of ZeRO.
+    """
+    parameter = next(adapter.parameters())
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        raise RuntimeError(
+            "under DeepSpeed's ZeRO nothing can be done around an optimizer step, because ZeRO keeps copies of the "
+            "parameters: set emergency_stabilization=False, and leave max_singular_value, fro_budget and "
+            "decorrelation_anneal_steps out; or use DDP or FSDP2."
+        )
 
 
 class _EndCall:

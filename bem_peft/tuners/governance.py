@@ -135,6 +135,7 @@ class SpectralGovernance:
         for _, _, adapter in adapters:
             adapter.max_singular_value, adapter.fro_budget = self.max_singular_value, self.fro_budget
             adapter.is_watched = True
+            adapter.call.watched = adapter
             watch(adapter)
         return self
 

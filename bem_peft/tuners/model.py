@@ -193,6 +193,7 @@ class AdapterModel(BaseTuner):
         kinds = {getattr(adapter, "retrieval", "none") for adapter in adapters} - {"none"}
         self.call.retrieval |= kinds
         self.call.is_penalised |= any(adapter.is_penalised for adapter in adapters)
+        self.call.watched = next((adapter for adapter in adapters if adapter.is_watched), None)
         attach_call_state(model, self.call)
         if any(adapter.is_penalised or adapter.is_watched for adapter in adapters):
             attach_to_trainers()
