@@ -3,6 +3,8 @@
 bem-peft sites MODEL_OR_TYPE          where W_O and W_down stand in a model
 bem-peft budget MODEL CONFIG          what an adapter costs, against an anchor
 bem-peft match MODEL CONFIG           the sizes that cost what the anchor costs
+bem-peft validate FILE                all that is wrong with an experiment, before anything is loaded
+bem-peft run FILE                     train and evaluate an experiment, one adapter a seed
 """
 
 import argparse
@@ -19,8 +21,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from bem_peft.budget.adapter_spec import AdapterSpecError, parse_adapter
-from bem_peft.budget.check import BudgetConstraints, BudgetValidator, adapted_copy
+from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetValidator, adapted_copy
 from bem_peft.budget.match import MATCHED, match_budget
+from bem_peft.training.experiment import read_experiment
 from bem_peft.tuners import registry, sites
 
 _NOT_MET = 1
@@ -49,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             budget.add_argument("--free", nargs="+", help="fields to choose; default: the method's own sizes")
             budget.add_argument("--match", nargs="+", default=list(MATCHED), help="params flops (default: both)")
+    for name, text in (("validate", "check an experiment"), ("run", "train and evaluate an experiment")):
+        experiment = commands.add_parser(name, help=text)
+        experiment.add_argument("file", type=Path, help="YAML; see experiments/")
+        experiment.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="training.max_steps=10; may stand often"
+        )
     arguments = parser.parse_args(argv)
     if arguments.command == "sites":
         if arguments.all == (arguments.model is not None):
@@ -56,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.write is not None and not arguments.all:
             command.error("--write goes with --all")
     try:
-        return {"sites": _sites, "budget": _budget, "match": _match}[arguments.command](arguments)
+        return _COMMANDS[arguments.command](arguments)
+    except BudgetError as error:
+        print(f"bem-peft: {error}", file=sys.stderr)
+        return _NOT_MET
     except (sites.SiteError, sites.ModelBuildError, AdapterSpecError, OSError, ValueError) as error:
         print(f"bem-peft: {error}", file=sys.stderr)
         return _USER_ERROR
@@ -89,6 +101,24 @@ def _match(arguments: argparse.Namespace) -> int:
     )
     print(match)
     return 0 if match.is_met else _NOT_MET
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    experiment = read_experiment(arguments.file, arguments.set)
+    print(
+        f"{arguments.file} is sound: {experiment.name}, {type(experiment.adapter).__name__} on "
+        f"{experiment.model.path}, seeds {', '.join(map(str, experiment.seeds))}"
+    )
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    experiment = read_experiment(arguments.file, arguments.set)
+    from bem_peft.training.run import run_experiment
+
+    results = run_experiment(experiment)
+    print(f"results: {experiment.output_dir}/seed-*/result.json ({len(results)})")
+    return 0
 
 
 def _model_and_configs(arguments: argparse.Namespace) -> tuple[nn.Module, PeftConfig, PeftConfig]:
@@ -134,6 +164,9 @@ def _print_all(path: Path | None) -> None:
         path.write_text(text)
         unplaced = sum("error" in row for row in rows.values())
         print(f"wrote {len(rows)} model types to {path}, {unplaced} of them without sites")
+
+
+_COMMANDS = {"sites": _sites, "budget": _budget, "match": _match, "validate": _validate, "run": _run}
 
 
 if __name__ == "__main__":

@@ -232,14 +232,31 @@ class _Search:
         if len(head) == len(self.names) - 1:
             yield head
             return
-        is_given = self.names[len(head)] in self.choices
+        is_given, has_fitted = self.names[len(head)] in self.choices, False
         for i, value in enumerate(self.accepted(head)):
-            smallest = deviations(self.first((*head, value)))
-            if not is_given and smallest is not None and min(smallest[1].values()) > best():
+            smallest = self.smallest_that_fits((*head, value), deviations)
+            if smallest is None:
+                if not is_given and (has_fitted or i >= FIRST):
+                    break  # too large for the sites
+                continue
+            has_fitted = True
+            if not is_given and min(smallest[1].values()) > best():
                 break  # every quantity is above the anchor, farther than what was found
-            if not is_given and smallest is None and i:
-                break  # too large for the sites
             yield from self._heads((*head, value), deviations, best)
+
+    def smallest_that_fits(
+        self, head: tuple[int, ...], deviations: Deviations
+    ) -> tuple[float, dict[str, float]] | None:
+        """The deviations at the smallest values of the other names that fit the sites, the last name's tried first."""
+        start = self.first(head)
+        found = deviations(start)
+        if found is not None or len(start) < len(self.names) or self.names[-1] in self.choices:
+            return found
+        for value in self.accepted(start[:-1])[1:FIRST]:
+            found = deviations((*start[:-1], value))
+            if found is not None:
+                break
+        return found
 
     def nearest(self, outer: tuple[int, ...], deviations: Deviations) -> list[tuple[int, ...]]:
         """The two neighbours among which the best last value lies; all of them where they are given."""

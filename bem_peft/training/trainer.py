@@ -6,10 +6,12 @@ All of it works without this class too: `parameter_groups`, `BudgetCallback`, `S
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -96,7 +98,8 @@ class PTTrainer(Trainer):
         if budget is not None and getattr(config, "budget_anchor", None) is not None:
             raise ValueError("`budget` and `budget_anchor` are both given: set one of them.")
         if getattr(config, "budget_anchor", None) is not None:
-            budget = budget_at_own_sites(self.model, config)
+            anchor = parse_adapter(config.budget_anchor, registry.config_classes())
+            budget = budget_of(self.model, anchor, config.budget_quantities, config.budget_tolerance_ratio)
         if budget is not None:
             BudgetCallback(budget, policy=getattr(config, "budget_policy", "raise")).attach(self)
         caps = [getattr(config, name, None) for name in ("max_singular_value", "fro_budget")]
@@ -132,14 +135,18 @@ class PTTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 
-def budget_at_own_sites(model: nn.Module, config: PTTrainingConfig) -> BudgetConstraints:
-    """The budget of `budget_anchor` at the sites that the adapter of `model` has, on a copy without weights."""
-    anchor = parse_adapter(str(config.budget_anchor), registry.config_classes())
+def budget_of(
+    model: nn.Module, anchor: PeftConfig, quantities: Sequence[str] = ("params", "flops"), tolerance_ratio: float = 0.05
+) -> BudgetConstraints:
+    """The budget of `anchor` on the base of the adapted `model`; without target_modules it stands at the same sites.
+
+    Raises:
+        ValueError: `model` is no PeftModel.
+    """
     if not isinstance(model, PeftModel):
-        raise ValueError("`budget_anchor` needs a PeftModel: call get_peft_model first, or pass `budget`.")
+        raise ValueError("a budget by an anchor needs a PeftModel: call get_peft_model first, or pass `budget`.")
     base, sites = unadapted_copy(model)
+    anchor = copy.deepcopy(anchor)
     if getattr(anchor, "target_modules", "") is None:
         anchor.target_modules = sites
-    return BudgetConstraints.from_anchor(
-        base, anchor, quantities=config.budget_quantities, tolerance_ratio=config.budget_tolerance_ratio
-    )
+    return BudgetConstraints.from_anchor(base, anchor, quantities=quantities, tolerance_ratio=tolerance_ratio)

@@ -1,0 +1,135 @@
+"""Mappings into dataclasses, with every problem noted instead of the first one raised."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Union
+
+
+class Problems(list[str]):
+    """What is wrong, in words, in the order it was found."""
+
+
+def fill(cls: type, values: Mapping[str, Any], where: str, problems: Problems) -> Any:
+    """`cls(**values)`, or None where a key is unknown or missing or a value has the wrong type."""
+    before = len(problems)
+    check_keys(cls, values, where, problems)
+    for field in dataclasses.fields(cls):
+        is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if is_required and field.name not in values:
+            problems.append(f"{_at(where, field.name)}: is missing")
+    return cls(**values) if len(problems) == before else None
+
+
+def check_keys(cls: type, values: Mapping[str, Any], where: str, problems: Problems) -> set[str]:
+    """Note unknown keys and wrong types; returns the keys that are right."""
+    fields = {field.name for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
+    right = set()
+    for name, value in values.items():
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(f"{_at(where, str(name))}: unknown key{hint}")
+        elif not fits(value, hints[name]):
+            problems.append(f"{_at(where, name)} = {value!r}: must be {describe(hints[name])}, not {_kind(value)}")
+        else:
+            right.add(name)
+    return right
+
+
+def build_config(cls: type, values: Mapping[str, Any], where: str, problems: Problems) -> Any:
+    """`cls(**values)` for a config that checks itself, or None.
+
+    A config raises at its first error; the field that is to blame is taken out and the rest tried again, so that every
+    error is noted.
+    """
+    before = len(problems)
+    right = check_keys(cls, values, where, problems)
+    rest = {name: value for name, value in values.items() if name in right}
+    while True:
+        config, error = _try(cls, rest)
+        if error is None:
+            return config if len(problems) == before else None
+        culprit = _culprit(cls, rest, error)
+        if culprit is None:
+            problems.append(f"{where}: {error}")
+            return None
+        says = error if f"`{culprit}`" in error else f"{culprit} = {rest[culprit]!r}: {error}"
+        problems.append(f"{where}: {says}")
+        del rest[culprit]
+
+
+def _try(cls: type, values: Mapping[str, Any]) -> tuple[Any, str | None]:
+    try:
+        return cls(**values), None
+    except (ValueError, TypeError) as error:
+        return None, str(error)
+
+
+def _culprit(cls: type, values: Mapping[str, Any], error: str) -> str | None:
+    """The field that the error names, else one without which it does not come."""
+    named = [name for name in re.findall(r"`(\w+)`", error) if name in values]
+    if named:
+        return named[0]
+    for name in values:
+        if _try(cls, {key: value for key, value in values.items() if key != name})[1] != error:
+            return name
+    return None
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a YAML value can stand for a type; types that this does not know pass, and the config itself judges."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, option) for option in arguments)
+    if hint is Any:
+        return True
+    if origin is typing.Literal:
+        return value in arguments
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    if origin in (list, set, tuple) or hint in (list, set, tuple):
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value if arguments)
+    if origin is dict or hint is dict:
+        return isinstance(value, dict)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return isinstance(value, str)
+    return not isinstance(hint, type) or not dataclasses.is_dataclass(hint) or isinstance(value, dict)
+
+
+def describe(hint: Any) -> str:
+    """A type in a user's words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(describe(option) for option in arguments))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if hint in names:
+        return names[hint]
+    if origin in (list, set, tuple):
+        return f"a list of {describe(arguments[0])}" if arguments else "a list"
+    if origin is dict or hint is dict:
+        return "a mapping"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _kind(value: Any) -> str:
+    return {"str": "text", "NoneType": "null", "dict": "a mapping", "list": "a list"}.get(
+        type(value).__name__, type(value).__name__
+    )
+
+
+def _at(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name

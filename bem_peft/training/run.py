@@ -1,0 +1,198 @@
+"""Run an experiment: one adapter a seed, each with its result, its items' scores and its provenance.
+
+OUTPUT_DIR/seed-0/adapter/          the adapter, with its budget report
+OUTPUT_DIR/seed-0/result.json       loss, sizes, budget, provenance
+OUTPUT_DIR/seed-0/items.jsonl       one line an item of the evaluation
+OUTPUT_DIR/seed-0/checkpoints/      of the Trainer; a run that was stopped goes on from the last whole one
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, get_peft_model
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+)
+
+from bem_peft.budget.check import BudgetConstraints, adapted_copy, unadapted_copy
+from bem_peft.budget.match import match_budget
+from bem_peft.budget.parameters import count_parameters
+from bem_peft.training.checkpoints import last_complete_checkpoint
+from bem_peft.training.experiment import Experiment
+from bem_peft.training.items import Item, encode, read_items, score_items
+from bem_peft.training.provenance import provenance
+from bem_peft.training.trainer import PTTrainer, PTTrainingConfig, budget_of
+
+RESULT_VERSION = 1
+
+
+def run_experiment(experiment: Experiment, report: Any = print) -> list[dict[str, Any]]:
+    """Run every seed that has no result yet; `report` gets lines of progress.
+
+    Returns:
+        The results, one a seed, as they stand in `result.json`.
+
+    Raises:
+        ValueError: data that do not fit the templates, results of other settings in `output_dir`, or a budget whose
+            sizes cannot be matched.
+        BudgetError: the adapter does not keep its budget (policy "raise").
+    """
+    items = read_items(experiment.data)
+    report(f"{experiment.name}: {len(items[0]):,} items to train on, {len(items[1]):,} to evaluate on")
+    results = []
+    for seed in experiment.seeds:
+        folder = Path(experiment.output_dir) / f"seed-{seed}"
+        done = folder / "result.json"
+        if done.is_file():
+            result = json.loads(done.read_text(encoding="utf-8"))
+            _check_same_settings(experiment, result, done)
+            report(f"seed {seed}: done before, loss {result['metrics']['loss']:.4f}")
+        else:
+            result = _run_seed(experiment, seed, folder, items, report)
+            report(f"seed {seed}: loss {result['metrics']['loss']:.4f}")
+        results.append(result)
+    return results
+
+
+def _check_same_settings(experiment: Experiment, result: dict[str, Any], path: Path) -> None:
+    kept = ("model", "adapter", "data", "training", "budget")
+    before = result["provenance"]["settings"]
+    now = json.loads(json.dumps(experiment.document, default=str))
+    changed = [name for name in kept if before.get(name) != now.get(name)]
+    if changed:
+        raise ValueError(
+            f"{path} was made with other settings ({', '.join(changed)}): choose another `output_dir`, or remove it."
+        )
+
+
+def _run_seed(
+    experiment: Experiment, seed: int, folder: Path, items: tuple[list[Item], list[Item]], report: Any
+) -> dict[str, Any]:
+    transformers.set_seed(seed)
+    model, tokenizer = load_model(experiment)
+    is_seq2seq = bool(model.config.is_encoder_decoder)
+    config = experiment.adapter
+    anchor = experiment.anchor
+    if experiment.budget is not None and experiment.budget.match:
+        config = _matched(experiment, model, report)
+    transformers.set_seed(seed)
+    model = get_peft_model(model, config)
+    budget: BudgetConstraints | None = None
+    if experiment.budget is not None and anchor is not None:
+        budget = budget_of(model, anchor, experiment.budget.quantities, experiment.budget.tolerance_ratio)
+    encoded = [[encode(item, tokenizer, experiment.data.max_tokens, is_seq2seq) for item in part] for part in items]
+    defaults = {"save_total_limit": 2, "report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
+    options = {**defaults, **experiment.training}
+    arguments = PTTrainingConfig(str(folder / "checkpoints"), seed=seed, **options)
+    if experiment.budget is not None:
+        arguments.budget_policy = experiment.budget.policy
+    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    trainer = PTTrainer(model, arguments, budget=budget, train_dataset=encoded[0], data_collator=collator)
+    last = last_complete_checkpoint(folder / "checkpoints")
+    if last is not None:
+        report(f"seed {seed}: goes on from {Path(last).name}")
+    start = time.perf_counter()
+    outcome = trainer.train(resume_from_checkpoint=last)
+    seconds = time.perf_counter() - start
+    trainer.save_model(str(folder / "adapter"))
+    if not trainer.is_world_process_zero():
+        return {"metrics": {"loss": float("nan")}}
+    scores = score_items(
+        trainer.model, encoded[1], collator, arguments.per_device_eval_batch_size,
+        lambda steps: tqdm(steps, desc=f"evaluating seed {seed}", disable=arguments.disable_tqdm),
+    )  # fmt: skip
+    tokens = sum(count for _, count in scores)
+    result = {
+        "version": RESULT_VERSION,
+        "name": experiment.name,
+        "seed": seed,
+        "adapter": _json_config(config),
+        "metrics": {
+            "loss": sum(value for value, _ in scores) / max(1, tokens),
+            "train_loss": outcome.training_loss,
+            "items": len(scores),
+            "tokens": tokens,
+        },
+        "parameters": vars(count_parameters(trainer.model)),
+        "budget": _budget_lines(trainer),
+        "training_seconds": seconds,
+        "provenance": provenance(experiment.document, seed),
+    }
+    _write_items(folder / "items.jsonl", items[1], scores)
+    _write(folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def load_model(experiment: Experiment) -> tuple[Any, Any]:
+    """(model, tokenizer), causal or encoder-decoder as its config says."""
+    section = experiment.model
+    config = AutoConfig.from_pretrained(section.path, revision=section.revision)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    options: dict[str, Any] = {"revision": section.revision}
+    if section.attn_implementation is not None:
+        options["attn_implementation"] = section.attn_implementation
+    dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+    model = auto.from_pretrained(section.path, dtype=dtype, **options)
+    tokenizer = AutoTokenizer.from_pretrained(section.path, revision=section.revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _matched(experiment: Experiment, model: Any, report: Any) -> PeftConfig:
+    """The adapter's config with the sizes that meet the anchor. Raises ValueError where none does."""
+    budget = experiment.budget
+    assert budget is not None
+    assert experiment.anchor is not None
+    anchor = copy.deepcopy(experiment.anchor)
+    if getattr(anchor, "target_modules", "") is None:
+        with torch.device("meta"):
+            adapted: Any = adapted_copy(model, experiment.adapter)
+        anchor.target_modules = unadapted_copy(adapted)[1]
+    match = match_budget(
+        model, experiment.adapter, anchor, free=budget.match, match=budget.quantities,
+        tolerance_ratio=budget.tolerance_ratio,
+    )  # fmt: skip
+    report(str(match))
+    if not match.is_met and budget.policy == "raise":
+        raise ValueError(f"no sizes of budget.match = {budget.match} meet the anchor: {match}")
+    return match.config
+
+
+def _budget_lines(trainer: PTTrainer) -> list[dict[str, Any]] | None:
+    from bem_peft.budget.enforce import BudgetCallback
+
+    reports = [c.report for c in trainer.callback_handler.callbacks if isinstance(c, BudgetCallback)]
+    found = [report for report in reports if report is not None]
+    return None if not found else [vars(line) for line in found[0].lines]
+
+
+def _json_config(config: PeftConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(config.to_dict(), default=lambda value: sorted(value)))
+
+
+def _write_items(path: Path, items: list[Item], scores: list[tuple[float, int]]) -> None:
+    lines = [
+        json.dumps({"id": item.id, "group": item.group, "sha256": item.sha256, "nll": value, "tokens": count})
+        for item, (value, count) in zip(items, scores, strict=True)
+    ]
+    _write(path, "\n".join(lines) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,252 @@
+"""Experiments: every problem of a file at once, before anything is loaded; and results that say where they come from."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from bem_peft.cli import main
+from bem_peft.training.experiment import ExperimentError, parse_yaml, read_experiment
+from bem_peft.training.items import encode, score_items
+from tests.tiny_models import build
+from tests.training.equalities import word_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny checkpoint with its tokenizer, and 24 items."""
+    build("llama").save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    lines = [
+        {"ref": f"book {i // 4}:{i % 4}", "a": f"w{i + 3} w{i + 4} w{i + 5}", "b": f"w{i + 6} w{i + 7}"}
+        for i in range(24)
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+def document(folder: Path) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "model": {"path": str(folder / "model")},
+        "adapter": {"method": "head_gating", "num_groups": 2, "task_type": "CAUSAL_LM"},
+        "budget": {"anchor": {"method": "lora", "r": 2}, "match": ["total_rank"], "tolerance_ratio": 0.4},
+        "data": {
+            "train": str(folder / "items.jsonl"), "prompt": "{a}", "completion": " {b}", "id": "{ref}",
+            "group": "{ref}", "group_pattern": "^(.+):", "eval_share": 0.4,
+        },
+        "training": {
+            "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.01, "save_steps": 2, "use_cpu": True,
+            "disable_tqdm": True, "dataloader_pin_memory": False,
+        },
+        "seeds": [0, 1],
+        "output_dir": str(folder / "runs"),
+    }  # fmt: skip
+
+
+def write(folder: Path, content: Any) -> Path:
+    path = folder / "experiment.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_experiments_are_sound(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["validate", str(path)]) == 0
+    assert "is sound" in capsys.readouterr().out
+
+
+def test_all_problems_are_reported_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = document(folder)
+    wrong["modell"] = wrong["model"]
+    wrong["model"] = {"path": "x", "dtype": "float8"}
+    wrong["adapter"] = {"method": "kronecker", "u_rank": 0, "v_rank": -1, "scaling": "big", "rank": 3}
+    wrong["budget"] = {"anchor": {"method": "lorra"}, "policy": "ignore", "tolerance_ratio": 5}
+    wrong["data"] |= {"prompt": "no column", "eval": "other.jsonl", "max_tokens": 0, "group_pattern": "("}
+    wrong["training"] |= {"learning_rte": 1.0, "max_steps": "ten", "lr_scheduler_type": "nope", "seed": 3}
+    wrong["training"] |= {"variant_lr_multipliers": {"PT9": 1.0}}
+    wrong["seeds"] = [0, 0]
+    assert main(["validate", str(write(folder, wrong))]) == 2
+    text = capsys.readouterr().err
+    for part in (
+        "modell: unknown key; did you mean 'model'?",
+        "model.dtype = 'float8': must be one of",
+        "adapter.scaling = 'big': must be a number, not text",
+        "adapter.rank: unknown key",
+        "adapter: `u_rank` = 0",
+        "adapter: `v_rank` = -1",
+        "budget.anchor.method = 'lorra'",
+        "budget.policy = 'ignore'",
+        "budget.tolerance_ratio = 5",
+        "data.prompt = 'no column'",
+        "data.eval, data.eval_share: give one of them",
+        "data.eval = 'other.jsonl': there is no such file",
+        "data.max_tokens = 0",
+        "data.group_pattern = '('",
+        "training.learning_rte: unknown key; did you mean 'learning_rate'?",
+        "training.max_steps = 'ten': must be a whole number, not text",
+        "training: lr_scheduler_type = 'nope'",
+        "training.seed: is set by `seeds`",
+        "'PT9' is none of",
+        "seeds = [0, 0]",
+    ):
+        assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda d: d.pop("data"), "data: is missing"),
+        (lambda d: d["data"].pop("train"), "data.train: is missing"),
+        (lambda d: d["adapter"].update(method=None), "adapter.method = None: must be one of"),
+        (
+            lambda d: d["adapter"].update(active_rank=99, method="rank_mask", num_groups=1),
+            "adapter.num_groups: unknown key",
+        ),
+        (
+            lambda d: d.update(adapter={"method": "composite", "methods": [{"method": "film", "mode": "x"}]}),
+            "`mode` = 'x'",
+        ),
+        (lambda d: d.update(seeds=[]), "seeds = []"),
+        (lambda d: d.update(seeds=[0.5]), "seeds = [0.5]: must be a list of a whole number"),
+        (lambda d: d["budget"].update(match=["width"]), "budget.match: 'width' is no field of HeadGroupGatingConfig"),
+        (lambda d: d["budget"].update(match={"total_rank": ["a"]}), "budget.match.total_rank = ['a']"),
+        (lambda d: d["budget"].update(quantities=["speed"]), "budget.quantities = ['speed']"),
+        (lambda d: d["data"].pop("group"), "data.group_pattern: needs `group`"),
+        (lambda d: d["data"].update(eval_share=1.5), "data.eval_share = 1.5"),
+    ],
+)
+def test_a_single_problem_is_named(folder: Path, change: Any, text: str) -> None:
+    wrong = document(folder)
+    change(wrong)
+    with pytest.raises(ExperimentError) as raised:
+        read_experiment(write(folder, wrong))
+    assert text in str(raised.value)
+
+
+def test_yaml_that_would_mislead_is_refused(folder: Path) -> None:
+    with pytest.raises(ExperimentError, match="the key 'name' stands twice"):
+        read_experiment(write(folder, "name: a\nname: b\n"))
+    with pytest.raises(ExperimentError, match="no YAML"):
+        read_experiment(write(folder, "name: [a\n"))
+    with pytest.raises(ExperimentError, match="must be a mapping"):
+        read_experiment(write(folder, "- a\n"))
+    with pytest.raises(ExperimentError, match="no YAML"):
+        read_experiment(write(folder, "name: !!python/object/apply:os.getcwd []\n"))
+    assert parse_yaml("a: 1e-3\nb: -2.5E+4\nc: 12\nd: text") == {"a": 1e-3, "b": -2.5e4, "c": 12, "d": "text"}
+
+
+def test_set_changes_the_document(folder: Path) -> None:
+    path = write(folder, document(folder))
+    experiment = read_experiment(path, ["training.learning_rate=1e-4", "seeds=[7]", "adapter.num_groups=4"])
+    assert (experiment.training["learning_rate"], experiment.seeds, experiment.adapter.num_groups) == (1e-4, [7], 4)
+    with pytest.raises(ExperimentError) as raised:
+        read_experiment(path, ["seeds", "name.x=1", "training.max_stps=1"])
+    for text in ("--set seeds: write key=value", "--set name.x=1: name is no mapping", "did you mean 'max_steps'?"):
+        assert text in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_trains_evaluates_and_says_where_it_comes_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(folder, document(folder))
+    assert main(["run", str(path)]) == 0
+    first = capsys.readouterr().out
+    assert "total_rank=" in first
+    for seed in (0, 1):
+        result = json.loads((folder / "runs" / f"seed-{seed}" / "result.json").read_text())
+        source = result["provenance"]
+        assert source["seed"] == seed
+        assert source["settings"]["training"]["learning_rate"] == 0.01
+        assert source["versions"]["torch"] == torch.__version__.partition("+")[0] or source["versions"]["torch"]
+        assert source["hardware"]["logical_cpus"] >= 1
+        assert len(source["settings_sha256"]) == 64
+        assert {line["quantity"]: line["verdict"] for line in result["budget"]} == {"params": "PASS", "flops": "PASS"}
+        items = [
+            json.loads(line) for line in (folder / "runs" / f"seed-{seed}" / "items.jsonl").read_text().splitlines()
+        ]
+        assert result["metrics"]["items"] == len(items) > 0
+        loss = sum(item["nll"] for item in items) / sum(item["tokens"] for item in items)
+        assert result["metrics"]["loss"] == pytest.approx(loss)
+        # the loss is that of the saved adapter on the same items, by the model's own loss function
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(folder / "model"), folder / f"runs/seed-{seed}/adapter"
+        )
+        tokenizer = word_tokenizer()
+        lines = {line["ref"]: line for line in map(json.loads, (folder / "items.jsonl").read_text().splitlines())}
+        for item in items[:3]:
+            prompt, answer = lines[item["id"]]["a"], lines[item["id"]]["b"]
+            ids = tokenizer(f"{prompt} {answer}")["input_ids"] + [tokenizer.eos_token_id]
+            labels = [-100] * 3 + ids[3:]
+            with torch.no_grad():
+                own = model.eval()(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+            assert item["nll"] / item["tokens"] == pytest.approx(float(own), rel=1e-4)
+    results = [(folder / f"runs/seed-{seed}/result.json").read_bytes() for seed in (0, 1)]
+    assert main(["run", str(path)]) == 0
+    assert "done before" in capsys.readouterr().out
+    assert results == [(folder / f"runs/seed-{seed}/result.json").read_bytes() for seed in (0, 1)]
+    assert main(["run", str(path), "--set", "training.learning_rate=0.5"]) == 2
+    assert "made with other settings (training)" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_groups_are_not_split_and_every_seed_has_the_same_items(folder: Path) -> None:
+    from bem_peft.training.items import read_items
+
+    experiment = read_experiment(write(folder, document(folder)))
+    training, evaluation = read_items(experiment.data)
+    assert {item.group for item in training}.isdisjoint(item.group for item in evaluation)
+    assert len(training) + len(evaluation) == 24
+    again = read_items(experiment.data)
+    assert [item.id for item in again[1]] == [item.id for item in evaluation]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"prompt": "{archaic}"}, r"has no column \['archaic'\]"),
+        ({"id": "{a} {a}", "eval_share": 0.5}, None),
+        ({"id": "same {ref}", "group": "{b}", "group_pattern": "^(z)"}, "does not match"),
+        ({"eval_share": 1e-9}, "no evaluation item is left"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(folder: Path, change: dict[str, Any], text: str | None) -> None:
+    from bem_peft.training.items import read_items
+
+    wrong = copy.deepcopy(document(folder))
+    wrong["data"] |= change
+    data = read_experiment(write(folder, wrong)).data
+    if text is None:
+        read_items(data)
+        return
+    with pytest.raises(ValueError, match=text):
+        read_items(data)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scores_of_an_encoder_decoder_are_its_own_loss() -> None:
+    from transformers import DataCollatorForSeq2Seq
+
+    from bem_peft.training.items import Item
+
+    model, tokenizer = build("t5"), word_tokenizer()
+    items = [Item(str(i), f"w{i + 3} w{i + 4}", " ".join(f"w{j + 5}" for j in range(i + 1)), "g") for i in range(3)]
+    encoded = [encode(item, tokenizer, 16, True) for item in items]
+    scores = score_items(model, encoded, DataCollatorForSeq2Seq(tokenizer, model), 2, lambda steps: steps)
+    for row, (value, count) in zip(encoded, scores, strict=True):
+        with torch.no_grad():
+            own = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
+        assert value / count == pytest.approx(float(own), rel=1e-4)
+        assert math.isfinite(value)
