@@ -49,5 +49,12 @@ def prepare_checkpoint(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Pat
     return folder
 
 
+def default_checkpoint() -> str:
+    """The folder of the checkpoint, made at the first call."""
+    folder = Path("demo_run/SmolLM2-135M-Instruct")
+    folder.parent.mkdir(exist_ok=True)
+    return str(prepare_checkpoint(folder))
+
+
 if __name__ == "__main__":
     print(prepare_checkpoint(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("demo_run/SmolLM2-135M-Instruct")))

@@ -138,20 +138,29 @@ def read_experiment(path: str | Path, changes: Sequence[str] = ()) -> Experiment
         ExperimentError: with everything that is wrong.
         OSError: the file cannot be read.
     """
-    source = str(path)
-    try:
-        document = parse_yaml(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ExperimentError(source, [f"no YAML: {error}"]) from error
-    if not isinstance(document, dict):
-        raise ExperimentError(source, ["must be a mapping with the keys name, model, adapter, data, output_dir, ..."])
     problems = Problems()
+    document = changed_document(Path(path).read_text(encoding="utf-8"), changes, problems)
+    experiment = None
+    if isinstance(document, dict):
+        experiment = check_experiment(document, problems)
+    if problems or experiment is None:
+        raise ExperimentError(str(path), problems)
+    return experiment
+
+
+def changed_document(text: str, changes: Sequence[str], problems: Problems) -> Any:
+    """The mapping that the YAML `text` holds, with the "key=value" of `changes`; None with `problems` filled."""
+    try:
+        document = parse_yaml(text)
+    except yaml.YAMLError as error:
+        problems.append(f"no YAML: {error}")
+        return None
+    if not isinstance(document, dict):
+        problems.append("must be a mapping with the keys name, model, adapter, data, output_dir, ...")
+        return None
     for change in changes:
         _change(document, change, problems)
-    experiment = check_experiment(document, problems)
-    if problems or experiment is None:
-        raise ExperimentError(source, problems)
-    return experiment
+    return document
 
 
 def _change(document: dict[str, Any], change: str, problems: Problems) -> None:

@@ -1,4 +1,4 @@
-"""Experiments: every problem of a file at once, before anything is loaded; and results that say where they come from."""
+"""Experiments: every problem of a file at once, before anything is loaded; results that say where they come from."""
 
 from __future__ import annotations
 
