@@ -13,6 +13,7 @@ from bem_peft.budget.latency import LatencyComparison, compare_latency
 from bem_peft.budget.match import BudgetMatch, match_budget
 from bem_peft.budget.memory import MemoryCount, count_memory
 from bem_peft.budget.parameters import ParameterCount, count_parameters
+from bem_peft.hub import push_to_hub
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import LearningRates, parameter_groups
 from bem_peft.tuners import (
@@ -86,6 +87,7 @@ __all__ = [
     "parameter_groups",
     "penalty_values",
     "probe",
+    "push_to_hub",
     "retrieval_quality",
     "retrieval_scores",
     "set_loss_scale",

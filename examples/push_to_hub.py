@@ -11,7 +11,7 @@ import argparse
 import torch
 from peft import AutoPeftModelForCausalLM
 
-import bem_peft  # noqa: F401  # registers the adapter types; who loads the adapter needs this line too
+import bem_peft  # registers the adapter types; who loads the adapter needs this line too
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--private", action="store_true")
     options = parser.parse_args()
     model = AutoPeftModelForCausalLM.from_pretrained(options.adapter)
-    model.push_to_hub(options.repository, private=options.private)
+    bem_peft.push_to_hub(model, options.repository, private=options.private)
 
     loaded = AutoPeftModelForCausalLM.from_pretrained(options.repository).eval()
     ids = torch.arange(3, 19).unsqueeze(0)

@@ -132,11 +132,7 @@ def main() -> None:
     batch = WithQuality(tokenizer, padding=True)([dict(row) for row in rows])
     own = batch["retrieval_quality"]
     losses = [loss_at(model, batch, q) for q in (own, torch.zeros_like(own), torch.ones_like(own))]
-    print(
-        "\nloss on 16 held-out verses, told the retriever's quality {:.4f}, told 0 {:.4f}, told 1 {:.4f}".format(
-            *losses
-        )
-    )
+    print("\nloss on 16 held-out verses: with their quality {:.4f}, with 0 {:.4f}, with 1 {:.4f}".format(*losses))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import VARIANT_LR_MULTIPLIERS, check_multipliers, parameter_groups
 from bem_peft.tuners import field_checks as check
 from bem_peft.tuners import registry
+from bem_peft.tuners.adapter import AdapterConfig, add_loading_section
 from bem_peft.tuners.governance import SpectralGovernance
 from bem_peft.tuners.loop import AdapterCallback
 
@@ -121,6 +122,13 @@ class PTTrainer(Trainer):
                 "rates would be lost; use transformers' Trainer for it."
             )
         return optimizer, {**options, "params": parameter_groups(model, args)}
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, with the section on how to load the adapter, which its card would be without."""
+        super().create_model_card(*args, **kwargs)
+        config = getattr(self.accelerator.unwrap_model(self.model), "active_peft_config", None)
+        if isinstance(config, AdapterConfig) and self.is_world_process_zero() and self.args.output_dir is not None:
+            add_loading_section(self.args.output_dir, config)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """As Trainer's; True goes on from the newest checkpoint that was written to its end.

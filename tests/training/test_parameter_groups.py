@@ -199,3 +199,14 @@ def test_an_optimizer_that_groups_by_itself_is_refused(tmp_path: Path) -> None:
     trainer = PTTrainer(adapted("film", "llama").train(), config, train_dataset=rows(), data_collator=collate)
     with pytest.raises((ValueError, ImportError), match=r"galore|GaLore"):
         trainer.create_optimizer()
+
+
+def test_the_trainers_card_says_how_to_load(tmp_path: Path) -> None:
+    model = adapted("film", "llama").train()
+    trainer = PTTrainer(model, arguments(tmp_path), train_dataset=rows(), data_collator=collate)
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("import bem_peft") == 1
+    assert "peft" in card
