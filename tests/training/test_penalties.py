@@ -247,3 +247,33 @@ def test_a_task_mask_has_a_penalty_of_parameters_alone() -> None:
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     masks = {n: p for n, p in adapter_parameters(model).items() if "mask_weight" in n}
     assert all(float(p.grad.abs().max()) > 0 for p in masks.values())
+
+
+class Twice(torch.nn.Module):
+    """One projection that runs twice a call, as in a model whose blocks share their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.project(torch.tanh(self.project(x)))
+
+
+def test_a_layer_that_runs_twice_carries_the_penalty_of_its_parameters_once() -> None:
+    from bem_peft import KroneckerConfig
+    from peft import get_peft_model
+
+    gradients = []
+    for strength in (0.0, 2.0):
+        torch.manual_seed(0)
+        config = KroneckerConfig(u_rank=2, v_rank=2, target_modules=["project"], orthogonality_strength=strength)
+        model = get_peft_model(Twice(), config).train()
+        with torch.no_grad():
+            for parameter in adapter_parameters(model).values():
+                parameter.add_(0.3)
+        model(torch.ones(2, 12)).sum().backward()
+        gradients.append({name.rpartition(".")[2]: p.grad for name, p in adapter_parameters(model).items()})
+    u = next(p for name, p in adapter_parameters(model).items() if name.endswith(".U")).detach().requires_grad_()
+    (2.0 * orthogonality(u)).backward()
+    torch.testing.assert_close(gradients[1]["U"] - gradients[0]["U"], u.grad, rtol=1e-4, atol=1e-5)

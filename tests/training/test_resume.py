@@ -39,7 +39,13 @@ def test_killed_and_resumed_equals_never_stopped(method: str, tmp_path: Path) ->
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
     assert last_complete_checkpoint(tmp_path / "absent") is None
-    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_step": 1'), (14, None)):
+    for step, state in (
+        (2, '{"global_step": 2}'),
+        (10, '{"global_step": 10}'),
+        (12, '{"global_step": 1'),
+        (14, None),
+        (16, '{"global_step": 10}'),
+    ):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         if state is not None:
