@@ -261,8 +261,9 @@ class Twice(torch.nn.Module):
 
 
 def test_a_layer_that_runs_twice_carries_the_penalty_of_its_parameters_once() -> None:
-    from bem_peft import KroneckerConfig
     from peft import get_peft_model
+
+    from bem_peft import KroneckerConfig
 
     gradients = []
     for strength in (0.0, 2.0):
