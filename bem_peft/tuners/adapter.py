@@ -1,4 +1,4 @@
-"""What the methods share: the config fields, and the maths of one adapter at one site.
+"""What the methods share: the maths of one adapter at one site.
 
 An `Adapter` maps what enters a site, x (..., in), and what the base layer returned, y (..., out), to y' (..., out).
 A fresh adapter returns y. Its parameters are direct attributes, so that a saved key reads
@@ -7,182 +7,18 @@ A fresh adapter returns y. Its parameters are direct attributes, so that a saved
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from peft.config import PeftConfig
-from peft.utils.other import get_pattern_key
 from torch import nn
 
-from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.optimizer_hooks import watch
 from bem_peft.tuners.penalty import carry
 from bem_peft.tuners.penalty_call import Sequences, sequences_of
-from bem_peft.tuners.registry import extend_peft_type
 from bem_peft.tuners.sharded import is_distributed
-from bem_peft.tuners.sites import ATTENTION_OUTPUT, MLP_DOWN
-
-MODEL_CARD_HEADING = "## Loading this adapter"
-MODEL_CARD_END = "<!-- end of the section written by bem_peft -->"
-
-
-@dataclass
-class AdapterConfig(PeftConfig):
-    """Fields that every method has. The method's own config adds its sizes."""
-
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names (suffixes) of the modules to adapt, or a regular expression. None: W_O and W_down are found "
-            "from the model's structure; `bem-peft sites MODEL` prints them."
-        },
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Names (suffixes) or a regular expression of modules to leave out."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train in full and to save with the adapter."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the blocks to adapt; None: all."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the block list, where `layers_to_transform` cannot tell it."}
-    )
-    rank_pattern: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Sizes that differ from the defaults, by module name or regular expression: an int for the "
-            "method's rank, or a mapping from field to value."
-        },
-    )
-    sites: list[str] | None = field(
-        default=None,
-        metadata={"help": "Which of the method's sites to adapt: 'attention_output' (W_O), 'mlp_down' (W_down)."},
-    )
-    fused_experts: str = field(
-        default="error",
-        metadata={
-            "help": "What to do where W_down is a fused 3-D expert weight that no module owns: 'error', or 'skip' to "
-            "adapt the rest of the model."
-        },
-    )
-    scaling: float = field(default=2.0, metadata={"help": "The factor s of the update; not divided by the rank."})
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "True: the fresh adapter is the identity. False: random output weights, for tests."},
-    )
-
-    method: ClassVar[str] = ""  # lower-case name of the PEFT type
-    roles: ClassVar[tuple[str, ...]] = (ATTENTION_OUTPUT, MLP_DOWN)
-    rank_fields: ClassVar[tuple[str, ...]] = ()  # sizes that `rank_pattern` may set; an int sets the first
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = extend_peft_type(self.method.upper())
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                setattr(self, name, set(value))
-            elif value is not None and not isinstance(value, (set, str)):
-                raise TypeError(f"`{name}` = {value!r}: must be a list of names, a regular expression or None.")
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise check.field_error(
-                "layers_pattern", self.layers_pattern, "needs `layers_to_transform`", "set both or neither"
-            )
-        if isinstance(self.target_modules, str):
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise check.field_error(
-                        name, getattr(self, name), "cannot be used when `target_modules` is a str", "pass a list"
-                    )
-        check.check_choice(self, "fused_experts", ("error", "skip"))
-        check.check_number(self, "scaling", 0.0, exclusive=True)
-        check.check_bool(self, "init_weights")
-        self._check_layers()
-        self._check_sites()
-        self._check_rank_pattern()
-
-    def _check_layers(self) -> None:
-        layers = self.layers_to_transform
-        indices = [layers] if isinstance(layers, int) else layers
-        if indices is None:
-            return
-        if not isinstance(indices, list) or not indices:
-            raise TypeError(f"`layers_to_transform` = {layers!r}: must be an int or a non-empty list of ints.")
-        for index in indices:
-            if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-                raise check.field_error("layers_to_transform", layers, "must hold block indices of at least 0")
-
-    def _check_sites(self) -> None:
-        if self.sites is None:
-            return
-        if not isinstance(self.sites, list) or not self.sites or not set(self.sites) <= set(self.roles):
-            raise check.field_error("sites", self.sites, f"must be a non-empty list out of {list(self.roles)}")
-
-    def _check_rank_pattern(self) -> None:
-        if not isinstance(self.rank_pattern, dict):
-            raise TypeError(f"`rank_pattern` = {self.rank_pattern!r}: must map module names to sizes.")
-        for key in self.rank_pattern:
-            self.at(key, exact=True)
-
-    def at(self, module_name: str, exact: bool = False) -> AdapterConfig:
-        """This config with the sizes that `rank_pattern` gives to `module_name` (`exact`: a key of it)."""
-        if not self.rank_pattern:
-            return self
-        key = module_name if exact else get_pattern_key(list(self.rank_pattern), module_name)
-        if key not in self.rank_pattern:
-            return self
-        sizes = self.rank_pattern[key]
-        if not isinstance(sizes, dict):
-            sizes = {self.rank_fields[0]: sizes}
-        unknown = set(sizes) - set(self.rank_fields)
-        if unknown:
-            raise check.field_error(
-                "rank_pattern", {key: sizes}, f"may set {', '.join(self.rank_fields)}", f"remove {sorted(unknown)}"
-            )
-        return dataclasses.replace(self, rank_pattern={}, **sizes)
-
-    def with_sizes(self, **sizes: int) -> AdapterConfig:
-        """This config with other values of `size_fields`; sizes that follow them keep their ratio."""
-        changed: dict[str, Any] = {**sizes}
-        return dataclasses.replace(self, **changed)
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the config; if the folder has a model card, add how to load the adapter to it."""
-        super().save_pretrained(save_directory, **kwargs)
-        add_loading_section(save_directory, self)
-
-
-def add_loading_section(folder: str, config: AdapterConfig) -> None:
-    """Write the import line and the base model into the folder's model card; no card, nothing to do."""
-    from pathlib import Path
-
-    card = Path(folder) / "README.md"
-    if not card.is_file():
-        return
-    text = card.read_text(encoding="utf-8")
-    if MODEL_CARD_HEADING in text:  # of an earlier save to this folder
-        before, _, after = text.partition(MODEL_CARD_HEADING)
-        text = before + after.partition(MODEL_CARD_END)[2]
-    base = config.base_model_name_or_path or "the base model it was trained on"
-    card.write_text(
-        f"{text.rstrip()}\n\n{MODEL_CARD_HEADING}\n\n"
-        f"The adapter is of type `{config.method.upper()}` from the package `bem_peft` "
-        f"(`pip install bem_peft`) on top of `{base}`.\n\n"
-        "```python\n"
-        "import bem_peft  # registers the adapter type with PEFT\n"
-        "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
-        'model = PeftModel.from_pretrained(model, "PATH_OR_ID_OF_THIS_ADAPTER")\n'
-        f"```\n\n{MODEL_CARD_END}\n",
-        encoding="utf-8",
-    )
 
 
 @dataclass(frozen=True)

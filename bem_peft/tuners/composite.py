@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 
 from bem_peft.tuners import field_checks as check
-from bem_peft.tuners.adapter import AdapterConfig
+from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.model import AdapterModel
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter, HeadGroupGatingConfig

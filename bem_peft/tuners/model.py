@@ -17,7 +17,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
-from bem_peft.tuners.adapter import Adapter, AdapterConfig, SiteShape
+from bem_peft.tuners.adapter import Adapter, SiteShape
+from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.attention_stats import require_interface, restore_attention, use_exact_attention
 from bem_peft.tuners.call_state import CallState, attach_call_state, find_call_state
 from bem_peft.tuners.layer import AdapterLayer, AdapterLinear, projection_shape

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from bem_peft.tuners import field_checks as check
-from bem_peft.tuners.adapter import AdapterConfig, SiteShape, transposed
+from bem_peft.tuners.adapter import SiteShape, transposed
+from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.attention_stats import AttentionRows, head_output_statistics
 from bem_peft.tuners.call_state import CallState, repeat_rows
 from bem_peft.tuners.governance import LowRankAdapter

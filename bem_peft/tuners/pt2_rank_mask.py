@@ -20,7 +20,8 @@ from torch import nn
 from bem_peft.kernels.hadamard import hadamard_transform, is_power_of_two
 from bem_peft.kernels.rank_mask import drop_all_but_k, k_hot_mask, straight_through_k_hot
 from bem_peft.tuners import field_checks as check
-from bem_peft.tuners.adapter import AdapterConfig, SiteShape, transposed
+from bem_peft.tuners.adapter import SiteShape, transposed
+from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.governance import LowRankAdapter
 from bem_peft.tuners.layer import AdapterLinear

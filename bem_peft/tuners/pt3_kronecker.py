@@ -19,7 +19,8 @@ from torch import nn
 
 from bem_peft.kernels.kronecker import kronecker_project
 from bem_peft.tuners import field_checks as check
-from bem_peft.tuners.adapter import AdapterConfig, SiteShape, transposed
+from bem_peft.tuners.adapter import SiteShape, transposed
+from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.governance import LowRankAdapter
 from bem_peft.tuners.layer import AdapterLinear

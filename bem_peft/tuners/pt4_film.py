@@ -23,7 +23,8 @@ from torch import distributed, nn
 
 from bem_peft.kernels.film import bounded_rows, token_rms
 from bem_peft.tuners import field_checks as check
-from bem_peft.tuners.adapter import Adapter, AdapterConfig, SiteShape, transposed
+from bem_peft.tuners.adapter import Adapter, SiteShape, transposed
+from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.model import AdapterModel
