@@ -1,0 +1,1 @@
+"""Comparisons of adapters that can be believed: paired over seeds and items, for any PEFT method."""

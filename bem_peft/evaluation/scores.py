@@ -1,0 +1,231 @@
+"""Scores of one system, item by item and seed by seed, and two systems' scores side by side.
+
+    D[seed, item] = score_A - score_B, with the sign turned where lower is better: above 0 A is the better one
+
+Items are aligned by id, never by position; what one system has and the other has not is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one system under one metric.
+
+    Args:
+        system, metric: names.
+        values: (seeds, items), finite.
+        seeds: (K,) whole numbers. items: (N,) ids. All different.
+        higher_is_better: the metric's direction.
+        clusters: (N,) names of what items belong together (a document, a chapter); None: each item alone.
+        slices: slice name -> ids of its items; an item may be in several.
+        sha256: (N,) hashes of the items' content, by which slices are kept apart; None: not known.
+
+    Raises:
+        ValueError: shapes that do not agree, ids or seeds that stand twice, scores that are not finite.
+    """
+
+    system: str
+    metric: str
+    values: np.ndarray
+    seeds: tuple[int, ...]
+    items: tuple[str, ...]
+    higher_is_better: bool = True
+    clusters: tuple[str, ...] | None = None
+    slices: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    sha256: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        values = np.asarray(self.values, dtype=np.float64)
+        object.__setattr__(self, "values", values)
+        where = f"scores of {self.system!r} ({self.metric})"
+        if values.shape != (len(self.seeds), len(self.items)):
+            raise ValueError(f"{where}: values {values.shape} for {len(self.seeds)} seeds and {len(self.items)} items.")
+        for name, given in (("seed", self.seeds), ("item", self.items)):
+            twice = _first_twice(given)
+            if twice is not None:
+                raise ValueError(f"{where}: the {name} {twice!r} stands twice; ids must be different.")
+        if not np.isfinite(values).all():
+            seed, item = np.argwhere(~np.isfinite(values))[0]
+            raise ValueError(
+                f"{where}: {values[seed, item]} for item {self.items[item]!r}, seed {self.seeds[seed]}; every score "
+                "must be finite: give a failed item the metric's worst value, and say so."
+            )
+        for name in ("clusters", "sha256"):
+            given = getattr(self, name)
+            if given is not None and len(given) != len(self.items):
+                raise ValueError(f"{where}: {len(given)} {name} for {len(self.items)} items.")
+        known = set(self.items)
+        for name, ids in self.slices.items():
+            unknown = sorted(set(ids) - known)
+            if unknown or not ids:
+                what = f"names {unknown[:3]}, which are no items" if unknown else "is empty"
+                raise ValueError(f"{where}: slice {name!r} {what}.")
+
+    @classmethod
+    def from_records(
+        cls, records: Iterable[Mapping[str, Any]], *, system: str, metric: str, higher_is_better: bool = True
+    ) -> Scores:
+        """From one mapping a score: `seed`, `id`, `value`, and optionally `cluster`, `sha256`, `slices` (a list).
+
+        Raises:
+            ValueError: a seed lacks an item that another has, or an item's cluster, hash or slices differ by seed.
+        """
+        table: dict[int, dict[str, float]] = {}
+        about: dict[str, tuple[Any, Any, tuple[str, ...]]] = {}
+        for record in records:
+            seed, item = int(record["seed"]), str(record["id"])
+            if item in table.setdefault(seed, {}):
+                raise ValueError(f"scores of {system!r}: item {item!r} stands twice for seed {seed}.")
+            table[seed][item] = float(record["value"])
+            facts = (record.get("cluster"), record.get("sha256"), tuple(sorted(record.get("slices") or ())))
+            if about.setdefault(item, facts) != facts:
+                raise ValueError(
+                    f"scores of {system!r}: item {item!r} has another cluster, hash or slice for seed {seed}."
+                )
+        seeds, items = sorted(table), list(about)
+        for seed in seeds:
+            missing = [item for item in items if item not in table[seed]]
+            if missing:
+                raise ValueError(f"scores of {system!r}: seed {seed} has no score for {_some(missing)}.")
+        slices: dict[str, set[str]] = {}
+        for item, (_, _, names) in about.items():
+            for name in names:
+                slices.setdefault(name, set()).add(item)
+
+        def column(position: int) -> tuple[str, ...] | None:
+            found = [about[item][position] for item in items]
+            return None if any(value is None for value in found) else tuple(map(str, found))
+
+        return cls(
+            system, metric, np.array([[table[seed][item] for item in items] for seed in seeds]).reshape(len(seeds), -1),
+            tuple(seeds), tuple(items), higher_is_better, column(0),
+            {name: frozenset(ids) for name, ids in slices.items()}, column(1),
+        )  # fmt: skip
+
+    def restricted_to(self, ids: Iterable[str]) -> Scores:
+        """The same scores of some items, in this object's order."""
+        kept = set(ids)
+        at = [i for i, item in enumerate(self.items) if item in kept]
+        items = tuple(self.items[i] for i in at)
+        slices = {name: frozenset(set(members) & kept) for name, members in self.slices.items()}
+        return Scores(
+            self.system, self.metric, self.values[:, at], self.seeds, items, self.higher_is_better,
+            None if self.clusters is None else tuple(self.clusters[i] for i in at),
+            {name: members for name, members in slices.items() if members},
+            None if self.sha256 is None else tuple(self.sha256[i] for i in at),
+        )  # fmt: skip
+
+    def to_json(self) -> str:
+        """A versioned document; `read` is its inverse, to the last bit."""
+        document = {
+            "version": VERSION, "system": self.system, "metric": self.metric,
+            "higher_is_better": self.higher_is_better, "seeds": list(self.seeds), "items": list(self.items),
+            "values": self.values.tolist(), "clusters": None if self.clusters is None else list(self.clusters),
+            "slices": {name: sorted(ids) for name, ids in self.slices.items()},
+            "sha256": None if self.sha256 is None else list(self.sha256),
+        }  # fmt: skip
+        return json.dumps(document, ensure_ascii=False)
+
+    def write(self, path: Path) -> None:
+        """Write the document, whole or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(self.to_json(), encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def read(cls, path: Path) -> Scores:
+        """Read a document of `write`. Raises ValueError where it is none, or of a later version."""
+        try:
+            given = json.loads(path.read_text(encoding="utf-8"))
+            version = given.pop("version")
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path} is no document of scores: {error!r}.") from error
+        if version != VERSION:
+            raise ValueError(f"{path} has version {version}, this release reads {VERSION}: update bem_peft.")
+        for name in ("seeds", "items", "clusters", "sha256"):
+            given[name] = None if given[name] is None else tuple(given[name])
+        given["slices"] = {name: frozenset(ids) for name, ids in given["slices"].items()}
+        given["values"] = np.array(given["values"], dtype=np.float64).reshape(len(given["seeds"]), len(given["items"]))
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class PairedScores:
+    """Two systems on the same items and seeds. `a` is the candidate, `b` the anchor.
+
+    Raises:
+        ValueError: other metrics or directions, items or seeds that only one has, or content that differs by hash.
+    """
+
+    a: Scores
+    b: Scores
+
+    def __post_init__(self) -> None:
+        a, b = self.a, self.b
+        pair = f"{a.system!r} and {b.system!r}"
+        if (a.metric, a.higher_is_better) != (b.metric, b.higher_is_better):
+            raise ValueError(f"{pair} have other metrics: {a.metric!r} and {b.metric!r}, or other directions.")
+        for name, first, second in (("items", a.items, b.items), ("seeds", a.seeds, b.seeds)):
+            lone = [value for value in first if value not in set(second)]
+            other = [value for value in second if value not in set(first)]
+            if lone or other:
+                raise ValueError(
+                    f"{pair} have other {name}: {_some(lone)} of the first alone, {_some(other)} of the second alone; "
+                    "score both on the same ones."
+                )
+        order = {item: i for i, item in enumerate(b.items)}
+        if a.sha256 is not None and b.sha256 is not None:
+            for item, digest in zip(a.items, a.sha256, strict=True):
+                if b.sha256[order[item]] != digest:
+                    raise ValueError(
+                        f"{pair}: the item {item!r} has other content in each; it was scored on other data."
+                    )
+
+    @property
+    def difference(self) -> np.ndarray:
+        """D (seeds, items), above 0 where `a` is better; in the order of `a`'s items and seeds."""
+        items = {item: i for i, item in enumerate(self.b.items)}
+        seeds = {seed: i for i, seed in enumerate(self.b.seeds)}
+        other = self.b.values[[seeds[seed] for seed in self.a.seeds]][:, [items[item] for item in self.a.items]]
+        found: np.ndarray = self.a.values - other
+        return found if self.a.higher_is_better else -found
+
+    @property
+    def cluster_index(self) -> np.ndarray | None:
+        """(N,) number of each item's cluster, or None."""
+        if self.a.clusters is None:
+            return None
+        found: np.ndarray = np.unique(np.array(self.a.clusters), return_inverse=True)[1]
+        return found
+
+    def restricted_to(self, ids: Iterable[str]) -> PairedScores:
+        kept = set(ids)
+        return PairedScores(self.a.restricted_to(kept), self.b.restricted_to(kept))
+
+
+def _first_twice(values: Sequence[Any]) -> Any:
+    seen = set()
+    for value in values:
+        if value in seen:
+            return value
+        seen.add(value)
+    return None
+
+
+def _some(values: Sequence[Any]) -> str:
+    if not values:
+        return "none"
+    shown = ", ".join(repr(value) for value in list(values)[:3])
+    return shown if len(values) <= 3 else f"{shown} and {len(values) - 3} more"
