@@ -24,7 +24,7 @@ from bem_peft import (
 from bem_peft.training.parameter_groups import GROUPS
 from tests.contract.methods import EVERY, adapted
 from tests.tiny_models import build
-from tests.training.equalities import collate, rows
+from tests.training.equalities import collate, rows, text, word_tokenizer
 
 
 @pytest.mark.parametrize("method", EVERY)
@@ -210,3 +210,33 @@ def test_the_trainers_card_says_how_to_load(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert card.count("import bem_peft") == 1
     assert "peft" in card
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's and datasets' own
+def test_groups_in_sft_trainer_survive_its_scheduler_and_its_checkpoint(tmp_path: Path) -> None:
+    """An optimizer over the groups, given to SFTTrainer: stopped at a checkpoint and resumed, the same weights."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    def run(folder: Path, resume: str | None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = adapted("composite", "llama").train()
+        config = SFTConfig(
+            str(folder), max_steps=4, save_steps=2, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
+            dataloader_pin_memory=False, gradient_checkpointing=False, lr_scheduler_type="cosine", seed=2,
+        )  # fmt: skip
+        rates = LearningRates(1e-2, group_lr_multipliers={"factors": 0.5})
+        trainer = SFTTrainer(
+            model=model, args=config, processing_class=word_tokenizer(),
+            optimizers=(torch.optim.AdamW(parameter_groups(model, rates)), None),
+            train_dataset=Dataset.from_dict({"text": [text(row["input_ids"]) for row in rows()]}),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        found = {g["name"]: g["initial_lr"] for g in trainer.optimizer.param_groups}
+        assert found["PT3/factors"] == pytest.approx(5e-3)
+        assert found["PT4/beta"] == pytest.approx(1e-2)
+        return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    never = run(tmp_path, None)
+    resumed = run(tmp_path, str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(never[name], resumed[name]) for name in never)
