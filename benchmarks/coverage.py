@@ -49,7 +49,7 @@ def cell(seeds: int, items: int, spread: float, is_binary: bool, studies: int) -
             values = difference(rng, seeds, items, spread, is_binary)
             for i, part in enumerate(SLICES):
                 found = compare_means(values[:, part])
-                family[metric, i] = found.p_value
+                family[metric, i] = found.claim_p_value
                 if metric == i == 0:
                     covered += found.low <= 0.0 <= found.high
                     widths.append(found.high - found.low)

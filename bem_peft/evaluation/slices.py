@@ -85,7 +85,7 @@ def compare_slices(
             if len(ids) >= least_items:
                 part = pair.restricted_to(ids)
                 compared[metric, name] = compare_means(part.difference, part.cluster_index, confidence=confidence)
-    adjusted = adjusted_p_values({key: found.p_value for key, found in compared.items()}, correction)
+    adjusted = adjusted_p_values({key: found.claim_p_value for key, found in compared.items()}, correction)
     alpha = 1.0 - confidence
     results = []
     for (metric, name), found in compared.items():
