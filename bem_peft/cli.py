@@ -5,6 +5,7 @@ bem-peft budget MODEL CONFIG          what an adapter costs, against an anchor
 bem-peft match MODEL CONFIG           the sizes that cost what the anchor costs
 bem-peft validate FILE                all that is wrong with an experiment, before anything is loaded
 bem-peft run FILE                     train and evaluate an experiment, one adapter a seed
+bem-peft compare RESULTS...           a report: paired differences, Pareto frontiers, budgets, verdicts
 """
 
 import argparse
@@ -58,6 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         experiment.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="training.max_steps=10; may stand often"
         )
+    compare = commands.add_parser("compare", help="write a report on results")
+    compare.add_argument("results", nargs="+", help="folders of `bem-peft run`, or JSON of PEFT's method_comparison")
+    compare.add_argument("--anchor", required=True, help="name of the system that the others are measured against")
+    compare.add_argument("--out", type=Path, required=True, metavar="DIR")
+    compare.add_argument("--held-out", action="store_true", help="the items are Slice-B: nothing was chosen on them")
+    compare.add_argument(
+        "--development", nargs="+", default=[], metavar="RESULTS", help="Slice-A, kept apart from them"
+    )
+    compare.add_argument("--margin", type=float, default=0.0, help="how much worse counts as no worse (default 0)")
+    compare.add_argument("--correction", choices=("by", "bh", "holm"), default="by")
+    compare.add_argument("--title", default="Comparison of adapters")
     arguments = parser.parse_args(argv)
     if arguments.command == "sites":
         if arguments.all == (arguments.model is not None):
@@ -121,6 +133,23 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
+    from bem_peft.evaluation.results import read_results
+    from bem_peft.evaluation.slices import DEVELOPMENT, HELD_OUT
+
+    report = ComprehensiveEvaluator(
+        read_results(arguments.results), arguments.anchor, margin=arguments.margin, correction=arguments.correction,
+        stands_on=HELD_OUT if arguments.held_out else DEVELOPMENT, title=arguments.title,
+        development=read_results(arguments.development) if arguments.development else (),
+    ).report()  # fmt: skip
+    written = report.write(arguments.out)
+    for promotion in report.promotions[:12]:
+        print(f"{promotion.system}: {promotion.verdict}; {promotion.reasons[0]}")
+    print("wrote " + ", ".join(map(str, written)))
+    return 0
+
+
 def _model_and_configs(arguments: argparse.Namespace) -> tuple[nn.Module, PeftConfig, PeftConfig]:
     """The model on the meta device; the anchor stands at the sites of the config where it names none."""
     model = sites.build_meta(arguments.model)
@@ -166,7 +195,14 @@ def _print_all(path: Path | None) -> None:
         print(f"wrote {len(rows)} model types to {path}, {unplaced} of them without sites")
 
 
-_COMMANDS = {"sites": _sites, "budget": _budget, "match": _match, "validate": _validate, "run": _run}
+_COMMANDS = {
+    "sites": _sites,
+    "budget": _budget,
+    "match": _match,
+    "validate": _validate,
+    "run": _run,
+    "compare": _compare,
+}
 
 
 if __name__ == "__main__":

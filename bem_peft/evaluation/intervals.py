@@ -4,8 +4,8 @@ r"""Intervals and tests of a mean paired difference over seeds and items, D (see
     v = max(v_i + v_s - v_c, v_i, v_s),   df = v^2 / (v_i^2 / (N - 1) + v_s^2 / (K - 1))
     mean(D) +- t(df) sqrt(v)
 
-A claim over many comparisons reads far into the tails, where the estimated df is too hopeful for few seeds; it takes its
-p-value from t(K - 1) (`claim_p_value`), which is never too small (benchmarks/coverage.py).
+A claim over many comparisons reads far into the tails, where the estimated df is too hopeful for few seeds; it takes
+its p-value from t(K - 1) (`claim_p_value`), which is never too small (benchmarks/coverage.py).
 
 Seeds and items are both drawn from something larger, so both vary. Clustered items enter as one value a cluster, whose
 variance is the cluster-robust one. With one seed nothing is known of other seeds: the interval is BCa over items and

@@ -1,0 +1,127 @@
+"""A whole comparison: systems against an anchor on every metric and slice, on the Pareto frontiers, and judged.
+
+report = ComprehensiveEvaluator(read_results(paths), anchor="anchor-lora", stands_on="slice_b").report()
+report.write(folder)                                         # report.json, report.md, report.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+from bem_peft._version import __version__
+from bem_peft.evaluation.pareto import Objective, ParetoAnalyzer, ParetoPoint
+from bem_peft.evaluation.promotion import Promotion, judge
+from bem_peft.evaluation.report import Report
+from bem_peft.evaluation.results import OBJECTIVES, SystemResult
+from bem_peft.evaluation.scores import PairedScores
+from bem_peft.evaluation.slices import DEVELOPMENT, HELD_OUT, SliceResult, check_disjoint, compare_slices
+
+QUALITY = ("nll", "accuracy")
+
+
+class ComprehensiveEvaluator:
+    """Compares systems with an anchor.
+
+    Args:
+        systems: at least two, or one and the anchor among them.
+        anchor: name of the system that the others are measured against.
+        stands_on: "slice_a" (development) or "slice_b" (held out): what the scores were made on.
+        development: results on Slice-A, whose items must not be among the held-out ones.
+        margin: how much worse counts as no worse, one for all metrics or one a metric.
+        correction: "by", "bh" or "holm".
+
+    Raises:
+        ValueError: an anchor that is not there, another direction of slices, or items in both slices.
+    """
+
+    def __init__(
+        self,
+        systems: Sequence[SystemResult],
+        anchor: str,
+        *,
+        stands_on: str = DEVELOPMENT,
+        development: Sequence[SystemResult] = (),
+        margin: float | Mapping[str, float] = 0.0,
+        correction: str = "by",
+        confidence: float = 0.95,
+        title: str = "Comparison of adapters",
+    ) -> None:
+        self.systems = {system.name: system for system in systems}
+        if anchor not in self.systems:
+            raise ValueError(f"`anchor` = {anchor!r}: must be one of {', '.join(self.systems)}.")
+        if stands_on not in (DEVELOPMENT, HELD_OUT):
+            raise ValueError(f"`stands_on` = {stands_on!r}: must be {DEVELOPMENT!r} or {HELD_OUT!r}.")
+        if development and stands_on != HELD_OUT:
+            raise ValueError(
+                "`development` results go with stands_on='slice_b': they are what the others are held out of."
+            )
+        self.anchor, self.stands_on, self.title = anchor, stands_on, title
+        self.margin, self.correction, self.confidence = margin, correction, confidence
+        for system in development:
+            for seen in system.scores.values():
+                for other in systems:
+                    for held in other.scores.values():
+                        check_disjoint(
+                            dict(zip(seen.items, seen.sha256 or seen.items, strict=True)),
+                            dict(zip(held.items, held.sha256 or held.items, strict=True)),
+                        )
+
+    def comparisons(self) -> dict[str, list[SliceResult]]:
+        """System -> its results against the anchor; nothing for systems without item scores.
+
+        Raises:
+            ValueError: systems that were scored on other items or seeds than the anchor.
+        """
+        base = self.systems[self.anchor]
+        found = {}
+        for name, system in self.systems.items():
+            pairs = {m: PairedScores(s, base.scores[m]) for m, s in system.scores.items() if m in base.scores}
+            if name != self.anchor and pairs:
+                found[name] = compare_slices(
+                    pairs, stands_on=self.stands_on, margin=self.margin, confidence=self.confidence,
+                    correction=self.correction,
+                )  # fmt: skip
+        return found
+
+    def objectives(self) -> list[Objective]:
+        """Those that every system has a value of: one of quality first, then costs."""
+        shared = [o for name, o in OBJECTIVES.items() if all(name in s.values for s in self.systems.values())]
+        return sorted(shared, key=lambda objective: objective.name not in QUALITY)
+
+    def pareto(self) -> list[ParetoPoint]:
+        """Every system's place; empty where fewer than two objectives are known of all."""
+        objectives = self.objectives()
+        if len(objectives) < 2 or objectives[0].name not in QUALITY:
+            return []
+        analyzer = ParetoAnalyzer(objectives)
+        names = {objective.name for objective in objectives}
+        counts = {len(v) for s in self.systems.values() for v in s.replicates.values()}
+        has_draws = len(counts) == 1 and counts.pop() > 1 and all(s.replicates for s in self.systems.values())
+        for system in self.systems.values():
+            draws = {k: v for k, v in system.replicates.items() if k in names} if has_draws else None
+            analyzer.add_result(system.name, {n: v for n, v in system.values.items() if n in names}, draws)
+        return analyzer.analyze()
+
+    def report(self) -> Report:
+        """Everything, judged."""
+        compared, points = self.comparisons(), {point.name: point for point in self.pareto()}
+        promotions: list[Promotion] = [
+            judge(name, compared.get(name, []), system.budget_is_met, points.get(name))
+            for name, system in self.systems.items()
+            if name != self.anchor
+        ]
+        return Report(
+            title=self.title,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            bem_peft_version=__version__,
+            anchor=self.anchor,
+            stands_on=self.stands_on,
+            confidence=self.confidence,
+            correction=self.correction,
+            objectives=self.objectives(),
+            systems=list(self.systems.values()),
+            comparisons=compared,
+            pareto=list(points.values()),
+            promotions=promotions,
+        )

@@ -1,0 +1,157 @@
+"""The report of a comparison: `report.json` (versioned, with a JSON Schema), `report.md` for a card, `report.html`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bem_peft.evaluation.pareto import Objective, ParetoPoint
+from bem_peft.evaluation.promotion import Promotion, interval_text
+from bem_peft.evaluation.results import SystemResult
+from bem_peft.evaluation.slices import WHOLE, SliceResult
+
+VERSION = 1
+SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
+STANDS = {"slice_a": "Slice-A (development)", "slice_b": "Slice-B (held out)"}
+
+
+@dataclass
+class Report:
+    """All that a comparison found. `comparisons`: system -> results against the anchor."""
+
+    title: str
+    created: str
+    bem_peft_version: str
+    anchor: str
+    stands_on: str
+    confidence: float
+    correction: str
+    objectives: list[Objective]
+    systems: list[SystemResult]
+    comparisons: dict[str, list[SliceResult]]
+    pareto: list[ParetoPoint]
+    promotions: list[Promotion]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `report.json` has it; `report.schema.json` describes it."""
+        return {
+            "version": VERSION,
+            "title": self.title,
+            "created": self.created,
+            "bem_peft_version": self.bem_peft_version,
+            "anchor": self.anchor,
+            "stands_on": self.stands_on,
+            "confidence": self.confidence,
+            "correction": self.correction,
+            "objectives": [asdict(objective) for objective in self.objectives],
+            "systems": [
+                {
+                    "name": system.name,
+                    "method": system.method,
+                    "values": system.values,
+                    "seeds": list(system.seeds),
+                    "items": {metric: len(scores.items) for metric, scores in system.scores.items()},
+                    "budget": system.budget,
+                    "budget_is_met": system.budget_is_met,
+                    "warnings": list(system.warnings),
+                    "provenance": system.provenance,
+                }
+                for system in self.systems
+            ],
+            "comparisons": {name: [found.to_dict() for found in results] for name, results in self.comparisons.items()},
+            "pareto": [asdict(point) for point in self.pareto],
+            "promotions": [promotion.to_dict() for promotion in self.promotions],
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        """Tables for a model card: verdicts, differences, values."""
+        lines = [
+            f"## {self.title}",
+            "",
+            f"Against `{self.anchor}` on {STANDS[self.stands_on]}; intervals of {self.confidence:.0%}, "
+            f"p-values corrected over metrics and slices ({self.correction}).",
+            "",
+        ]
+        names = [objective.name for objective in self.objectives]
+        lines += ["| system | method | " + " | ".join(names) + " | seeds | budget |"]
+        lines += ["| --- | --- |" + " ---: |" * len(names) + " ---: | --- |"]
+        for system in self.systems:
+            values = " | ".join(number(system.values[name]) for name in names)
+            count = len(system.seeds)
+            lines.append(f"| {system.name} | {system.method} | {values} | {count} | {budget_text(system)} |")
+        if self.comparisons:
+            lines += ["", "| system | metric | slice | difference | adjusted p | verdict |"]
+            lines += ["| --- | --- | --- | ---: | ---: | --- |"]
+        for name, results in self.comparisons.items():
+            for found in results:
+                p = f"{found.adjusted_p_value:.3g}"
+                cells = (name, found.metric, found.slice, interval_text(found), p, verdict_text(found))
+                lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", "| system | verdict | reasons |", "| --- | --- | --- |"]
+        lines += [f"| {p.system} | {p.verdict} | {'; '.join(p.reasons)} |" for p in self.promotions]
+        warnings = self.warnings()
+        if warnings:
+            lines += ["", *[f"- {text}" for text in warnings]]
+        return "\n".join(lines) + "\n"
+
+    def warnings(self) -> list[str]:
+        """Each warning once, with the systems that it concerns."""
+        found: dict[str, list[str]] = {}
+        for system in self.systems:
+            for text in system.warnings:
+                found.setdefault(text, []).append(system.name)
+        lines = []
+        for text, names in found.items():
+            who = ", ".join(names) if len(names) <= 3 else f"{len(names)} systems"
+            lines.append(f"{text} ({who})")
+        return lines
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write report.json, report.md and report.html, each whole or not at all; returns their paths."""
+        from bem_peft.evaluation.report_html import to_html
+
+        folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        for name, text in (
+            ("report.json", self.to_json()), ("report.md", self.to_markdown()), ("report.html", to_html(self)),
+        ):  # fmt: skip
+            path = folder / name
+            partial = path.with_name(name + ".partial")
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+            written.append(path)
+        return written
+
+    def whole_results(self) -> dict[str, SliceResult]:
+        """System -> its result on all items, of the first metric."""
+        return {
+            name: next(found for found in results if found.slice == WHOLE) for name, results in self.comparisons.items()
+        }
+
+
+def number(value: float) -> str:
+    """A value in few characters: 783,360; 0.965; 1.2e-05."""
+    if value == int(value) and abs(value) >= 1000:
+        return f"{int(value):,}"
+    return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+
+
+def budget_text(system: SystemResult) -> str:
+    return {None: "not measured", True: "kept", False: "not kept"}[system.budget_is_met]
+
+
+def verdict_text(found: SliceResult) -> str:
+    """What a result says, in two words."""
+    if found.comparison.is_conditional:
+        return "one seed"
+    if found.is_better:
+        return "better"
+    if found.is_worse:
+        return "worse"
+    return "may be worse" if found.is_inferior else "no worse"
