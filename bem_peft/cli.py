@@ -5,6 +5,7 @@ bem-peft budget MODEL CONFIG          what an adapter costs, against an anchor
 bem-peft match MODEL CONFIG           the sizes that cost what the anchor costs
 bem-peft validate FILE                all that is wrong with an experiment, before anything is loaded
 bem-peft run FILE                     train and evaluate an experiment, one adapter a seed
+bem-peft evaluate ADAPTER             score a saved adapter item by item, for `compare`
 bem-peft compare RESULTS...           a report: paired differences, Pareto frontiers, budgets, verdicts
 """
 
@@ -24,7 +25,7 @@ from torch import nn
 from bem_peft.budget.adapter_spec import AdapterSpecError, parse_adapter
 from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetValidator, adapted_copy
 from bem_peft.budget.match import MATCHED, match_budget
-from bem_peft.training.experiment import read_experiment
+from bem_peft.training.experiment import DataSection, read_experiment
 from bem_peft.tuners import registry, sites
 
 _NOT_MET = 1
@@ -59,6 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         experiment.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="training.max_steps=10; may stand often"
         )
+    evaluate = commands.add_parser("evaluate", help="score a saved adapter of any PEFT method item by item")
+    evaluate.add_argument("adapter", help="folder or hub id")
+    evaluate.add_argument("--data", required=True, help="jsonl, json, csv or parquet (.gz), or a dataset's hub id")
+    evaluate.add_argument("--prompt", required=True, help="template with columns, as 'Archaic: {archaic}'")
+    evaluate.add_argument("--completion", required=True, help="template of what is scored")
+    evaluate.add_argument("--id", help="template of an item's name; default its number")
+    evaluate.add_argument("--group", help="template of what items belong together")
+    evaluate.add_argument("--name", required=True, help="of the system in reports")
+    evaluate.add_argument("--seed", type=int, default=0, help="that the adapter was trained with (default 0)")
+    evaluate.add_argument("--base", help="base model; default the one that the adapter names")
+    evaluate.add_argument("--max-tokens", type=int, default=512)
+    evaluate.add_argument("--items", type=int, help="only the first so many")
+    evaluate.add_argument("--batch", type=int, default=8)
+    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR")
     compare = commands.add_parser("compare", help="write a report on results")
     compare.add_argument("results", nargs="+", help="folders of `bem-peft run`, or JSON of PEFT's method_comparison")
     compare.add_argument("--anchor", required=True, help="name of the system that the others are measured against")
@@ -133,6 +148,22 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from bem_peft.training.run import evaluate_adapter
+
+    data = DataSection(
+        train="", prompt=arguments.prompt, completion=arguments.completion, eval=arguments.data, id=arguments.id,
+        group=arguments.group, max_tokens=arguments.max_tokens, eval_items=arguments.items,
+    )  # fmt: skip
+    result = evaluate_adapter(
+        arguments.adapter, data, arguments.out, name=arguments.name, seed=arguments.seed, base=arguments.base,
+        batch=arguments.batch,
+    )  # fmt: skip
+    metrics = result["metrics"]
+    print(f"{arguments.name}: loss {metrics['loss']:.4f} on {metrics['items']} items, {metrics['tokens']} tokens")
+    return 0
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
     from bem_peft.evaluation.results import read_results
@@ -202,6 +233,7 @@ _COMMANDS = {
     "validate": _validate,
     "run": _run,
     "compare": _compare,
+    "evaluate": _evaluate,
 }
 
 

@@ -43,9 +43,9 @@ def read_items(data: DataSection) -> tuple[list[Item], list[Item]]:
         ValueError: a template names a column that is not there, an id stands twice, or a part is empty.
         FileNotFoundError: from the reader of the file.
     """
-    training = _items(data, data.train)
+    training = read_items_of(data, data.train)
     if data.eval is not None:
-        evaluation = _items(data, data.eval)
+        evaluation = read_items_of(data, data.eval)
     else:
         share = data.eval_share or 0.0
         evaluation = [item for item in training if _unit(item.group) < share]
@@ -57,7 +57,8 @@ def read_items(data: DataSection) -> tuple[list[Item], list[Item]]:
     return training, evaluation[: data.eval_items]
 
 
-def _items(data: DataSection, source: str) -> list[Item]:
+def read_items_of(data: DataSection, source: str) -> list[Item]:
+    """All items of one file or dataset, in its order. Raises as `read_items`."""
     from datasets import load_dataset
 
     if is_file_name(source):

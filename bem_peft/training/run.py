@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -31,8 +31,8 @@ from bem_peft.budget.check import BudgetConstraints, adapted_copy, unadapted_cop
 from bem_peft.budget.match import match_budget
 from bem_peft.budget.parameters import count_parameters
 from bem_peft.training.checkpoints import last_complete_checkpoint
-from bem_peft.training.experiment import Experiment
-from bem_peft.training.items import Item, encode, read_items, score_items
+from bem_peft.training.experiment import DataSection, Experiment, ModelSection
+from bem_peft.training.items import Item, encode, read_items, read_items_of, score_items
 from bem_peft.training.provenance import provenance
 from bem_peft.training.trainer import PTTrainer, PTTrainingConfig, budget_of
 
@@ -82,7 +82,7 @@ def _run_seed(
     experiment: Experiment, seed: int, folder: Path, items: tuple[list[Item], list[Item]], report: Any
 ) -> dict[str, Any]:
     transformers.set_seed(seed)
-    model, tokenizer = load_model(experiment)
+    model, tokenizer = load_model(experiment.model)
     is_seq2seq = bool(model.config.is_encoder_decoder)
     config = experiment.adapter
     anchor = experiment.anchor
@@ -114,31 +114,81 @@ def _run_seed(
         trainer.model, encoded[1], collator, arguments.per_device_eval_batch_size,
         lambda steps: tqdm(steps, desc=f"evaluating seed {seed}", disable=arguments.disable_tqdm),
     )  # fmt: skip
-    tokens = sum(count for _, count in scores)
     result = {
-        "version": RESULT_VERSION,
-        "name": experiment.name,
-        "seed": seed,
-        "adapter": _json_config(config),
-        "metrics": {
-            "loss": sum(value for value, _ in scores) / max(1, tokens),
-            "train_loss": outcome.training_loss,
-            "items": len(scores),
-            "tokens": tokens,
-        },
-        "parameters": vars(count_parameters(trainer.model)),
+        **_result(experiment.name, seed, config, trainer.model, scores, experiment.document),
         "budget": _budget_lines(trainer),
         "training_seconds": seconds,
-        "provenance": provenance(experiment.document, seed),
     }
+    result["metrics"]["train_loss"] = outcome.training_loss
     _write_items(folder / "items.jsonl", items[1], scores)
     _write(folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
 
-def load_model(experiment: Experiment) -> tuple[Any, Any]:
+def _result(
+    name: str, seed: int, config: PeftConfig, model: Any, scores: list[tuple[float, int]], settings: dict[str, Any]
+) -> dict[str, Any]:
+    tokens = sum(count for _, count in scores)
+    return {
+        "version": RESULT_VERSION,
+        "name": name,
+        "seed": seed,
+        "adapter": _json_config(config),
+        "metrics": {
+            "loss": sum(value for value, _ in scores) / max(1, tokens),
+            "items": len(scores),
+            "tokens": tokens,
+        },
+        "parameters": vars(count_parameters(model)),
+        "provenance": provenance(settings, seed),
+    }
+
+
+def evaluate_adapter(
+    adapter: str,
+    data: DataSection,
+    folder: Path,
+    *,
+    name: str,
+    seed: int = 0,
+    base: str | None = None,
+    batch: int = 8,
+) -> dict[str, Any]:
+    """Score a saved adapter of any PEFT method on every item of `data.eval`, and write what `run` writes.
+
+    Args:
+        adapter: folder or hub id. base: of the base model; None: the one that the adapter names.
+        folder: gets seed-<seed>/result.json and items.jsonl.
+        seed: the seed that the adapter was trained with, by which results are paired.
+
+    Raises:
+        ValueError: data that do not fit the templates, or a result that is there already.
+    """
+    out = folder / f"seed-{seed}"
+    if (out / "result.json").exists():
+        raise ValueError(f"{out / 'result.json'} is there already: choose another folder or seed.")
+    items = read_items_of(data, str(data.eval))[: data.eval_items]
+    config = PeftConfig.from_pretrained(adapter)
+    path = base or config.base_model_name_or_path
+    if path is None:
+        raise ValueError(f"{adapter} names no base model: give `base`.")
+    model, tokenizer = load_model(ModelSection(path))
+    model = PeftModel.from_pretrained(model, adapter)
+    is_seq2seq = bool(model.config.is_encoder_decoder)
+    encoded = [encode(item, tokenizer, data.max_tokens, is_seq2seq) for item in items]
+    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    scores = score_items(model, encoded, collator, batch, lambda steps: tqdm(steps, desc=f"evaluating {name}"))
+    model.set_requires_grad(model.active_adapters, True)  # as when it was trained: what counts as its parameters
+    settings = {"adapter": adapter, "model": {"path": path}, "data": vars(data)}
+    result = {**_result(name, seed, config, model, scores, settings), "budget": None, "training_seconds": 0.0}
+    out.mkdir(parents=True, exist_ok=True)
+    _write_items(out / "items.jsonl", items, scores)
+    _write(out / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def load_model(section: ModelSection) -> tuple[Any, Any]:
     """(model, tokenizer), causal or encoder-decoder as its config says."""
-    section = experiment.model
     config = AutoConfig.from_pretrained(section.path, revision=section.revision)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options: dict[str, Any] = {"revision": section.revision}

@@ -250,3 +250,27 @@ def test_scores_of_an_encoder_decoder_are_its_own_loss() -> None:
             own = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
         assert value / count == pytest.approx(float(own), rel=1e-4)
         assert math.isfinite(value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_saved_adapter_is_scored_as_its_run_scored_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`evaluate` on the same items gives the run's scores, and `compare` reads both."""
+    assert main(["run", str(write(folder, document(folder)))]) == 0
+    for seed in (0, 1):
+        options = ["--prompt", "{a}", "--completion", " {b}", "--id", "{ref}", "--name", "again", "--seed", str(seed)]
+        adapter = str(folder / f"runs/seed-{seed}/adapter")
+        command = ["evaluate", adapter, "--data", str(folder / "items.jsonl"), *options, "--out", str(folder / "again")]
+        assert main(command) == 0
+        found = {
+            item["id"]: item
+            for item in map(json.loads, (folder / f"again/seed-{seed}/items.jsonl").read_text().splitlines())
+        }
+        for line in (folder / f"runs/seed-{seed}/items.jsonl").read_text().splitlines():
+            item = json.loads(line)
+            assert found[item["id"]]["nll"] == pytest.approx(item["nll"], rel=1e-4)
+            assert found[item["id"]]["sha256"] == item["sha256"]
+        run = json.loads((folder / f"runs/seed-{seed}/result.json").read_text())
+        again = json.loads((folder / f"again/seed-{seed}/result.json").read_text())
+        assert again["parameters"]["trainable"] == run["parameters"]["trainable"]
+    assert main(command) == 2
+    assert "is there already" in capsys.readouterr().err
