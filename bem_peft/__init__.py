@@ -13,6 +13,12 @@ from bem_peft.budget.latency import LatencyComparison, compare_latency
 from bem_peft.budget.match import BudgetMatch, match_budget
 from bem_peft.budget.memory import MemoryCount, count_memory
 from bem_peft.budget.parameters import ParameterCount, count_parameters
+from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
+from bem_peft.evaluation.intervals import Comparison, compare_means
+from bem_peft.evaluation.pareto import Objective, ParetoAnalyzer
+from bem_peft.evaluation.scores import PairedScores, Scores
+from bem_peft.evaluation.slices import slice_b_analysis
+from bem_peft.evaluation.validator import StatisticalValidator
 from bem_peft.hub import push_to_hub
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import LearningRates, parameter_groups
@@ -49,8 +55,10 @@ __all__ = [
     "BudgetReport",
     "BudgetValidator",
     "BudgetWarning",
+    "Comparison",
     "CompositeConfig",
     "CompositeModel",
+    "ComprehensiveEvaluator",
     "DeadSiteError",
     "DynamicRankMaskConfig",
     "DynamicRankMaskModel",
@@ -63,19 +71,25 @@ __all__ = [
     "LearningRates",
     "LoraExportReport",
     "MemoryCount",
+    "Objective",
     "PTTrainer",
     "PTTrainingConfig",
+    "PairedScores",
     "ParameterCount",
+    "ParetoAnalyzer",
     "ResidualFiLMConfig",
     "ResidualFiLMModel",
+    "Scores",
     "Site",
     "SiteError",
     "SiteTable",
     "SpectralGovernance",
     "SpectralNorms",
+    "StatisticalValidator",
     "__version__",
     "check_budget",
     "compare_latency",
+    "compare_means",
     "count_flops",
     "count_memory",
     "count_parameters",
@@ -91,6 +105,7 @@ __all__ = [
     "retrieval_quality",
     "retrieval_scores",
     "set_loss_scale",
+    "slice_b_analysis",
     "write_report",
 ]
 

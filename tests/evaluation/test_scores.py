@@ -173,3 +173,26 @@ def test_an_item_in_both_slices_is_refused() -> None:
         compare_slices(bare, stands_on="slice_c")
     with pytest.raises(ValueError, match="`margin` = -1"):
         compare_slices(bare, stands_on="slice_a", margin=-1)
+
+
+def test_the_validator_gives_what_its_parts_give() -> None:
+    from bem_peft.evaluation.intervals import compare_means, mcnemar_p_value
+    from bem_peft.evaluation.validator import StatisticalValidator
+
+    a, b = scores("candidate", 0.5), scores("anchor")
+    pair = PairedScores(a, b)
+    validator = StatisticalValidator(confidence=0.9, correction="holm", margin=0.1)
+    assert validator.compare(a, b) == compare_means(pair.difference, pair.cluster_index, confidence=0.9)
+    results = validator.slice_b_analysis(pairs(0.5, "a"), pairs(0.5, "b"))
+    assert {r.comparison.confidence for r in results} == {0.9}
+    assert {r.margin for r in results} == {0.1}
+    assert [r.slice for r in validator.compare_on_slices(pairs(0.5, "a"))] == ["all", "short"]
+    assert validator.required_items(a, b, 0.5) is not None
+    with pytest.raises(ValueError, match="3 seeds: McNemar"):
+        validator.mcnemar(a, b)
+    rng = np.random.default_rng(0)
+    binary = [Scores(s, "right", rng.integers(0, 2, (1, 30)), (0,), tuple(map(str, range(30)))) for s in ("x", "y")]
+    expected = mcnemar_p_value(binary[0].values[0], binary[1].values[0])
+    assert validator.mcnemar(*binary) == expected
+    turned = Scores("y", "right", binary[1].values[:, ::-1], (0,), binary[1].items[::-1])
+    assert validator.mcnemar(binary[0], turned) == expected
