@@ -16,6 +16,7 @@ from bem_peft.budget.parameters import ParameterCount, count_parameters
 from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
 from bem_peft.evaluation.intervals import Comparison, compare_means
 from bem_peft.evaluation.pareto import Objective, ParetoAnalyzer
+from bem_peft.evaluation.profiler import PerformanceProfiler, Profile, Workload
 from bem_peft.evaluation.scores import PairedScores, Scores
 from bem_peft.evaluation.slices import slice_b_analysis
 from bem_peft.evaluation.validator import StatisticalValidator
@@ -77,6 +78,8 @@ __all__ = [
     "PairedScores",
     "ParameterCount",
     "ParetoAnalyzer",
+    "PerformanceProfiler",
+    "Profile",
     "ResidualFiLMConfig",
     "ResidualFiLMModel",
     "Scores",
@@ -86,6 +89,7 @@ __all__ = [
     "SpectralGovernance",
     "SpectralNorms",
     "StatisticalValidator",
+    "Workload",
     "__version__",
     "check_budget",
     "compare_latency",
