@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.optimizer_hooks import watch
@@ -166,6 +167,11 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     # penalties
+
+    def carries_penalties(self, y: torch.Tensor) -> bool:
+        """Whether this call carries them: in training alone, and not where a budget is counted on fake tensors."""
+        is_training = self.is_penalised and self.training and torch.is_grad_enabled()
+        return is_training and not isinstance(y, FakeTensor)
 
     def penalise(
         self, y: torch.Tensor, name: str, strength: float | torch.Tensor, value: torch.Tensor, *, once: bool = False

@@ -227,8 +227,6 @@ class PenaltyLog:
 
     def record(self, name: str, site: str, value: torch.Tensor, weighted: torch.Tensor) -> None:
         value, weighted = value.detach().float(), weighted.detach().float()
-        if type(value) is not torch.Tensor:  # a fake one, of a budget that is being counted
-            return
         if (name, site) in self.entries:
             seen, seen_weighted, count = self.entries[name, site]
             self.entries[name, site] = (seen + value, seen_weighted + weighted, count + 1)

@@ -245,7 +245,7 @@ class HeadGroupGatingAdapter(LowRankAdapter):
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         a, b_t, gate_weight, gate_bias = weights
         gate = torch.sigmoid(self.logits(self.statistics(x), gate_weight, gate_bias))  # half the gate, (N, G), float32
-        if self.is_penalised and self.training and torch.is_grad_enabled():
+        if self.carries_penalties(y):
             y = self.carry_penalties(y, gate)
         if self.gate_dropout and self.training:
             gate = torch.nn.functional.dropout(gate, self.gate_dropout)

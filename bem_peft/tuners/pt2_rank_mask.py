@@ -148,7 +148,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         logits, gate = self.control(z.float(), *weights[2:])
         if gate is not None:
             z = torch.addcmul(z, z, gate if gate.dtype is z.dtype else gate.to(z.dtype))
-        if self.is_penalised and self.training and torch.is_grad_enabled():
+        if self.carries_penalties(y):
             y = self.penalise(y, "balance", self.balance_strength, self.imbalance(logits), once=self.is_task_mask)
         return torch.addmm(y, self.masked(z, logits), weights[1], alpha=self.scaling)
 

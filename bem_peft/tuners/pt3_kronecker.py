@@ -162,7 +162,7 @@ class KroneckerAdapter(LowRankAdapter):
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         u, v, b_t = weights
-        if self.is_penalised and self.training and torch.is_grad_enabled():
+        if self.carries_penalties(y):
             y = self.carry_penalties(y)
         if self.dropout:
             x = self.drop(x)

@@ -278,3 +278,26 @@ def test_a_layer_that_runs_twice_carries_the_penalty_of_its_parameters_once() ->
     u = next(p for name, p in adapter_parameters(model).items() if name.endswith(".U")).detach().requires_grad_()
     (2.0 * orthogonality(u)).backward()
     torch.testing.assert_close(gradients[1]["U"] - gradients[0]["U"], u.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_budget_counts_and_matches_an_adapter_with_penalties() -> None:
+    """Penalties are training's own: they cost nothing in a budget, and counting leaves nothing in their log."""
+    from peft import LoraConfig
+
+    from bem_peft import KroneckerConfig, count_flops, match_budget
+    from bem_peft.budget.check import adapted_copy, example_inputs
+
+    anchor = LoraConfig(r=2, target_modules=["down_proj"])
+    configs = [
+        (KroneckerConfig(u_rank=2, v_rank=2), {"orthogonality_strength": 1.0, "diversity_strength": 1.0}),
+        (DynamicRankMaskConfig(sites=["mlp_down"], use_hadamard_path=False), {"balance_strength": 1.0}),
+        (HeadGroupGatingConfig(), {"decorrelation_strength": 1.0, "gate_entropy_strength": 1.0}),
+    ]
+    for plain, strengths in configs:
+        with_penalties = type(plain)(**{**plain.to_dict(), **strengths})
+        found = [match_budget(build("llama"), config, anchor).sizes for config in (plain, with_penalties)]
+        assert found[0] == found[1]
+        models = [adapted_copy(build("llama"), config) for config in (plain, with_penalties)]
+        flops = [count_flops(model, example_inputs(model)).adapter_per_token for model in models]
+        assert flops[0] == flops[1]
+        assert penalty_values(models[1]) == {}
