@@ -29,6 +29,11 @@ class Verse:
     def prompt(self) -> str:
         return f"Archaic: {self.archaic}\nModern:"
 
+    @property
+    def sha256(self) -> str:
+        """Of the content."""
+        return hashlib.sha256(f"{self.archaic}\0{self.modern}".encode()).hexdigest()
+
 
 def read_verses(path: Path = DATA) -> list[Verse]:
     with gzip.open(path, "rt", encoding="utf-8") as file:

@@ -31,6 +31,7 @@ warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is depre
 import torch
 import transformers
 from archaic_modern import Verse, read_verses, split_verses, tokenize
+from demo_report import comparison
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from sacrebleu.metrics import BLEU, CHRF
 from smollm2 import prepare_checkpoint
@@ -42,7 +43,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from bem_peft import (
     BudgetCallback,
@@ -52,10 +52,12 @@ from bem_peft import (
     HeadGroupGatingConfig,
     KroneckerConfig,
     ResidualFiLMConfig,
+    last_complete_checkpoint,
     match_budget,
     probe,
     write_report,
 )
+from bem_peft.training.items import score_items
 
 TASK = "CAUSAL_LM"
 SITES = ["o_proj", "down_proj"]
@@ -145,18 +147,16 @@ def trainer_for(
     return BudgetCallback(budget).attach(trainer)  # type: ignore[no-any-return]
 
 
-@torch.no_grad()
-def negative_log_likelihood(model: Any, data: Any, tokenizer: Any, batch: int = 20) -> float:
-    """Mean over the answers' tokens, in nats."""
+def item_losses(model: Any, verses: list[Verse], tokenizer: Any) -> list[dict[str, Any]]:
+    """Of each verse the negative log likelihood of its answer, in nats, and the number of its tokens."""
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
-    total, tokens = 0.0, 0
-    for start in tqdm(range(0, len(data), batch), desc="  loss", leave=False):
-        inputs = collator([data[i] for i in range(start, min(start + batch, len(data)))])
-        labels = inputs.pop("labels")[:, 1:]
-        logits = model(**inputs).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="sum")
-        total, tokens = total + losses.item(), tokens + int((labels != -100).sum())
-    return total / tokens
+    scores = score_items(
+        model, list(tokenize(verses, tokenizer)), collator, 16, lambda steps: tqdm(steps, desc="  loss", leave=False)
+    )
+    return [
+        {"id": v.ref, "sha256": v.sha256, "nll": nll, "tokens": count}
+        for v, (nll, count) in zip(verses, scores, strict=True)
+    ]
 
 
 def translate(model: Any, verses: list[Verse], tokenizer: Any, batch: int = 24) -> list[str]:
@@ -181,12 +181,13 @@ def translate(model: Any, verses: list[Verse], tokenizer: Any, batch: int = 24) 
 
 def evaluate(model: Any, held_out: list[Verse], settings: Settings, tokenizer: Any) -> dict[str, Any]:
     model.eval()
-    loss = negative_log_likelihood(model, tokenize(held_out[: settings.eval_verses], tokenizer), tokenizer)
+    items = item_losses(model, held_out[: settings.eval_verses], tokenizer)
     verses = held_out[: settings.generate_verses]
     answers = translate(model, verses, tokenizer)
     references = [[verse.modern for verse in verses]]
     return {
-        "loss": loss,
+        "loss": sum(item["nll"] for item in items) / sum(item["tokens"] for item in items),
+        "items": items,
         "chrf": CHRF().corpus_score(answers, references).score,
         "bleu": BLEU().corpus_score(answers, references).score,
         "samples": answers[:3],
@@ -220,7 +221,7 @@ def run_method(
     adapter = folder / "adapter"
     trainer = trainer_for(model, folder, settings, train, tokenizer, budget)
     checkpoints = folder / "checkpoints"
-    last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+    last = last_complete_checkpoint(checkpoints)
     if last is not None:
         print(f"  goes on from {Path(last).name}")
     start = time.perf_counter()
@@ -243,7 +244,7 @@ def run_method(
         "parameters": trainable,
         "share": trainable / (total - trainable),
         "flops": next(line.measured for line in report.lines if line.quantity == "flops"),
-        "budget_is_met": report.is_met,
+        "budget": [vars(line) for line in report.lines],
         "learning_rate": LEARNING_RATE,
         "seconds_per_step": seconds if math.isfinite(seconds) else None,
         "reloaded_identical": is_identical,
@@ -311,6 +312,9 @@ def main() -> None:
         results[name] = run_method(name, folder, checkpoint, settings, train, held_out, tokenizer, budget)
         print(f"  loss {results[name]['loss']:.3f}")
     print_report(results, held_out, settings)
+    report = comparison(results, METHODS["lora"].title, asdict(settings))
+    if report is not None:
+        print(f"\nreport: {report.write(run / 'report')[-1]}; {report.promotions[0].reasons[0]}")
     print(
         f"\nadapters: {run}/*/adapter; results: {run}/*/result.json; {(time.perf_counter() - began) / 60:.1f} minutes"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,13 @@ def read_results(paths: Sequence[str | Path]) -> list[SystemResult]:
 def read_run(folder: Path) -> SystemResult:
     """A system of `bem-peft run`: every seed of one experiment. Raises ValueError where seeds do not fit together."""
     results, records = [], []
+    tokens: dict[str, int] = {}
     for path in sorted(folder.glob("seed-*/result.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         results.append(result)
         for line in path.with_name("items.jsonl").read_text(encoding="utf-8").splitlines():
             item = json.loads(line)
+            tokens[item["id"]] = item["tokens"]
             records.append(
                 {
                     "seed": result["seed"], "id": item["id"], "value": item["nll"] / max(1, item["tokens"]),
@@ -107,15 +109,13 @@ def read_run(folder: Path) -> SystemResult:
     values["file_bytes"] = float(first["parameters"]["stored_bytes"])
     return SystemResult(
         scores.system, str(first["adapter"].get("peft_type", "")), values, {"nll": per_seed["nll"]},
-        {"nll": with_length_slices(scores, folder)}, first["budget"], scores.seeds,
+        {"nll": with_length_slices(scores, tokens)}, first["budget"], scores.seeds,
         [result["provenance"] for result in results], tuple(warnings),
     )  # fmt: skip
 
 
-def with_length_slices(scores: Scores, folder: Path) -> Scores:
-    """The scores with the slices "shortest third" and "longest third" by tokens, which are never tuned on."""
-    path = next(folder.glob("seed-*/items.jsonl"))
-    tokens = {i["id"]: i["tokens"] for i in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+def with_length_slices(scores: Scores, tokens: Mapping[str, int]) -> Scores:
+    """The scores with the slices "shortest third" and "longest third" by the items' `tokens`."""
     order = sorted(scores.items, key=lambda item: (tokens[item], item))
     third = len(order) // 3
     slices = dict(scores.slices)
