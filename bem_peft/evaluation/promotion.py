@@ -79,4 +79,4 @@ def judge(
 def interval_text(found: SliceResult) -> str:
     """The difference with its interval: "+0.012 [+0.004, +0.020]"."""
     c = found.comparison
-    return f"{c.estimate:+.4g} [{c.low:+.4g}, {c.high:+.4g}]"
+    return f"{c.estimate:+.3g} [{c.low:+.3g}, {c.high:+.3g}]"

@@ -71,7 +71,7 @@ def _dot(kind: str, point: ParetoPoint, place: dict[str, tuple[float, float]], x
 def forest_plot(results: Sequence[tuple[str, SliceResult]], title: str) -> str:
     """One line a system and slice: the difference with its interval; right of zero is better than the anchor."""
     height = 52 + 26 * len(results)
-    left, right = 250, 190
+    left, right = 240, 200
     edge = max(1e-12, *(max(abs(r.comparison.low), abs(r.comparison.high)) for _, r in results)) * 1.08
 
     def sx(value: float) -> float:
@@ -129,8 +129,8 @@ def _ticks(low: float, high: float) -> list[float]:
 def _short(value: float) -> str:
     for bound, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= bound:
-            return f"{value / bound:.3g}{unit}"
-    return f"{value:.3g}"
+            return f"{value / bound:.6g}{unit}"
+    return f"{value:.6g}"
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
