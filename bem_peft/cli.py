@@ -10,7 +10,6 @@ bem-peft compare RESULTS...           a report: paired differences, Pareto front
 """
 
 import argparse
-import copy
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,11 +18,10 @@ from pathlib import Path
 import torch
 import transformers
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from bem_peft.budget.adapter_spec import AdapterSpecError, parse_adapter
-from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetValidator, adapted_copy
+from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetValidator, adapted_copy, at_sites_of
 from bem_peft.budget.match import MATCHED, match_budget
 from bem_peft.training.experiment import DataSection, read_experiment
 from bem_peft.tuners import registry, sites
@@ -185,11 +183,7 @@ def _model_and_configs(arguments: argparse.Namespace) -> tuple[nn.Module, PeftCo
     """The model on the meta device; the anchor stands at the sites of the config where it names none."""
     model = sites.build_meta(arguments.model)
     config, anchor = (parse_adapter(text, registry.config_classes()) for text in (arguments.config, arguments.anchor))
-    if getattr(anchor, "target_modules", "") is None:
-        with torch.device("meta"):
-            base = adapted_copy(model, copy.deepcopy(config)).get_base_model()  # type: ignore[operator]
-        anchor.target_modules = [name for name, m in base.named_modules() if isinstance(m, BaseTunerLayer)]
-    return model, config, anchor
+    return model, config, at_sites_of(anchor, lambda: adapted_copy(model, config))
 
 
 def _text_lines(table: sites.SiteTable) -> Iterable[str]:

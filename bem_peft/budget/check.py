@@ -293,12 +293,29 @@ def adapted_copy(model: nn.Module, config: PeftConfig) -> nn.Module:
     return adapted
 
 
-def unadapted_copy(model: PeftModel) -> tuple[nn.Module, list[str]]:
-    """The base model of `model`, new modules around the same weights, and the names of the adapted sites."""
+def unadapted_copy(model: PeftModel) -> nn.Module:
+    """The base model of `model`, new modules around the same weights."""
     whole: Any = _copy_around_weights(model)
-    sites = [name for name, m in whole.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)]
     base: nn.Module = whole.unload()
-    return base, sites
+    return base
+
+
+def adapted_sites(model: Any) -> list[str]:
+    """Names of the modules that the adapter of the PeftModel `model` stands at."""
+    return [name for name, m in model.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)]
+
+
+def at_sites_of(anchor: PeftConfig, adapted: Callable[[], nn.Module]) -> PeftConfig:
+    """`anchor` as it is, or, where it names no target_modules, a copy at the sites of the PeftModel `adapted()`.
+
+    A model that is built for this alone is built on the meta device.
+    """
+    if getattr(anchor, "target_modules", "") is not None:
+        return anchor
+    placed = copy.deepcopy(anchor)
+    with torch.device("meta"):
+        placed.target_modules = adapted_sites(adapted())
+    return placed
 
 
 def _copy_around_weights(model: nn.Module) -> nn.Module:

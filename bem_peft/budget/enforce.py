@@ -9,7 +9,6 @@ adapter, and a section of its model card.
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetReport, BudgetValidator
 from bem_peft.budget.parameters import count_parameters
+from bem_peft.budget.whole_file import write_whole
 
 POLICIES = ("raise", "warn", "stop")
 REPORT_FILE = "budget_report.json"
@@ -148,7 +148,7 @@ def report_values(report: BudgetReport) -> dict[str, float]:
 def write_report(report: BudgetReport, folder: Path) -> None:
     """Write `budget_report.json` into `folder`, and a section into its model card if it has one; each file at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / REPORT_FILE, report.to_json())
+    write_whole(folder / REPORT_FILE, report.to_json())
     card = folder / "README.md"
     if not card.is_file():
         return
@@ -160,7 +160,7 @@ def write_report(report: BudgetReport, folder: Path) -> None:
     section = (
         f"## Budget\n\nThe budget is {verdict} (scope {report.scope}, tolerance {report.tolerance_ratio:.1%}).\n\n"
     )
-    _replace(card, f"{text.rstrip()}\n\n{CARD_START}\n\n{section}{report.to_markdown()}\n\n{CARD_END}\n")
+    write_whole(card, f"{text.rstrip()}\n\n{CARD_START}\n\n{section}{report.to_markdown()}\n\n{CARD_END}\n")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -169,9 +169,3 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
     return inner
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bem_peft.budget.whole_file import write_whole
 from bem_peft.evaluation.pareto import Objective, ParetoPoint
 from bem_peft.evaluation.promotion import Promotion, interval_text
 from bem_peft.evaluation.results import SystemResult
-from bem_peft.evaluation.slices import WHOLE, SliceResult
+from bem_peft.evaluation.slices import SliceResult
 
 VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
@@ -122,17 +122,9 @@ class Report:
             ("report.json", self.to_json()), ("report.md", self.to_markdown()), ("report.html", to_html(self)),
         ):  # fmt: skip
             path = folder / name
-            partial = path.with_name(name + ".partial")
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
+            write_whole(path, text)
             written.append(path)
         return written
-
-    def whole_results(self) -> dict[str, SliceResult]:
-        """System -> its result on all items, of the first metric."""
-        return {
-            name: next(found for found in results if found.slice == WHOLE) for name, results in self.comparisons.items()
-        }
 
 
 def number(value: float) -> str:

@@ -8,13 +8,14 @@ Items are aligned by id, never by position; what one system has and the other ha
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from bem_peft.budget.whole_file import write_whole
 
 VERSION = 1
 
@@ -140,9 +141,7 @@ class Scores:
 
     def write(self, path: Path) -> None:
         """Write the document, whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, self.to_json())
 
     @classmethod
     def read(cls, path: Path) -> Scores:

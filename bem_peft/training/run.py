@@ -8,9 +8,7 @@ OUTPUT_DIR/seed-0/checkpoints/      of the Trainer; a run that was stopped goes 
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,10 @@ from transformers import (
     DataCollatorForSeq2Seq,
 )
 
-from bem_peft.budget.check import BudgetConstraints, adapted_copy, unadapted_copy
+from bem_peft.budget.check import BudgetConstraints, adapted_copy, at_sites_of
 from bem_peft.budget.match import match_budget
 from bem_peft.budget.parameters import count_parameters
+from bem_peft.budget.whole_file import write_whole
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.experiment import DataSection, Experiment, ModelSection
 from bem_peft.training.items import Item, encode, read_items, read_items_of, score_items
@@ -121,7 +120,7 @@ def _run_seed(
     }
     result["metrics"]["train_loss"] = outcome.training_loss
     _write_items(folder / "items.jsonl", items[1], scores)
-    _write(folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_whole(folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
 
@@ -183,7 +182,7 @@ def evaluate_adapter(
     result = {**_result(name, seed, config, model, scores, settings), "budget": None, "training_seconds": 0.0}
     out.mkdir(parents=True, exist_ok=True)
     _write_items(out / "items.jsonl", items, scores)
-    _write(out / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_whole(out / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
 
@@ -207,11 +206,7 @@ def _matched(experiment: Experiment, model: Any, report: Any) -> PeftConfig:
     budget = experiment.budget
     assert budget is not None
     assert experiment.anchor is not None
-    anchor = copy.deepcopy(experiment.anchor)
-    if getattr(anchor, "target_modules", "") is None:
-        with torch.device("meta"):
-            adapted: Any = adapted_copy(model, experiment.adapter)
-        anchor.target_modules = unadapted_copy(adapted)[1]
+    anchor = at_sites_of(experiment.anchor, lambda: adapted_copy(model, experiment.adapter))
     match = match_budget(
         model, experiment.adapter, anchor, free=budget.match, match=budget.quantities,
         tolerance_ratio=budget.tolerance_ratio,
@@ -239,10 +234,4 @@ def _write_items(path: Path, items: list[Item], scores: list[tuple[float, int]])
         json.dumps({"id": item.id, "group": item.group, "sha256": item.sha256, "nll": value, "tokens": count})
         for item, (value, count) in zip(items, scores, strict=True)
     ]
-    _write(path, "\n".join(lines) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "\n".join(lines) + "\n")

@@ -6,7 +6,6 @@ All of it works without this class too: `parameter_groups`, `BudgetCallback`, `S
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +15,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from bem_peft.budget.adapter_spec import parse_adapter
-from bem_peft.budget.check import BudgetConstraints, unadapted_copy
-from bem_peft.budget.enforce import BudgetCallback
+from bem_peft.budget.check import BudgetConstraints, at_sites_of, unadapted_copy
+from bem_peft.budget.enforce import POLICIES, BudgetCallback
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import VARIANT_LR_MULTIPLIERS, check_multipliers, parameter_groups
 from bem_peft.tuners import field_checks as check
@@ -72,7 +71,7 @@ class PTTrainingConfig(TrainingArguments):
         check_multipliers(self)
         for name in ("max_singular_value", "fro_budget"):
             check.check_optional_number(self, name, 0.0, exclusive=True)
-        check.check_choice(self, "budget_policy", ("raise", "warn", "stop"))
+        check.check_choice(self, "budget_policy", POLICIES)
         check.check_number(self, "budget_tolerance_ratio", 0.0, 1.0)
         known = ("params", "flops", "memory", "stored")
         if not self.budget_quantities or not set(self.budget_quantities) <= set(known):
@@ -153,8 +152,7 @@ def budget_of(
     """
     if not isinstance(model, PeftModel):
         raise ValueError("a budget by an anchor needs a PeftModel: call get_peft_model first, or pass `budget`.")
-    base, sites = unadapted_copy(model)
-    anchor = copy.deepcopy(anchor)
-    if getattr(anchor, "target_modules", "") is None:
-        anchor.target_modules = sites
-    return BudgetConstraints.from_anchor(base, anchor, quantities=quantities, tolerance_ratio=tolerance_ratio)
+    anchor = at_sites_of(anchor, lambda: model)
+    return BudgetConstraints.from_anchor(
+        unadapted_copy(model), anchor, quantities=quantities, tolerance_ratio=tolerance_ratio
+    )
