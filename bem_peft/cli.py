@@ -6,6 +6,7 @@ bem-peft match MODEL CONFIG           the sizes that cost what the anchor costs
 bem-peft validate FILE                all that is wrong with an experiment, before anything is loaded
 bem-peft run FILE                     train and evaluate an experiment, one adapter a seed
 bem-peft evaluate ADAPTER             score a saved adapter item by item, for `compare`
+bem-peft profile RESULTS...           time adapters beside their base and the anchor, interleaved
 bem-peft compare RESULTS...           a report: paired differences, Pareto frontiers, budgets, verdicts
 """
 
@@ -23,7 +24,7 @@ from torch import nn
 from bem_peft.budget.adapter_spec import AdapterSpecError, parse_adapter
 from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetValidator, adapted_copy, at_sites_of
 from bem_peft.budget.match import MATCHED, match_budget
-from bem_peft.training.experiment import DataSection, read_experiment
+from bem_peft.training.experiment import DTYPES, DataSection, EvaluationSection, read_experiment
 from bem_peft.tuners import registry, sites
 
 _NOT_MET = 1
@@ -71,7 +72,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--max-tokens", type=int, default=512)
     evaluate.add_argument("--items", type=int, help="only the first so many")
     evaluate.add_argument("--batch", type=int, default=8)
+    evaluate.add_argument(
+        "--metrics", nargs="+", default=["nll"], help="nll bleu chrf exact_match f1 rouge_l json_validity (default nll)"
+    )
+    evaluate.add_argument("--max-new-tokens", type=int, default=128, help="of generated answers (default 128)")
+    evaluate.add_argument("--stop", help="text that ends an answer")
     evaluate.add_argument("--out", type=Path, required=True, metavar="DIR")
+    profile = commands.add_parser("profile", help="time adapters beside their base and the anchor, interleaved")
+    profile.add_argument("results", nargs="+", type=Path, help="folders of `bem-peft run` or `bem-peft evaluate`")
+    profile.add_argument("--anchor", required=True, help="name of the system that the others are measured against")
+    profile.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON, for `compare --profile`")
+    profile.add_argument("--base", help="base model; default the one that the results name")
+    profile.add_argument("--dtype", default="auto", choices=DTYPES)
+    profile.add_argument("--device", help="default cuda or mps where there is one, else cpu")
+    profile.add_argument("--prompt-tokens", type=int, default=256)
+    profile.add_argument("--new-tokens", type=int, default=64)
+    profile.add_argument("--batch", type=int, default=1)
+    profile.add_argument("--kinds", nargs="+", default=["prefill", "decode"], help="prefill decode train_step")
+    profile.add_argument("--rounds", type=int, default=50, help="each runs every system twice (default 50)")
+    profile.add_argument("--tolerance", type=float, default=0.05, help="ratio, 0.05 is 5 %% (default)")
     compare = commands.add_parser("compare", help="write a report on results")
     compare.add_argument("results", nargs="+", help="folders of `bem-peft run`, or JSON of PEFT's method_comparison")
     compare.add_argument("--anchor", required=True, help="name of the system that the others are measured against")
@@ -83,6 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare.add_argument("--margin", type=float, default=0.0, help="how much worse counts as no worse (default 0)")
     compare.add_argument("--correction", choices=("by", "bh", "holm"), default="by")
     compare.add_argument("--title", default="Comparison of adapters")
+    compare.add_argument("--quality", help="metric of the Pareto frontiers; default the first that all systems have")
+    compare.add_argument("--profile", type=Path, metavar="FILE", help="times of `bem-peft profile`, as further costs")
+    compare.add_argument(
+        "--card", action="append", default=[], metavar="SYSTEM=FOLDER",
+        help="write the results into the model card of that adapter's folder; may stand often",
+    )  # fmt: skip
+    compare.add_argument("--dataset", help="name of the data, for model cards")
+    compare.add_argument("--dataset-id", help="hub id of the data, for model cards")
     arguments = parser.parse_args(argv)
     if arguments.command == "sites":
         if arguments.all == (arguments.model is not None):
@@ -156,23 +183,51 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     result = evaluate_adapter(
         arguments.adapter, data, arguments.out, name=arguments.name, seed=arguments.seed, base=arguments.base,
         batch=arguments.batch,
+        evaluation=EvaluationSection(arguments.metrics, arguments.max_new_tokens, arguments.stop),
     )  # fmt: skip
     metrics = result["metrics"]
-    print(f"{arguments.name}: loss {metrics['loss']:.4f} on {metrics['items']} items, {metrics['tokens']} tokens")
+    others = "".join(f", {name} {metrics[name]:.4g}" for name in arguments.metrics if name != "nll")
+    print(f"{arguments.name}: loss {metrics['loss']:.4f}{others} on {metrics['items']} items")
+    return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from tqdm.auto import tqdm
+
+    from bem_peft.training.profile import profile_results
+
+    found = profile_results(
+        arguments.results, arguments.anchor, base=arguments.base, dtype=arguments.dtype, device=arguments.device,
+        prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens, batch=arguments.batch,
+        kinds=arguments.kinds, rounds=arguments.rounds, tolerance_ratio=arguments.tolerance, progress=tqdm,
+    )  # fmt: skip
+    found.write(arguments.out)
+    print(found.to_text())
+    print(f"wrote {arguments.out}")
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    from tqdm.auto import tqdm
+
+    from bem_peft.evaluation.card import check_card, write_card
     from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
+    from bem_peft.evaluation.profile_document import ProfileDocument
     from bem_peft.evaluation.results import read_results
     from bem_peft.evaluation.slices import DEVELOPMENT, HELD_OUT
 
+    systems = read_results(arguments.results)
+    cards = [check_card(text, [s.name for s in systems], arguments.dataset) for text in arguments.card]
     report = ComprehensiveEvaluator(
-        read_results(arguments.results), arguments.anchor, margin=arguments.margin, correction=arguments.correction,
+        systems, arguments.anchor, margin=arguments.margin, correction=arguments.correction,
         stands_on=HELD_OUT if arguments.held_out else DEVELOPMENT, title=arguments.title,
-        development=read_results(arguments.development) if arguments.development else (),
+        development=read_results(arguments.development) if arguments.development else (), quality=arguments.quality,
+        profiles=None if arguments.profile is None else ProfileDocument.read(arguments.profile),
+        progress=lambda names: tqdm(names, desc="comparing", disable=None),
     ).report()  # fmt: skip
     written = report.write(arguments.out)
+    for system, folder in cards:
+        written += write_card(report, system, folder, arguments.dataset, arguments.dataset_id)
     for promotion in report.promotions[:12]:
         print(f"{promotion.system}: {promotion.verdict}; {promotion.reasons[0]}")
     print("wrote " + ", ".join(map(str, written)))
@@ -226,6 +281,7 @@ _COMMANDS = {
     "match": _match,
     "validate": _validate,
     "run": _run,
+    "profile": _profile,
     "compare": _compare,
     "evaluate": _evaluate,
 }

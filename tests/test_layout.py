@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "tuners": {"tuners", "kernels"},
     "budget": {"budget"},  # serves every method, and knows none
     "evaluation": {"evaluation", "budget"},  # likewise
-    "training": {"training", "budget", "tuners", "kernels"},
+    "training": {"training", "evaluation", "budget", "tuners", "kernels"},
 }
 
 

@@ -289,13 +289,13 @@ def adapted_copy(model: nn.Module, config: PeftConfig) -> nn.Module:
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("the model is adapted already: give the base model, before get_peft_model or add_adapter.")
-    adapted: nn.Module = get_peft_model(_copy_around_weights(model), copy.deepcopy(config))
+    adapted: nn.Module = get_peft_model(copy_around_weights(model), copy.deepcopy(config))
     return adapted
 
 
 def unadapted_copy(model: PeftModel) -> nn.Module:
     """The base model of `model`, new modules around the same weights."""
-    whole: Any = _copy_around_weights(model)
+    whole: Any = copy_around_weights(model)
     base: nn.Module = whole.unload()
     return base
 
@@ -318,7 +318,8 @@ def at_sites_of(anchor: PeftConfig, adapted: Callable[[], nn.Module]) -> PeftCon
     return placed
 
 
-def _copy_around_weights(model: nn.Module) -> nn.Module:
+def copy_around_weights(model: nn.Module) -> nn.Module:
+    """New modules around the same weights; freezing a parameter of the copy leaves the model's own as it is."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():  # PEFT freezes what it adapts: not the model's own parameters
         same = nn.Parameter(parameter.detach(), requires_grad=False) if is_plain(parameter) else parameter

@@ -34,13 +34,14 @@ def corpus_score(metric: Any, counts: np.ndarray) -> float:
 
 
 def pseudo_values(metric: Any, counts: np.ndarray) -> np.ndarray:
-    """One value a sentence, (N,), whose mean is the corpus score up to its bias: N s - (N - 1) s_without_i.
+    """One value a sentence, (N,), whose mean is the corpus score s:  s + (N - 1) (mean_j s_without_j - s_without_i).
 
-    With them `compare_means` gives a corpus metric the two-way interval over seeds and sentences (the jackknife).
+    The jackknife's pseudo-values, moved to the score itself, so that their spread tells the score's. With them
+    `compare_means` gives a corpus metric the two-way interval over seeds and sentences.
     """
     total, whole, n = counts.sum(0), corpus_score(metric, counts), len(counts)
     without = np.array([corpus_score(metric, total - row) for row in counts])
-    found: np.ndarray = n * whole - (n - 1) * without
+    found: np.ndarray = whole + (n - 1) * (without.mean() - without)
     return found
 
 

@@ -6,18 +6,18 @@ report.write(folder)                                         # report.json, repo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from bem_peft._version import __version__
 from bem_peft.evaluation.pareto import Objective, ParetoAnalyzer, ParetoPoint
+from bem_peft.evaluation.profile_document import ProfileDocument
 from bem_peft.evaluation.promotion import Promotion, judge
 from bem_peft.evaluation.report import Report
-from bem_peft.evaluation.results import OBJECTIVES, SystemResult
+from bem_peft.evaluation.resampling import resampled_means
+from bem_peft.evaluation.results import OBJECTIVES, QUALITY, SystemResult
 from bem_peft.evaluation.scores import PairedScores
 from bem_peft.evaluation.slices import DEVELOPMENT, HELD_OUT, SliceResult, check_disjoint, compare_slices
-
-QUALITY = ("nll", "accuracy")
 
 
 class ComprehensiveEvaluator:
@@ -30,9 +30,14 @@ class ComprehensiveEvaluator:
         development: results on Slice-A, whose items must not be among the held-out ones.
         margin: how much worse counts as no worse, one for all metrics or one a metric.
         correction: "by", "bh" or "holm".
+        quality: the metric that the Pareto frontiers trade against costs; None: the first that every system has, of
+            nll, accuracy, chrf, bleu, exact_match, f1, rouge_l, json_validity.
+        profiles: times of the systems by name, of `PerformanceProfiler`; their medians are costs.
+        progress: wraps the names of the systems while they are compared, as tqdm does.
 
     Raises:
-        ValueError: an anchor that is not there, another direction of slices, or items in both slices.
+        ValueError: an anchor that is not there, another direction of slices, items in both slices, a quality that a
+            system lacks, or profiles of none of the systems.
     """
 
     def __init__(
@@ -46,8 +51,18 @@ class ComprehensiveEvaluator:
         correction: str = "by",
         confidence: float = 0.95,
         title: str = "Comparison of adapters",
+        quality: str | None = None,
+        profiles: ProfileDocument | None = None,
+        progress: Callable[[list[str]], Iterable[str]] = iter,
     ) -> None:
+        self.progress = progress
+        if profiles is not None:
+            systems = profiles.with_times(systems)
         self.systems = {system.name: system for system in systems}
+        self.profiles = profiles
+        if quality is not None and (quality not in QUALITY or any(quality not in s.values for s in systems)):
+            raise ValueError(f"`quality` = {quality!r}: must be of {', '.join(QUALITY)}, and every system's.")
+        self.quality = quality
         if anchor not in self.systems:
             raise ValueError(f"`anchor` = {anchor!r}: must be one of {', '.join(self.systems)}.")
         if stands_on not in (DEVELOPMENT, HELD_OUT):
@@ -75,7 +90,8 @@ class ComprehensiveEvaluator:
         """
         base = self.systems[self.anchor]
         found = {}
-        for name, system in self.systems.items():
+        for name in self.progress(list(self.systems)):
+            system = self.systems[name]
             pairs = {m: PairedScores(s, base.scores[m]) for m, s in system.scores.items() if m in base.scores}
             if name != self.anchor and pairs:
                 found[name] = compare_slices(
@@ -85,22 +101,26 @@ class ComprehensiveEvaluator:
         return found
 
     def objectives(self) -> list[Objective]:
-        """Those that every system has a value of: one of quality first, then costs."""
-        shared = [o for name, o in OBJECTIVES.items() if all(name in s.values for s in self.systems.values())]
-        return sorted(shared, key=lambda objective: objective.name not in QUALITY)
+        """One of quality, then the costs, that every system has a value of; several qualities would rank nobody."""
+        shared = [name for name in OBJECTIVES if all(name in s.values for s in self.systems.values())]
+        quality = [self.quality] if self.quality is not None else [name for name in shared if name in QUALITY][:1]
+        return [OBJECTIVES[name] for name in (*quality, *(name for name in shared if name not in QUALITY))]
 
     def pareto(self) -> list[ParetoPoint]:
-        """Every system's place; empty where fewer than two objectives are known of all."""
+        """Every system's place; empty where fewer than two objectives are known of all.
+
+        Probabilities come from 1,000 joint resamples of seeds and items (clusters), the same for every system.
+        """
         objectives = self.objectives()
         if len(objectives) < 2 or objectives[0].name not in QUALITY:
             return []
-        analyzer = ParetoAnalyzer(objectives)
-        names = {objective.name for objective in objectives}
-        counts = {len(v) for s in self.systems.values() for v in s.replicates.values()}
-        has_draws = len(counts) == 1 and counts.pop() > 1 and all(s.replicates for s in self.systems.values())
-        for system in self.systems.values():
-            draws = {k: v for k, v in system.replicates.items() if k in names} if has_draws else None
-            analyzer.add_result(system.name, {n: v for n, v in system.values.items() if n in names}, draws)
+        analyzer, quality = ParetoAnalyzer(objectives), objectives[0].name
+        names = [objective.name for objective in objectives]
+        draws = resampled_means([s.scores[quality] for s in self.systems.values() if quality in s.scores])
+        has_draws = draws is not None and len(draws) == len(self.systems)
+        for row, system in enumerate(self.systems.values()):
+            found = {quality: draws[row]} if draws is not None and has_draws else None
+            analyzer.add_result(system.name, {n: system.values[n] for n in names}, found)
         return analyzer.analyze()
 
     def report(self) -> Report:
@@ -124,4 +144,5 @@ class ComprehensiveEvaluator:
             comparisons=compared,
             pareto=list(points.values()),
             promotions=promotions,
+            profiles=self.profiles,
         )

@@ -11,7 +11,7 @@ than the tolerance there is no verdict. Works for any models that transformers c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,6 +52,7 @@ class Profile:
 
     p95_interval: of 95 %; None under 80 runs. peak_memory_bytes: the allocator's, None where the device tells none.
     verdict: PASS, FAIL or INCONCLUSIVE against the anchor, within the tolerance; None for base and anchor.
+    times_ms: every run, as they came.
     """
 
     system: str
@@ -67,6 +68,7 @@ class Profile:
     ratio_to_anchor: tuple[float, float, float] | None
     noise: tuple[float, float]
     verdict: str | None
+    times_ms: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,6 +81,7 @@ class PerformanceProfiler:
         base, anchor: models on one device. candidates: name -> model.
         rounds: timed rounds, at least 5; each runs every system twice. warm_up: rounds that are not counted.
         tolerance_ratio: 0.05 is 5 %.
+        progress: wraps the range of rounds, as tqdm does, and is given `desc`; None: nothing is shown.
 
     Raises:
         ValueError: too few rounds, no candidate, a reserved name, or models on several devices.
@@ -93,7 +96,9 @@ class PerformanceProfiler:
         rounds: int = 30,
         warm_up: int = 2,
         tolerance_ratio: float = 0.05,
+        progress: Callable[..., Iterable[int]] | None = None,
     ) -> None:
+        self.progress = progress
         if rounds < 5:
             raise ValueError(f"`rounds` = {rounds}: must be at least 5, for an interval.")
         if not candidates or {BASE, ANCHOR, AGAIN} & set(candidates):
@@ -116,7 +121,8 @@ class PerformanceProfiler:
         order = [*runs, *reversed(runs)]
         times: dict[str, list[float]] = {name: [] for name in runs}
         peaks: dict[str, int | None] = dict.fromkeys(runs)
-        for round_number in range(self.warm_up + self.rounds):
+        every = range(self.warm_up + self.rounds)
+        for round_number in every if self.progress is None else self.progress(every, desc=f"timing {workload.kind}"):
             for name in order:
                 seconds, peak = self._timed(runs[name])
                 if round_number >= self.warm_up:
@@ -146,6 +152,7 @@ class PerformanceProfiler:
         return Profile(
             name, workload, len(seconds), p50, p95, p99, bounds, workload.tokens_a_run / p50 * 1e3, peak,
             None if name == BASE else interval(logs[name] - logs[BASE]), to_anchor, (noise[1], noise[2]), verdict,
+            tuple(round(float(value), 4) for value in seconds * 1e3),
         )  # fmt: skip
 
     def _timed(self, run: Callable[[], object]) -> tuple[float, int | None]:

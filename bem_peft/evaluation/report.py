@@ -9,6 +9,7 @@ from typing import Any
 
 from bem_peft.budget.whole_file import write_whole
 from bem_peft.evaluation.pareto import Objective, ParetoPoint
+from bem_peft.evaluation.profile_document import ProfileDocument
 from bem_peft.evaluation.promotion import Promotion, interval_text
 from bem_peft.evaluation.results import SystemResult
 from bem_peft.evaluation.slices import SliceResult
@@ -34,6 +35,7 @@ class Report:
     comparisons: dict[str, list[SliceResult]]
     pareto: list[ParetoPoint]
     promotions: list[Promotion]
+    profiles: ProfileDocument | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As `report.json` has it; `report.schema.json` describes it."""
@@ -64,6 +66,7 @@ class Report:
             "comparisons": {name: [found.to_dict() for found in results] for name, results in self.comparisons.items()},
             "pareto": [asdict(point) for point in self.pareto],
             "promotions": [promotion.to_dict() for promotion in self.promotions],
+            "profiles": None if self.profiles is None else self.profiles.to_dict(),
         }
 
     def to_json(self) -> str:
@@ -95,6 +98,8 @@ class Report:
                 lines.append(f"| {' | '.join(cells)} |")
         lines += ["", "| system | verdict | reasons |", "| --- | --- | --- |"]
         lines += [f"| {p.system} | {p.verdict} | {'; '.join(p.reasons)} |" for p in self.promotions]
+        if self.profiles is not None:
+            lines += ["", self.profiles.to_markdown()]
         warnings = self.warnings()
         if warnings:
             lines += ["", *[f"- {text}" for text in warnings]]

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from bem_peft.evaluation.profile_document import COLUMNS, base_first
 from bem_peft.evaluation.promotion import NO_VERDICT, NOT_PROMOTED, PROMOTED, interval_text
 from bem_peft.evaluation.report import STANDS, Report, budget_text, number, verdict_text
-from bem_peft.evaluation.report_plots import LABELS, forest_plot, frontier_of_two, pareto_plot
+from bem_peft.evaluation.report_plots import LABELS, forest_plot, frontier_of_two, latency_plot, pareto_plot
 from bem_peft.evaluation.results import SystemResult
 
 STYLE = Path(__file__).with_name("report.css")
@@ -18,7 +19,7 @@ CLASSES = {PROMOTED: "good", NOT_PROMOTED: "bad", NO_VERDICT: "none"}
 def to_html(report: Report) -> str:
     """The page."""
     sections = [
-        _verdicts(report), _differences(report), _pareto(report), _budgets(report), _systems(report), _method(report),
+        _verdicts(report), _differences(report), _pareto(report), _budgets(report), _times(report), _systems(report), _method(report),
     ]  # fmt: skip
     warnings = "".join(f"<li>{escape(text)}</li>" for text in report.warnings())
     note = f'<div class="note"><strong>To keep in mind</strong><ul>{warnings}</ul></div>' if warnings else ""
@@ -152,6 +153,31 @@ def _budgets(report: Report) -> str:
         return "<h2>Budgets</h2><p>No budget was measured.</p>"
     head = ("system", "quantity", "measured", "anchor", "deviation", "verdict", "how")
     return "<h2>Budgets</h2>" + _table("What each adapter costs, against its anchor", head, lines, (2, 3, 4))
+
+
+def _times(report: Report) -> str:
+    found = report.profiles
+    if found is None:
+        return ""
+    parts = [f"<h2>Latency</h2><p>{escape(found.how())}</p>"]
+    for workload in found.workloads:
+        name = f"{workload.kind}, batch {workload.batch}, {workload.tokens:,} tokens"
+        plot = latency_plot(base_first(found.at(workload), found.anchor), found.anchor, f"Times of {name}")
+        parts.append(
+            f'<figure><div class="scroll" role="region" tabindex="0" aria-label="Plot of times, {escape(name)}">{plot}'
+            f"</div><figcaption>{escape(name)}: the box holds half of the runs, the line in it is the median, the whisker "
+            "reaches from the 5th to the 95th percentile, the point is the 99th.</figcaption></figure>"
+        )
+    kinds = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "none"}
+    verdict = COLUMNS.index("verdict")
+    rows = [
+        tuple(
+            _badge(cell, kinds[cell]) if i == verdict and cell in kinds else escape(cell) for i, cell in enumerate(row)
+        )
+        for row in found.rows()
+    ]
+    parts.append(_table("Times and rates", COLUMNS, rows, (2, 3, 4, 5, 6, 7, 9, 10)))
+    return "".join(parts)
 
 
 def _systems(report: Report) -> str:

@@ -10,7 +10,10 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+import numpy as np
+
 from bem_peft.evaluation.pareto import Objective, ParetoPoint
+from bem_peft.evaluation.profiler import Profile
 from bem_peft.evaluation.promotion import interval_text
 from bem_peft.evaluation.report import number
 from bem_peft.evaluation.slices import SliceResult
@@ -93,6 +96,39 @@ def forest_plot(results: Sequence[tuple[str, SliceResult]], title: str) -> str:
             f'<text class="tick" x="{WIDTH - right + 10}" y="{y + 4}">{escape(interval_text(found))}</text>',
         ]
     return _svg(height, title, "Right of zero is better than the anchor. The numbers stand in the table below.", parts)
+
+
+def latency_plot(profiles: Sequence[Profile], anchor: str, title: str) -> str:
+    """One line a system: box of the quartiles, median, whisker from p5 to p95, point at p99; in milliseconds."""
+    height, left, right = 52 + 30 * len(profiles), 190, 170
+    marks = {p.system: np.percentile(p.times_ms, (5, 25, 50, 75, 95, 99)).tolist() for p in profiles}
+    xs = _range([value for found in marks.values() for value in found])
+
+    def sx(value: float) -> float:
+        return left + (value - xs[0]) / (xs[1] - xs[0]) * (WIDTH - left - right)
+
+    parts = []
+    for tick in _ticks(*xs):
+        parts += [
+            f'<line class="grid" x1="{sx(tick):.1f}" x2="{sx(tick):.1f}" y1="8" y2="{height - 34}"/>',
+            f'<text class="tick" x="{sx(tick):.1f}" y="{height - 16}" text-anchor="middle">{_short(tick)}</text>',
+        ]
+    for row, profile in enumerate(profiles):
+        y, (p5, p25, p50, p75, p95, p99) = 24 + 30 * row, marks[profile.system]
+        kind = "anchor" if profile.system == anchor else "off" if profile.ratio_to_base is None else "on"
+        text = f"{profile.system}: median {p50:.2f} ms, p95 {p95:.2f}, p99 {p99:.2f}"
+        ratio = "" if profile.ratio_to_anchor is None else f"{profile.ratio_to_anchor[0]:.3f} of the anchor"
+        shown = profile.system if len(profile.system) <= 26 else profile.system[:25] + "…"
+        parts += [
+            f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(shown)}</text>',
+            f'<line class="whisker" x1="{sx(p5):.1f}" x2="{sx(p95):.1f}" y1="{y}" y2="{y}"/>',
+            f'<rect class="box {kind}" x="{sx(p25):.1f}" y="{y - 8}" width="{max(1.0, sx(p75) - sx(p25)):.1f}" '
+            f'height="16"><title>{escape(text)}</title></rect>',
+            f'<line class="median" x1="{sx(p50):.1f}" x2="{sx(p50):.1f}" y1="{y - 10}" y2="{y + 10}"/>',
+            f'<circle class="{kind}" cx="{sx(p99):.1f}" cy="{y}" r="4"/>',
+            f'<text class="tick" x="{WIDTH - right + 10}" y="{y + 4}">{escape(ratio)}</text>',
+        ]
+    return _svg(height, f"{title}, milliseconds", "The numbers stand in the table below.", parts)
 
 
 def _axes(xs: tuple[float, float], ys: tuple[float, float], x: Objective, y: Objective, is_log: bool) -> list[str]:

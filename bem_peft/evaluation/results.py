@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bem_peft.evaluation.metrics import CORPUS, GENERATED
 from bem_peft.evaluation.pareto import Objective
-from bem_peft.evaluation.scores import Scores
+from bem_peft.evaluation.scores import Scores, corpus_scores
 
 # what the results of a run can be weighed by; a system that lacks one is left out of that plot
 OBJECTIVES = {
     "nll": Objective("nll", False, "nats/token"),
     "accuracy": Objective("accuracy", True, ""),
+    "chrf": Objective("chrf", True, "of 100"),
+    "bleu": Objective("bleu", True, "of 100"),
+    "exact_match": Objective("exact_match", True, "of 1"),
+    "f1": Objective("f1", True, "of 1"),
+    "rouge_l": Objective("rouge_l", True, "of 1"),
+    "json_validity": Objective("json_validity", True, "of 1"),
     "parameters": Objective("parameters", False, ""),
     "file_bytes": Objective("file_bytes", False, "B"),
     "memory_bytes": Objective("memory_bytes", False, "B"),
     "seconds": Objective("seconds", False, "s"),
+    "prefill_ms": Objective("prefill_ms", False, "ms"),
+    "decode_ms": Objective("decode_ms", False, "ms"),
+    "train_step_ms": Objective("train_step_ms", False, "ms"),
 }
+QUALITY = ("nll", "accuracy", *GENERATED)  # one of these is traded against the costs, which are all others
 
 
 @dataclass
@@ -75,12 +86,15 @@ def read_run(folder: Path) -> SystemResult:
     """A system of `bem-peft run`: every seed of one experiment. Raises ValueError where seeds do not fit together."""
     results, records = [], []
     tokens: dict[str, int] = {}
+    generated: dict[str, list[Any]] = {}
     for path in sorted(folder.glob("seed-*/result.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         results.append(result)
         for line in path.with_name("items.jsonl").read_text(encoding="utf-8").splitlines():
             item = json.loads(line)
             tokens[item["id"]] = item["tokens"]
+            for metric, value in item.get("scores", {}).items():
+                generated.setdefault(metric, []).append((result["seed"], item["id"], value))
             records.append(
                 {
                     "seed": result["seed"], "id": item["id"], "value": item["nll"] / max(1, item["tokens"]),
@@ -100,16 +114,30 @@ def read_run(folder: Path) -> SystemResult:
     if any(result["provenance"]["git"] and result["provenance"]["git"]["is_dirty"] for result in results):
         warnings.append("the code differed from its commit")
     first = results[0]
-    per_seed = [float(row.mean()) for row in scores.values]
+    scores = with_length_slices(scores, tokens)
+    by_metric = {"nll": scores} | {m: _of_text(scores, m, found, folder) for m, found in generated.items()}
+    per_seed = {metric: [float(row.mean()) for row in found.values] for metric, found in by_metric.items()}
     # not the seconds of training: runs at different times are no comparison of speed
-    values = {"nll": float(np.mean(per_seed))}
+    values = {metric: float(np.mean(found)) for metric, found in per_seed.items()}
     values["parameters"] = float(first["parameters"]["trainable"])
     values["file_bytes"] = float(first["parameters"]["stored_bytes"])
     return SystemResult(
-        scores.system, str(first["adapter"].get("peft_type", "")), values, {"nll": per_seed},
-        {"nll": with_length_slices(scores, tokens)}, first["budget"], scores.seeds,
+        scores.system, str(first["adapter"].get("peft_type", "")), values, per_seed, by_metric,
+        first["budget"], scores.seeds,
         [result["provenance"] for result in results], tuple(warnings),
     )  # fmt: skip
+
+
+def _of_text(like: Scores, metric: str, found: Sequence[tuple[int, str, Any]], folder: Path) -> Scores:
+    """The scores of generated text, (seed, item, value or counts) each, on the seeds and items of `like`."""
+    table = {(seed, item): value for seed, item, value in found}
+    missing = [(seed, item) for seed in like.seeds for item in like.items if (seed, item) not in table]
+    if missing:
+        raise ValueError(f"{folder}: no {metric!r} of item {missing[0][1]!r}, seed {missing[0][0]}; score all or none.")
+    values = np.array([[table[seed, item] for item in like.items] for seed in like.seeds], dtype=np.float64)
+    if metric in CORPUS:
+        return corpus_scores(like, metric, values)
+    return replace(like, metric=metric, values=values, higher_is_better=True)
 
 
 def with_length_slices(scores: Scores, tokens: Mapping[str, int]) -> Scores:
@@ -119,10 +147,7 @@ def with_length_slices(scores: Scores, tokens: Mapping[str, int]) -> Scores:
     slices = dict(scores.slices)
     if third:
         slices |= {"shortest third": frozenset(order[:third]), "longest third": frozenset(order[-third:])}
-    return Scores(
-        scores.system, scores.metric, scores.values, scores.seeds, scores.items, scores.higher_is_better,
-        scores.clusters, slices, scores.sha256,
-    )  # fmt: skip
+    return replace(scores, slices=slices)
 
 
 def read_published(path: Path) -> SystemResult:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bem_peft.budget.whole_file import write_whole
+from bem_peft.evaluation.corpus import pseudo_values
+from bem_peft.evaluation.metrics import corpus_metric
 
 VERSION = 1
 
@@ -32,6 +34,8 @@ class Scores:
         clusters: (N,) names of what items belong together (a document, a chapter); None: each item alone.
         slices: slice name -> ids of its items; an item may be in several.
         sha256: (N,) hashes of the items' content, by which slices are kept apart; None: not known.
+        counts: of the corpus metrics "bleu" and "chrf" alone: (seeds, items, S), what each sentence contributes. Their
+            `values` are pseudo-values, made anew for a part of the items; see `corpus_scores`.
 
     Raises:
         ValueError: shapes that do not agree, ids or seeds that stand twice, scores that are not finite.
@@ -46,6 +50,7 @@ class Scores:
     clusters: tuple[str, ...] | None = None
     slices: Mapping[str, frozenset[str]] = field(default_factory=dict)
     sha256: tuple[str, ...] | None = None
+    counts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         values = np.asarray(self.values, dtype=np.float64)
@@ -67,6 +72,8 @@ class Scores:
             given = getattr(self, name)
             if given is not None and len(given) != len(self.items):
                 raise ValueError(f"{where}: {len(given)} {name} for {len(self.items)} items.")
+        if self.counts is not None and (self.counts.ndim != 3 or self.counts.shape[:2] != values.shape):
+            raise ValueError(f"{where}: counts {self.counts.shape} for values {values.shape}.")
         known = set(self.items)
         for name, ids in self.slices.items():
             unknown = sorted(set(ids) - known)
@@ -121,11 +128,13 @@ class Scores:
         at = [i for i, item in enumerate(self.items) if item in kept]
         items = tuple(self.items[i] for i in at)
         slices = {name: frozenset(set(members) & kept) for name, members in self.slices.items()}
+        counts = None if self.counts is None else self.counts[:, at]
         return Scores(
-            self.system, self.metric, self.values[:, at], self.seeds, items, self.higher_is_better,
+            self.system, self.metric, self.values[:, at] if counts is None else corpus_values(self.metric, counts),
+            self.seeds, items, self.higher_is_better,
             None if self.clusters is None else tuple(self.clusters[i] for i in at),
             {name: members for name, members in slices.items() if members},
-            None if self.sha256 is None else tuple(self.sha256[i] for i in at),
+            None if self.sha256 is None else tuple(self.sha256[i] for i in at), counts,
         )  # fmt: skip
 
     def to_json(self) -> str:
@@ -136,6 +145,7 @@ class Scores:
             "values": self.values.tolist(), "clusters": None if self.clusters is None else list(self.clusters),
             "slices": {name: sorted(ids) for name, ids in self.slices.items()},
             "sha256": None if self.sha256 is None else list(self.sha256),
+            "counts": None if self.counts is None else self.counts.tolist(),
         }  # fmt: skip
         return json.dumps(document, ensure_ascii=False)
 
@@ -157,7 +167,24 @@ class Scores:
             given[name] = None if given[name] is None else tuple(given[name])
         given["slices"] = {name: frozenset(ids) for name, ids in given["slices"].items()}
         given["values"] = np.array(given["values"], dtype=np.float64).reshape(len(given["seeds"]), len(given["items"]))
+        given["counts"] = None if given["counts"] is None else np.array(given["counts"], dtype=np.float64)
         return cls(**given)
+
+
+def corpus_values(metric: str, counts: np.ndarray) -> np.ndarray:
+    """Pseudo-values (seeds, items) of counts (seeds, items, S); each row's mean is that seed's corpus score."""
+    return np.stack([pseudo_values(corpus_metric(metric), of_seed) for of_seed in counts])
+
+
+def corpus_scores(like: Scores, metric: str, counts: np.ndarray) -> Scores:
+    """Scores under "bleu" or "chrf" on the seeds, items, clusters and slices of `like`, from counts (seeds, items, S).
+
+    Raises:
+        ValueError: counts of other seeds or items.
+    """
+    if counts.ndim != 3 or counts.shape[:2] != like.values.shape:
+        raise ValueError(f"counts {counts.shape} of {metric!r} for {like.values.shape} seeds and items.")
+    return replace(like, metric=metric, values=corpus_values(metric, counts), higher_is_better=True, counts=counts)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
     adapter:  {method: kronecker, u_rank: 8, v_rank: 8}
     budget:   {anchor: {method: lora, r: 8}, match: [u_rank, v_rank]}
     data:     {train: verses.jsonl, prompt: "Archaic: {archaic}", completion: " {modern}", eval_share: 0.05}
+    evaluation: {metrics: [nll, chrf], max_new_tokens: 96}
     training: {max_steps: 300, learning_rate: 8e-3}
     seeds: [0, 1, 2]
     output_dir: runs/pt3
@@ -27,6 +28,7 @@ from peft import PeftConfig
 
 from bem_peft.budget.check import QUANTITIES
 from bem_peft.budget.enforce import POLICIES
+from bem_peft.evaluation.metrics import metric_problem
 from bem_peft.training.fields import Problems, build_config, fill, fits
 from bem_peft.tuners import registry
 
@@ -78,6 +80,15 @@ class BudgetSection:
 
 
 @dataclass
+class EvaluationSection:
+    """What is measured on the evaluation items. Metrics but the loss ("nll") are of greedily generated text."""
+
+    metrics: list[str] = field(default_factory=lambda: ["nll"])
+    max_new_tokens: int = 128
+    stop: str | None = None  # text that ends an answer, and is no part of it
+
+
+@dataclass
 class Experiment:
     """A checked experiment. `document` is what the file said, with `--set` in it."""
 
@@ -85,6 +96,7 @@ class Experiment:
     model: ModelSection
     adapter: PeftConfig
     data: DataSection
+    evaluation: EvaluationSection
     training: dict[str, Any]
     budget: BudgetSection | None
     anchor: PeftConfig | None
@@ -100,6 +112,7 @@ class _Document:
     adapter: dict[str, Any]
     data: dict[str, Any]
     output_dir: str
+    evaluation: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -184,11 +197,12 @@ def _change(document: dict[str, Any], change: str, problems: Problems) -> None:
 def check_experiment(document: Mapping[str, Any], problems: Problems) -> Experiment | None:
     """The experiment that `document` describes, or None with `problems` filled."""
     whole = fill(_Document, document, "", problems)
-    sections = {name: document.get(name) for name in ("model", "adapter", "data", "training", "budget")}
+    sections = {name: document.get(name) for name in ("model", "adapter", "data", "evaluation", "training", "budget")}
     given = {name: value for name, value in sections.items() if isinstance(value, dict)}
     model = fill(ModelSection, given["model"], "model", problems) if "model" in given else None
     data = fill(DataSection, given["data"], "data", problems) if "data" in given else None
     budget = fill(BudgetSection, given["budget"], "budget", problems) if "budget" in given else None
+    evaluation = fill(EvaluationSection, given.get("evaluation", {}), "evaluation", problems)
     adapter = adapter_config(given["adapter"], "adapter", problems) if "adapter" in given else None
     anchor = None
     if budget is not None and isinstance(budget.anchor, dict):
@@ -199,25 +213,19 @@ def check_experiment(document: Mapping[str, Any], problems: Problems) -> Experim
         problems.append(f"model.dtype = {model.dtype!r}: must be one of {', '.join(DTYPES)}")
     if data is not None:
         _check_data(data, problems)
+    if evaluation is not None:
+        check_evaluation(evaluation, "evaluation.", problems)
     if budget is not None:
         _check_budget(budget, adapter, problems)
     seeds = document.get("seeds", [0])
     if fits(seeds, list[int]) and (not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0):
         problems.append(f"seeds = {seeds}: must be different whole numbers of at least 0, one or more")
-    if problems or whole is None or model is None or data is None or adapter is None:
+    if problems or whole is None or model is None or data is None or adapter is None or evaluation is None:
         return None
     return Experiment(
-        whole.name,
-        model,
-        adapter,
-        data,
-        training,
-        budget,
-        anchor,
-        seeds,
-        whole.output_dir,
+        whole.name, model, adapter, data, evaluation, training, budget, anchor, seeds, whole.output_dir,
         copy.deepcopy(dict(document)),
-    )
+    )  # fmt: skip
 
 
 def adapter_config(section: Mapping[str, Any], where: str, problems: Problems) -> PeftConfig | None:
@@ -280,6 +288,20 @@ def _check_data(data: DataSection, problems: Problems) -> None:
         path = getattr(data, name)
         if path is not None and is_file_name(path) and not Path(path).is_file():
             problems.append(f"data.{name} = {path!r}: there is no such file")
+
+
+def check_evaluation(evaluation: EvaluationSection, where: str, problems: list[str]) -> None:
+    """Append what is wrong with the metrics and the generation to `problems`; `where` stands before a field's name."""
+    for name in evaluation.metrics:
+        problem = metric_problem(name)
+        if problem is not None:
+            problems.append(f"{where}metrics: {name!r} {problem}")
+    if len(set(evaluation.metrics)) != len(evaluation.metrics):
+        problems.append(f"{where}metrics = {evaluation.metrics}: one stands twice")
+    if evaluation.max_new_tokens < 1:
+        problems.append(f"{where}max_new_tokens = {evaluation.max_new_tokens}: must be at least 1")
+    if evaluation.stop == "":
+        problems.append(f"{where}stop = '': must be some text, or null for none")
 
 
 def _check_budget(budget: BudgetSection, adapter: PeftConfig | None, problems: Problems) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,9 +29,10 @@ from bem_peft.budget.match import match_budget
 from bem_peft.budget.parameters import count_parameters
 from bem_peft.budget.whole_file import write_whole
 from bem_peft.training.checkpoints import last_complete_checkpoint
-from bem_peft.training.experiment import DataSection, Experiment, ModelSection
-from bem_peft.training.items import Item, encode, read_items, read_items_of, score_items
+from bem_peft.training.experiment import DataSection, EvaluationSection, Experiment, ModelSection, check_evaluation
+from bem_peft.training.items import Item, encode, read_items, read_items_of
 from bem_peft.training.provenance import provenance
+from bem_peft.training.scoring import ItemScores, score_model
 from bem_peft.training.trainer import PTTrainer, PTTrainingConfig, budget_of
 
 RESULT_VERSION = 1
@@ -67,7 +67,7 @@ def run_experiment(experiment: Experiment, report: Any = print) -> list[dict[str
 
 
 def _check_same_settings(experiment: Experiment, result: dict[str, Any], path: Path) -> None:
-    kept = ("model", "adapter", "data", "training", "budget")
+    kept = ("model", "adapter", "data", "evaluation", "training", "budget")
     before = result["provenance"]["settings"]
     now = json.loads(json.dumps(experiment.document, default=str))
     changed = [name for name in kept if before.get(name) != now.get(name)]
@@ -92,14 +92,14 @@ def _run_seed(
     budget: BudgetConstraints | None = None
     if experiment.budget is not None and anchor is not None:
         budget = budget_of(model, anchor, experiment.budget.quantities, experiment.budget.tolerance_ratio)
-    encoded = [[encode(item, tokenizer, experiment.data.max_tokens, is_seq2seq) for item in part] for part in items]
+    encoded = [encode(item, tokenizer, experiment.data.max_tokens, is_seq2seq) for item in items[0]]
     defaults = {"save_total_limit": 2, "report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
     options = {**defaults, **experiment.training}
     arguments = PTTrainingConfig(str(folder / "checkpoints"), seed=seed, **options)
     if experiment.budget is not None:
         arguments.budget_policy = experiment.budget.policy
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    trainer = PTTrainer(model, arguments, budget=budget, train_dataset=encoded[0], data_collator=collator)
+    trainer = PTTrainer(model, arguments, budget=budget, train_dataset=encoded, data_collator=collator)
     last = last_complete_checkpoint(folder / "checkpoints")
     if last is not None:
         report(f"seed {seed}: goes on from {Path(last).name}")
@@ -109,9 +109,9 @@ def _run_seed(
     trainer.save_model(str(folder / "adapter"))
     if not trainer.is_world_process_zero():
         return {"metrics": {"loss": float("nan")}}
-    scores = score_items(
-        trainer.model, encoded[1], collator, arguments.per_device_eval_batch_size,
-        lambda steps: tqdm(steps, desc=f"evaluating seed {seed}", disable=arguments.disable_tqdm),
+    scores = score_model(
+        trainer.model, tokenizer, items[1], max_tokens=experiment.data.max_tokens, evaluation=experiment.evaluation,
+        batch=arguments.per_device_eval_batch_size, label=f"seed {seed}", is_quiet=bool(arguments.disable_tqdm),
     )  # fmt: skip
     result = {
         **_result(experiment.name, seed, config, trainer.model, scores, experiment.document),
@@ -119,25 +119,20 @@ def _run_seed(
         "training_seconds": seconds,
     }
     result["metrics"]["train_loss"] = outcome.training_loss
-    _write_items(folder / "items.jsonl", items[1], scores)
+    scores.write(folder / "items.jsonl", items[1])
     write_whole(folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
 
 def _result(
-    name: str, seed: int, config: PeftConfig, model: Any, scores: list[tuple[float, int]], settings: dict[str, Any]
+    name: str, seed: int, config: PeftConfig, model: Any, scores: ItemScores, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    tokens = sum(count for _, count in scores)
     return {
         "version": RESULT_VERSION,
         "name": name,
         "seed": seed,
         "adapter": _json_config(config),
-        "metrics": {
-            "loss": sum(value for value, _ in scores) / max(1, tokens),
-            "items": len(scores),
-            "tokens": tokens,
-        },
+        "metrics": scores.metrics(),
         "parameters": vars(count_parameters(model)),
         "provenance": provenance(settings, seed),
     }
@@ -152,6 +147,7 @@ def evaluate_adapter(
     seed: int = 0,
     base: str | None = None,
     batch: int = 8,
+    evaluation: EvaluationSection | None = None,
 ) -> dict[str, Any]:
     """Score a saved adapter of any PEFT method on every item of `data.eval`, and write what `run` writes.
 
@@ -159,10 +155,16 @@ def evaluate_adapter(
         adapter: folder or hub id. base: of the base model; None: the one that the adapter names.
         folder: gets seed-<seed>/result.json and items.jsonl.
         seed: the seed that the adapter was trained with, by which results are paired.
+        evaluation: metrics; None: the loss alone.
 
     Raises:
-        ValueError: data that do not fit the templates, or a result that is there already.
+        ValueError: data that do not fit the templates, a metric that cannot be had, or a result that is there already.
     """
+    evaluation = EvaluationSection() if evaluation is None else evaluation
+    problems: list[str] = []
+    check_evaluation(evaluation, "", problems)
+    if problems:
+        raise ValueError("; ".join(problems))
     out = folder / f"seed-{seed}"
     if (out / "result.json").exists():
         raise ValueError(f"{out / 'result.json'} is there already: choose another folder or seed.")
@@ -173,15 +175,14 @@ def evaluate_adapter(
         raise ValueError(f"{adapter} names no base model: give `base`.")
     model, tokenizer = load_model(ModelSection(path))
     model = PeftModel.from_pretrained(model, adapter)
-    is_seq2seq = bool(model.config.is_encoder_decoder)
-    encoded = [encode(item, tokenizer, data.max_tokens, is_seq2seq) for item in items]
-    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    scores = score_items(model, encoded, collator, batch, lambda steps: tqdm(steps, desc=f"evaluating {name}"))
+    scores = score_model(
+        model, tokenizer, items, max_tokens=data.max_tokens, evaluation=evaluation, batch=batch, label=name
+    )
     model.set_requires_grad(model.active_adapters, True)  # as when it was trained: what counts as its parameters
-    settings = {"adapter": adapter, "model": {"path": path}, "data": vars(data)}
+    settings = {"adapter": adapter, "model": {"path": path}, "data": vars(data), "evaluation": vars(evaluation)}
     result = {**_result(name, seed, config, model, scores, settings), "budget": None, "training_seconds": 0.0}
     out.mkdir(parents=True, exist_ok=True)
-    _write_items(out / "items.jsonl", items, scores)
+    scores.write(out / "items.jsonl", items)
     write_whole(out / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
@@ -227,11 +228,3 @@ def _budget_lines(trainer: PTTrainer) -> list[dict[str, Any]] | None:
 
 def _json_config(config: PeftConfig) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict(), default=lambda value: sorted(value)))
-
-
-def _write_items(path: Path, items: list[Item], scores: list[tuple[float, int]]) -> None:
-    lines = [
-        json.dumps({"id": item.id, "group": item.group, "sha256": item.sha256, "nll": value, "tokens": count})
-        for item, (value, count) in zip(items, scores, strict=True)
-    ]
-    write_whole(path, "\n".join(lines) + "\n")

@@ -1,0 +1,48 @@
+"""Greedy answers to prompts, for the metrics that compare text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def generate_texts(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, stop: str | None, batch: int,
+    progress: Any, max_prompt_tokens: int | None = None,
+) -> list[str]:  # fmt: skip
+    """The continuation of each prompt (the output of an encoder-decoder), up to `stop`, which is not part of it.
+
+    Batches are of prompts of like length, padded on the left; the order is that of `prompts`. No special tokens.
+
+    Raises:
+        ValueError: a prompt of no tokens.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    is_seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
+    options = {"truncation": True, "max_length": max_prompt_tokens} if is_seq2seq and max_prompt_tokens else {}
+    encoded = [tokenizer(prompt, **options)["input_ids"] for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise ValueError(f"the prompt {prompt!r} has no tokens: nothing can be generated from it.")
+    order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
+    texts = [""] * len(prompts)
+    stopping = {} if stop is None else {"stop_strings": [stop], "tokenizer": tokenizer}
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    try:
+        for start in progress(range(0, len(order), batch)):
+            rows = order[start : start + batch]
+            inputs = tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, return_tensors="pt").to(device)
+            out = model.generate(
+                **inputs, **stopping, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=None,
+                top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+            new = out if is_seq2seq else out[:, inputs["input_ids"].shape[1] :]
+            for i, text in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                texts[i] = text if stop is None else text.split(stop)[0]
+    finally:
+        tokenizer.padding_side = side
+    return texts

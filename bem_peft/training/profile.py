@@ -1,0 +1,102 @@
+"""Time the adapters of results beside their base model and the anchor, on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from bem_peft.budget.check import copy_around_weights
+from bem_peft.evaluation.profile_document import ProfileDocument
+from bem_peft.evaluation.profiler import ANCHOR, PerformanceProfiler, Workload
+from bem_peft.training.experiment import ModelSection
+from bem_peft.training.provenance import provenance
+from bem_peft.training.run import load_model
+
+
+def adapter_of(folder: Path) -> tuple[str, str, str | None]:
+    """(name, path of the adapter, path of its base or None) of the first seed in a folder of `run` or `evaluate`.
+
+    Raises:
+        ValueError: the folder holds no result, or its adapter is not there any more.
+    """
+    found = sorted(folder.glob("seed-*/result.json"))
+    if not found:
+        raise ValueError(f"{folder}: no seed-*/result.json; give a folder of `bem-peft run` or `bem-peft evaluate`.")
+    result = json.loads(found[0].read_text(encoding="utf-8"))
+    settings = result["provenance"]["settings"]
+    beside = found[0].with_name("adapter")
+    # `evaluate` keeps where the adapter stood; `run` saved it beside the result
+    path = str(beside) if beside.is_dir() else settings["adapter"]
+    if not isinstance(path, str):
+        raise ValueError(f"{beside} is not there: what `run` saved must stand beside its result.")
+    return str(result["name"]), path, settings.get("model", {}).get("path")
+
+
+def profile_results(
+    folders: Sequence[Path],
+    anchor: str,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    prompt_tokens: int = 256,
+    new_tokens: int = 64,
+    batch: int = 1,
+    kinds: Sequence[str] = ("prefill", "decode"),
+    rounds: int = 50,
+    tolerance_ratio: float = 0.05,
+    progress: Any = None,
+) -> ProfileDocument:
+    """Times of the systems in `folders`, of which one is called `anchor`; all adapt one base model.
+
+    Args:
+        base: of the base model; None: the one that the anchor's result names. device: None: a GPU where there is one.
+        prompt_tokens, new_tokens, batch: decoding is timed with a cache of prompt_tokens + new_tokens / 2.
+        progress: wraps the rounds of a workload, as tqdm does; None: nothing is shown.
+
+    Raises:
+        ValueError: no result of that name, two of one name, adapters of several base models, or sizes below 1.
+    """
+    if new_tokens < 1:
+        raise ValueError(f"`new_tokens` = {new_tokens}: must be at least 1.")
+    found = [adapter_of(folder) for folder in folders]
+    names = [name for name, _, _ in found]
+    if anchor not in names or len(set(names)) != len(names):
+        raise ValueError(f"`anchor` = {anchor!r}: must be one of {', '.join(names)}, which must all be different.")
+    if len(names) < 2:
+        raise ValueError(f"only {anchor!r} is given: give the folder of another system too.")
+    bases = {path for _, _, path in found}
+    if base is None and (len(bases) != 1 or None in bases):
+        raise ValueError(f"the adapters stand on {sorted(map(str, bases))}: give `base`, one model for all of them.")
+    base = base if base is not None else next(path for path in bases if path is not None)
+    model, _ = load_model(ModelSection(base, dtype))
+    place = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    model = model.to(place)
+    adapted = {
+        name: PeftModel.from_pretrained(copy_around_weights(model), path, is_trainable=True) for name, path, _ in found
+    }
+    settings = {
+        "base": base, "dtype": str(model.dtype), "device": place, "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens, "batch": batch, "rounds": rounds, "adapters": {name: path for name, path, _ in found},
+    }  # fmt: skip
+    lengths = {"prefill": prompt_tokens, "decode": prompt_tokens + new_tokens // 2, "train_step": prompt_tokens}
+    unknown = [kind for kind in kinds if kind not in lengths]
+    if unknown or not kinds:
+        raise ValueError(f"`kinds` = {list(kinds)}: must be of {', '.join(lengths)}.")
+    profiler = PerformanceProfiler(
+        model, adapted[anchor], {name: m for name, m in adapted.items() if name != anchor}, rounds=rounds,
+        tolerance_ratio=tolerance_ratio, progress=progress,
+    )  # fmt: skip
+    profiles = profiler.profile([Workload(kind, batch, lengths[kind]) for kind in kinds])
+    return ProfileDocument(
+        anchor,
+        tuple(replace(p, system=anchor) if p.system == ANCHOR else p for p in profiles),
+        provenance(settings, 0),
+        (prompt_tokens, new_tokens),
+    )
