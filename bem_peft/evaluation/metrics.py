@@ -4,7 +4,7 @@
     f1             2 c / (p + r), c common words of p predicted and r reference words           Rajpurkar et al. 2016
     rouge_l        F of the longest common subsequence, without stemming (`rouge-score`)        Lin 2004
     json_validity  1 where the prediction is a JSON document (RFC 8259; NaN and Infinity are none)
-    bleu, chrf     counts of each sentence, which add up to the corpus score (`sacrebleu`)    Papineni 2002, Popovic 2015
+    bleu, chrf     counts of each sentence, which add up to the corpus score (`sacrebleu`)   Papineni 2002, Popovic 2015
 
 The first four lie in [0, 1], BLEU and chrF in [0, 100]; higher is better. "The same words": lower case, without
 punctuation and the articles a, an, the, as SQuAD's own script counts them. Spaces around a text do not count.

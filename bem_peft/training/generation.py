@@ -6,6 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+
+class _Stop(StoppingCriteria):
+    """A row is done when its answer contains `stop`. (generate's own `stop_strings` fails for some tokenizers.)"""
+
+    def __init__(self, tokenizer: Any, stop: str, length: int) -> None:
+        self.tokenizer, self.stop, self.length = tokenizer, stop, length
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.length :], skip_special_tokens=True)
+        return torch.tensor([self.stop in text for text in texts], device=input_ids.device)
 
 
 @torch.no_grad()
@@ -30,17 +42,19 @@ def generate_texts(
             raise ValueError(f"the prompt {prompt!r} has no tokens: nothing can be generated from it.")
     order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
     texts = [""] * len(prompts)
-    stopping = {} if stop is None else {"stop_strings": [stop], "tokenizer": tokenizer}
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
         for start in progress(range(0, len(order), batch)):
             rows = order[start : start + batch]
             inputs = tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, return_tensors="pt").to(device)
+            length = 1 if is_seq2seq else inputs["input_ids"].shape[1]
+            criteria = [] if stop is None else [_Stop(tokenizer, stop, length)]
             out = model.generate(
-                **inputs, **stopping, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=None,
-                top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id,
+                **inputs, stopping_criteria=StoppingCriteriaList(criteria), max_new_tokens=max_new_tokens,
+                do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
-            new = out if is_seq2seq else out[:, inputs["input_ids"].shape[1] :]
+            new = out[:, length:]
             for i, text in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                 texts[i] = text if stop is None else text.split(stop)[0]
     finally:

@@ -12,10 +12,12 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from sacrebleu.metrics import CHRF
 from transformers import AutoModelForCausalLM
 
 from bem_peft.cli import main
 from bem_peft.training.experiment import ExperimentError, parse_yaml, read_experiment
+from bem_peft.training.generation import generate_texts
 from bem_peft.training.items import encode, score_items
 from tests.tiny_models import build
 from tests.training.equalities import word_tokenizer
@@ -126,6 +128,10 @@ def test_all_problems_are_reported_at_once(folder: Path, capsys: pytest.CaptureF
         (lambda d: d["budget"].update(quantities=["speed"]), "budget.quantities = ['speed']"),
         (lambda d: d["data"].pop("group"), "data.group_pattern: needs `group`"),
         (lambda d: d["data"].update(eval_share=1.5), "data.eval_share = 1.5"),
+        (lambda d: d.update(evaluation={"metrics": ["blue"]}), "evaluation.metrics: 'blue' must be of nll"),
+        (lambda d: d.update(evaluation={"metrics": ["f1", "f1"]}), "one stands twice"),
+        (lambda d: d.update(evaluation={"max_new_tokens": 0}), "evaluation.max_new_tokens = 0"),
+        (lambda d: d.update(evaluation={"stop": ""}), "evaluation.stop = ''"),
     ],
 )
 def test_a_single_problem_is_named(folder: Path, change: Any, text: str) -> None:
@@ -274,3 +280,77 @@ def test_a_saved_adapter_is_scored_as_its_run_scored_it(folder: Path, capsys: py
         assert again["parameters"]["trainable"] == run["parameters"]["trainable"]
     assert main(command) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_generated_answers_are_scored_and_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Text metrics in `run` and `evaluate`: the answers are those of plain generate, the report has every metric."""
+    wanted = document(folder)
+    names = ["nll", "chrf", "exact_match", "f1"]
+    wanted["evaluation"] = {"metrics": names, "max_new_tokens": 5, "stop": " w9"}
+    assert main(["run", str(write(folder, wanted))]) == 0
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder / "model"), folder / "runs/seed-0/adapter"
+    ).eval()
+    tokenizer = word_tokenizer()
+    items = [json.loads(line) for line in (folder / "runs/seed-0/items.jsonl").read_text().splitlines()]
+    prompts = {line["ref"]: line["a"] for line in map(json.loads, (folder / "items.jsonl").read_text().splitlines())}
+    for item in items:
+        ids = tokenizer(prompts[item["id"]], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        assert item["prediction"] == text.split(" w9")[0]
+        assert set(item["scores"]) == {"chrf", "exact_match", "f1"}
+    result = json.loads((folder / "runs/seed-0/result.json").read_text())
+    pairs = [(item["prediction"].strip(), item["reference"].strip()) for item in items]
+    score = CHRF().corpus_score([p for p, _ in pairs], [[r for _, r in pairs]]).score
+    assert result["metrics"]["chrf"] == pytest.approx(score)
+    for seed in (0, 1):
+        options = ["--prompt", "{a}", "--completion", " {b}", "--id", "{ref}", "--name", "again", "--seed", str(seed)]
+        options += ["--metrics", *names, "--max-new-tokens", "5", "--stop", " w9", "--group", "{ref}"]
+        kept = {item["id"] for item in items}
+        lines = [line for line in (folder / "items.jsonl").read_text().splitlines() if json.loads(line)["ref"] in kept]
+        (folder / "held.jsonl").write_text("\n".join(lines))
+        command = ["evaluate", str(folder / f"runs/seed-{seed}/adapter"), "--data", str(folder / "held.jsonl")]
+        assert main([*command, *options, "--out", str(folder / "again")]) == 0
+    capsys.readouterr()
+    compared = [str(folder / "runs"), str(folder / "again")]
+    assert main(["compare", *compared, "--anchor", "tiny", "--out", str(folder / "out"), "--quality", "chrf"]) == 0
+    report = json.loads((folder / "out/report.json").read_text())
+    assert {found["metric"] for found in report["comparisons"]["again"]} == set(names)
+    assert all(abs(found["comparison"]["estimate"]) < 1e-3 for found in report["comparisons"]["again"])
+    assert report["objectives"][0]["name"] == "chrf"
+    profiled = ["--rounds", "5", "--prompt-tokens", "8", "--new-tokens", "4", "--device", "cpu"]
+    out = str(folder / "profile.json")
+    kinds = ["--kinds", "prefill", "decode", "train_step"]
+    assert main(["profile", *compared, "--anchor", "tiny", *profiled, *kinds, "--out", out]) == 0
+    assert "requests/min" in capsys.readouterr().out
+    assert main(["compare", *compared, "--anchor", "tiny", "--out", str(folder / "out"), "--profile", out]) == 0
+    report = json.loads((folder / "out/report.json").read_text())
+    assert {profile["system"] for profile in report["profiles"]["profiles"]} == {"base", "tiny", "again"}
+    assert {"prefill_ms", "decode_ms", "train_step_ms"} <= {o["name"] for o in report["objectives"]}
+    assert main(["profile", compared[0], "--anchor", "tiny", *profiled, "--out", out]) == 2
+    assert "give the folder of another system" in capsys.readouterr().err
+    assert main(["profile", *compared, "--anchor", "x", *profiled, "--out", out]) == 2
+    assert main(["profile", *compared, "--anchor", "tiny", *profiled, "--kinds", "all", "--out", out]) == 2
+    assert "must be of prefill, decode, train_step" in capsys.readouterr().err
+    assert main([*command, *options, "--out", str(folder / "third"), "--metrics", "blue"]) == 2
+    assert "'blue' must be of nll" in capsys.readouterr().err
+
+
+def test_answers_of_an_encoder_decoder_are_its_own() -> None:
+    torch.manual_seed(0)
+    model, tokenizer = build("t5").eval(), word_tokenizer()
+    prompts = ["w3 w4 w5 w6", "w7", "w8 w9"]
+    side = tokenizer.padding_side
+    found = generate_texts(
+        model, tokenizer, prompts, max_new_tokens=4, stop=None, batch=2, progress=iter, max_prompt_tokens=3
+    )
+    assert tokenizer.padding_side == side
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"][:, :3]
+        out = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+        assert text == tokenizer.decode(out[0], skip_special_tokens=True)
+    with pytest.raises(ValueError, match="has no tokens"):
+        generate_texts(model, tokenizer, [""], max_new_tokens=4, stop=None, batch=2, progress=iter)
