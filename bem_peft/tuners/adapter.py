@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from bem_peft.kernels import backend, cpu
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.optimizer_hooks import watch
 from bem_peft.tuners.penalty import carry
@@ -34,6 +35,7 @@ class SiteShape:
 
 
 FEW_ROWS = 8
+MANY, FEW, PACKED = "many rows", "few rows", "packed"  # how derived weights are laid out
 
 
 def transposed(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -60,6 +62,7 @@ class Adapter(nn.Module):
     variant: ClassVar[str] = ""  # PT1 to PT4
     lr_groups: ClassVar[dict[str, str]] = {}  # parameter -> group of the optimizer
     is_mergeable: bool = False
+    has_operator: bool = False  # one of `kernels.cpu` computes it as it is configured
     attention_rows: Any = None  # the exact rows of the attention that runs now, where the method reads them
     watch_order: int = 0
     is_watched: bool = False  # has something to do around an optimizer step
@@ -76,7 +79,7 @@ class Adapter(nn.Module):
         self.in_features, self.out_features = site.in_features, site.out_features
         self.scaling = float(config.scaling)
         self.call = call
-        self._derived: dict[tuple[torch.dtype, bool], tuple[list[Any], tuple[torch.Tensor, ...]]] = {}
+        self._derived: dict[tuple[torch.dtype, str], tuple[list[Any], tuple[torch.Tensor, ...]]] = {}
 
     def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
         """Fill the parameters; with `init_weights` the adapter is the identity."""
@@ -98,6 +101,8 @@ class Adapter(nn.Module):
         are computed in float32, with the rounded weights that longer inputs are computed with: setting up a product
         in half precision costs ten times the product there.
         """
+        if self.has_operator and backend.chosen.is_cpp and self.fits_operator(y):
+            return self.operator(x, y, *self.weights(y.dtype, PACKED))
         kind = y.device.type
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
@@ -107,7 +112,7 @@ class Adapter(nn.Module):
             self.call.lead = x.shape[:-1]
         inputs, rows = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
         few_rows = kind == "cpu" and is_few_rows(inputs)
-        weights = self.weights(dtype, few_rows)
+        weights = self.weights(dtype, FEW if few_rows else MANY)
         if few_rows and dtype in (torch.bfloat16, torch.float16):
             out = self.transform(inputs.float(), rows.float(), *weights).to(dtype)
         else:
@@ -116,25 +121,41 @@ class Adapter(nn.Module):
             out = self.transform(inputs, rows, *weights)
         return out.view(y.shape)
 
+    def fits_operator(self, y: torch.Tensor) -> bool:
+        """Whether the C++ operator of `kernels.cpu` can take this call: inference on a CPU."""
+        return not (
+            torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or y.dtype not in cpu.DTYPES
+            or y.device.type != "cpu"
+        )  # fmt: skip
+
+    def pack(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """What `operator` reads, in float32, of the weights rounded to `dtype`."""
+        raise NotImplementedError
+
+    def operator(self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
+        """`transform` by one operator, on x (..., in) and y (..., out)."""
+        raise NotImplementedError
+
     def derive_few_rows(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """`derive(dtype)` for a decoding step on a CPU; a subclass may lay the weights out for fewer operations."""
         return self.derive(dtype)
 
-    def weights(self, dtype: torch.dtype, few_rows: bool = False) -> tuple[torch.Tensor, ...]:
-        """The derived weights, half precision as float32 for `few_rows`; kept until a parameter changes (no grad)."""
-        kept = self._derived.get((dtype, few_rows))
+    def weights(self, dtype: torch.dtype, layout: str = MANY) -> tuple[torch.Tensor, ...]:
+        """The derived weights as `layout` wants them; kept until a parameter changes (no grad)."""
+        kept = self._derived.get((dtype, layout))
         if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._derive_anew(dtype, few_rows)
+            return self._derive_anew(dtype, layout)
         current: Any = self._parameters
         for name, parameter, version, address, _ in kept[0]:
             if current[name] is not parameter or parameter._version != version or parameter.data_ptr() != address:
                 self._derived.clear()
-                return self._derive_anew(dtype, few_rows)
+                return self._derive_anew(dtype, layout)
         return kept[1]
 
-    def _derive_anew(self, dtype: torch.dtype, few_rows: bool) -> tuple[torch.Tensor, ...]:
-        derived = self.derive_few_rows(dtype) if few_rows else self.derive(dtype)
-        if few_rows and dtype in (torch.bfloat16, torch.float16):
+    def _derive_anew(self, dtype: torch.dtype, layout: str) -> tuple[torch.Tensor, ...]:
+        form = {MANY: self.derive, FEW: self.derive_few_rows, PACKED: self.pack}[layout]
+        derived = form(dtype)
+        if layout == FEW and dtype in (torch.bfloat16, torch.float16):
             derived = tuple(weight.float() for weight in derived)
         parameters = [(name, p) for name, p in self._parameters.items() if p is not None]
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -143,7 +164,7 @@ class Adapter(nn.Module):
             return derived  # sharding moves storages unseen; a fake or functional tensor has no version to watch
         # the aliases keep the old storages alive, so that no new one can stand at the same address
         seen = [(name, p, p._version, p.data_ptr(), p.detach()) for name, p in parameters]
-        self._derived[dtype, few_rows] = (seen, derived)
+        self._derived[dtype, layout] = (seen, derived)
         return derived
 
     def merge_obstacle(self, has_bias: bool) -> str | None:

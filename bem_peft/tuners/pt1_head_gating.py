@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from bem_peft.kernels import cpu
 from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig
@@ -182,6 +183,7 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         self.decorrelation_strength = config.decorrelation_strength
         self.uses_exact_statistics = config.attention_stats == "exact"
         self.retrieval = config.retrieval
+        self.has_operator = not self.uses_exact_statistics and self.retrieval == "none"
         self.gate_entropy_strength = config.gate_entropy_strength
         self.token_penalties = tuple(
             name for name in ("decorrelation_strength", "gate_entropy_strength") if getattr(config, name)
@@ -241,6 +243,15 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         """As `derive`, but A as one block-diagonal (in, G r): G times the multiplications, a quarter of the calls."""
         a, *rest = self.derive(dtype)
         return torch.block_diag(*a), *rest
+
+    def pack(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        a, b_t, gate_weight, gate_bias = self.derive(dtype)
+        gate = (cpu.padded(part / self.temperature) for part in (gate_weight, gate_bias.unsqueeze(0)))
+        return cpu.padded(a.reshape(self.in_features, -1)), b_t.float().contiguous(), *gate
+
+    def operator(self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = cpu.build().head_gating(x, y, *packed, self.num_heads, self.ranks, self.scaling)
+        return out
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         a, b_t, gate_weight, gate_bias = weights

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from bem_peft.kernels import cpu
 from bem_peft.kernels.hadamard import hadamard_transform, is_power_of_two
 from bem_peft.kernels.rank_mask import drop_all_but_k, k_hot_mask, straight_through_k_hot
 from bem_peft.tuners import field_checks as check
@@ -140,6 +141,21 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         if not self.is_task_mask:
             weights.append(transposed(self.mask_weight.float() * rank_root(a), torch.float32))
         return tuple(weights)
+
+    has_operator = True
+
+    def fits_operator(self, y: torch.Tensor) -> bool:
+        return self.observer is None and super().fits_operator(y)
+
+    def pack(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        a, b_t, *control = self.derive(dtype)
+        gate = control[0] if self.has_value_gate else a.new_zeros(0, b_t.shape[0])
+        mask = self.mask_weight.unsqueeze(0) if self.is_task_mask else control[-1]
+        return cpu.padded(a), b_t.float().contiguous(), cpu.padded(gate), cpu.padded(mask)
+
+    def operator(self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = cpu.build().rank_mask(x, y, *packed, self.active_rank, self.is_task_mask, self.scaling)
+        return out
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         if self.dropout:

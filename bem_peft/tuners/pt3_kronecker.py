@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from bem_peft.kernels import cpu
 from bem_peft.kernels.kronecker import kronecker_project
 from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import SiteShape, transposed
@@ -159,6 +160,16 @@ class KroneckerAdapter(LowRankAdapter):
 
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         return self.U.to(dtype), self.V.to(dtype), transposed(self.B, dtype)
+
+    has_operator = True
+
+    def pack(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        u, v, b_t = self.derive(dtype)
+        return u.float().contiguous(), cpu.padded(v.t()), b_t.float().contiguous()
+
+    def operator(self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = cpu.build().kronecker(x, y, *packed, self.V.shape[0], self.scaling)
+        return out
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         u, v, b_t = weights

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import distributed, nn
 
+from bem_peft.kernels import cpu
 from bem_peft.kernels.film import bounded_rows, token_rms
 from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import Adapter, SiteShape, transposed
@@ -103,6 +104,7 @@ class ResidualFiLMAdapter(Adapter):
         self.mode, self.clamp_range, self.max_beta = config.mode, config.clamp_range, config.max_beta
         self.is_rms = config.beta_unit == "rms"
         self.is_static = config.mode == "static"
+        self.has_operator = config.mode == "channel"
         self.is_mergeable = self.is_static and (not self.is_rms or config.max_beta == 0.0)
         if self.is_static:
             self.merge_refusal = "beta counts in the token's RMS; set beta_unit='absolute' or max_beta=0"
@@ -156,6 +158,18 @@ class ResidualFiLMAdapter(Adapter):
         if self.max_beta > 0:
             derived.append(transposed(bounded_rows(self.beta, self.scaling, self.max_beta, dtype), dtype))
         return tuple(derived)
+
+    def pack(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        weight, bias, *rows = self.derive(dtype)
+        none = weight.new_zeros(0, self.out_features)
+        gamma = rows[0] if self.clamp_range > 0 else none
+        beta = rows[-1] if self.max_beta > 0 else none
+        wide = (part.float().contiguous() for part in (gamma, beta))
+        return cpu.padded(weight), cpu.padded(bias.unsqueeze(0)), *wide
+
+    def operator(self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = cpu.build().film(x, y, *packed, self.is_rms)
+        return out
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         c = self.controller(x, *weights[:2])  # (N, units)
