@@ -1,167 +1,221 @@
-"""What each adapter adds to the base model's time, unmerged and eager, beside PEFT's LoRA of the same size and sites.
+"""What each adapter adds to the base model's time and memory, unmerged, beside the arithmetic limit.
 
-    python benchmarks/overhead.py [--checkpoint FOLDER] [--rounds 30] [--dtype float32 bfloat16] [--out FOLDER]
+    python benchmarks/overhead.py [--model FOLDER | llama-3.2-1b | llama-3-8b] [--blocks N] [--rounds 20]
+                                  [--dtype float32 bfloat16] [--modes eager compile] [--phases prefill256 decode1 ...]
 
-All variants share the base's weights. Each round times every variant once, in an order that changes from round to
-round; a cell is the median over rounds of time / base's time of the same round, minus one, with its quartiles; beside
-it the same ratio to LoRA's time. Run it alone on the machine. Nothing is reported if a fresh adapter does not give the
-base's logits.
+Each round runs every variant once, in an order that changes from round to round; a cell is the median over rounds of
+time / base's time of the same round, minus one, with the 95 % interval of the median (order statistics). The base of a
+training step has one trained number at each site, since a frozen base has no backward pass. Memory is the peak of a
+training step by live storages. "(cpp)" is our methods with BEM_PEFT_KERNELS=cpp, for inference. Run it alone on the
+machine. Nothing is reported if the kernels' tests are red or a fresh adapter does not give the base's logits.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import datetime
 import os
 import platform
 import random
 import statistics
-import time
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from adapters import OURS, SHAPES, VARIANTS, Phase, adapted_models, base_model, trainable
+from peft import IA3Config, get_peft_model
+from scipy import stats
 
 import bem_peft
-from bem_peft import DynamicRankMaskConfig, HeadGroupGatingConfig, KroneckerConfig, ResidualFiLMConfig
+from bem_peft import count_memory, use_kernels
 
-W_O, W_DOWN = ["o_proj"], ["down_proj"]
-# variant -> (config, the LoRA it stands beside)
-VARIANTS: dict[str, tuple[Callable[[], object], str | None]] = {
-    "LoRA W_O r=8": (lambda: LoraConfig(r=8, target_modules=W_O), None),
-    "PT1 head gating": (lambda: HeadGroupGatingConfig(num_groups=3, rank_per_group=4), "LoRA W_O r=8"),
-    "LoRA W_O+W_down r=8": (lambda: LoraConfig(r=8, target_modules=W_O + W_DOWN), None),
-    "PT2 rank mask": (lambda: DynamicRankMaskConfig(total_rank=8, active_rank=4), "LoRA W_O+W_down r=8"),
-    "LoRA W_down r=8": (lambda: LoraConfig(r=8, target_modules=W_DOWN), None),
-    "PT3 Kronecker": (lambda: KroneckerConfig(u_rank=4, v_rank=7), "LoRA W_down r=8"),
-    "PT4 FiLM": (lambda: ResidualFiLMConfig(gamma_dim=6, beta_dim=6), "LoRA W_O+W_down r=8"),
-}
+PHASES = {
+    "prefill256": Phase("prefill", 1, 256), "prefill1024": Phase("prefill", 1, 1024), "decode1": Phase("decode", 1, 64),
+    "decode8": Phase("decode", 8, 64), "train": Phase("train", 2, 128), "memory": Phase("memory", 2, 128),
+}  # fmt: skip
 HEADER = (
-    *("dtype", "phase", "base_ms", "variant", "parameters", "overhead", "quartile_1", "quartile_3"),
-    *("beside", "time_ratio", "time_ratio_quartile_1", "time_ratio_quartile_3"),
-)
+    "model", "blocks", "dtype", "mode", "phase", "base", "variant", "parameters", "overhead", "low", "high", "limit",
+    "lora_overhead",
+)  # fmt: skip
 
 
-def share_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of the modules around the same parameters and buffers."""
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo)
-
-
-def build(checkpoint: str, dtype: torch.dtype, only: list[str] | None) -> dict[str, torch.nn.Module]:
-    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval().requires_grad_(False)
-    ids = torch.arange(1, 65).unsqueeze(0)
-    models = {"base": base}
-    with torch.inference_mode():
-        reference = base(ids).logits
-    chosen = [name for name in VARIANTS if not only or any(part in name for part in only)]
-    chosen += [beside for name in chosen if (beside := VARIANTS[name][1]) is not None]
-    for name, (config, _) in VARIANTS.items():
-        if name not in chosen:
-            continue
-        torch.manual_seed(0)
-        model = get_peft_model(share_weights(base), config()).eval().requires_grad_(False)
-        with torch.no_grad():
-            if not torch.equal(model(ids).logits, reference):
-                raise SystemExit(f"{name}: a fresh adapter does not give the base's logits; nothing is timed")
-            for parameter_name, parameter in model.named_parameters():  # weights as after training: nothing is zero
-                if "bem_" in parameter_name or "lora_" in parameter_name:
-                    parameter.add_(torch.randn_like(parameter) * 0.01)
-        models[name] = model
-    return models
-
-
-@torch.no_grad()
-def prefill(model: torch.nn.Module, tokens: int) -> float:
-    ids = torch.arange(tokens).unsqueeze(0) % 1000 + 1
-    start = time.perf_counter()
-    model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    return time.perf_counter() - start
-
-
-@torch.no_grad()
-def decode(model: torch.nn.Module, steps: int) -> float:
-    cache = model(input_ids=torch.arange(1, 17).unsqueeze(0), use_cache=True).past_key_values
-    token = torch.tensor([[7]])
-    start = time.perf_counter()
-    for _ in range(steps):
-        cache = model(input_ids=token, past_key_values=cache, use_cache=True).past_key_values
-    return (time.perf_counter() - start) / steps
-
-
-def interleave(models: dict[str, torch.nn.Module], timed: Callable[[torch.nn.Module], float], rounds: int) -> dict:
+def interleave(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """seconds[variant][round]; one untimed round first."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    order, rng = list(models), random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    order, rng = list(runs), random.Random(0)
     for i in range(rounds + 1):
         rng.shuffle(order)
         for name in order:
-            value = timed(models[name])
+            use_kernels(VARIANTS[name].kernels if name in VARIANTS else "torch")
+            value = runs[name]()
             if i:
                 seconds[name].append(value)
+    use_kernels("torch")
     return seconds
 
 
-def ratio(seconds: dict[str, list[float]], name: str, to: str) -> tuple[float, float, float]:
-    """Median and quartiles of the time of `name` / the time of `to` in the same round."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(seconds[name], seconds[to], strict=True)], n=4)
-    return middle, low, high
+def overhead(mine: list[float], base: list[float]) -> tuple[float, float, float]:
+    """Median of the ratio in the same round, minus one, and the median's 95 % interval."""
+    ratios = [a / b - 1.0 for a, b in zip(mine, base, strict=True)]
+    found = stats.quantile_test(ratios, q=0.0, p=0.5).confidence_interval(0.95)
+    return statistics.median(ratios), float(found.low), float(found.high)
+
+
+def one_number(base: Any) -> Any:
+    """The base with one trained number at each W_O and W_down: what a training step costs without an adapter."""
+    from adapters import BOTH, share_weights
+
+    model = get_peft_model(share_weights(base), IA3Config(target_modules=BOTH, feedforward_modules=[]))
+    for module in model.modules():
+        for name, parameter in list(getattr(module, "ia3_l", {}).items()):
+            module.ia3_l[name] = torch.nn.Parameter(parameter.detach()[:1, :1].to(base.dtype).clone())
+    return model
+
+
+def measure(
+    args: argparse.Namespace, dtype: str, mode: str, phase: Phase, report: Callable[[str], None]
+) -> list[list[Any]]:
+    base = base_model(args.model, getattr(torch, dtype), args.blocks)
+    is_training = phase.kind in ("train", "memory")
+    names = [n for n in VARIANTS if not (is_training and VARIANTS[n].kernels == "cpp")]
+    if mode == "compile":
+        names = [
+            n for n in names if VARIANTS[n].is_plain_lora or (VARIANTS[n].is_ours and VARIANTS[n].kernels == "torch")
+        ]
+    if args.only:
+        names = [n for n in names if any(part in n for part in args.only)]
+        names = list(dict.fromkeys([*(VARIANTS[n].anchor for n in names), *names]))
+    models = adapted_models(base, names, is_training=is_training)
+    if is_training:
+        models["base"] = one_number(base)
+    if phase.kind == "memory":
+        inputs = {"input_ids": phase.ids, "labels": phase.ids, "use_cache": False}
+        peaks = {name: float(count_memory(model.train(), inputs).peak) for name, model in models.items()}
+        cells = {name: (peak / peaks["base"] - 1.0,) * 3 for name, peak in peaks.items()}
+        limit = {name: trainable(m) * 8 / peaks["base"] for name, m in models.items()}  # weights and gradients, float32
+        shown = f"{peaks['base'] / 2**20:.1f} MiB"
+    else:
+        called = dict(models)
+        if mode == "compile":
+            torch._dynamo.reset()
+            called = {n: torch.compile(m, fullgraph=True, dynamic=phase.kind == "decode") for n, m in models.items()}
+        runs = {name: phase.runner(model, called[name]) for name, model in models.items()}
+        for name, run in runs.items():
+            if mode == "compile":
+                report(f"  compiling {name}")
+                run()
+        seconds = interleave(runs, args.rounds)
+        cells = {name: overhead(found, seconds["base"]) for name, found in seconds.items()}
+        limit = {name: phase.limit(models[name]) for name in names}
+        shown = f"{statistics.median(seconds['base']) * 1e3:.2f} ms"
+    report(f"\n{dtype}, {mode}, {phase}: base {shown}")
+    rows = []
+    for name in names:
+        middle, low, high = cells[name]
+        anchor = cells[VARIANTS[name].anchor][0] if VARIANTS[name].anchor in cells else None
+        beside = "" if anchor is None or VARIANTS[name].is_plain_lora else f"   LoRA there {anchor:+.1%}"
+        interval = f"{middle:+7.1%} [{low:+.1%}, {high:+.1%}]"
+        report(f"  {name:24s} {interval}  limit {limit[name]:+.2%}  {trainable(models[name]):9,d}{beside}")
+        blocks = base.config.num_hidden_layers
+        numbers = [f"{value:.4f}" for value in (middle, low, high, limit[name])]
+        rows.append([
+            Path(args.model).name, blocks, dtype, mode, str(phase), shown, name, trainable(models[name]), *numbers,
+            "" if anchor is None else f"{anchor:.4f}",
+        ])  # fmt: skip
+    return rows
+
+
+def plot(rows: list[list[Any]], path: Path, caption: str) -> None:
+    """One panel a phase: overhead with its interval, and the limit as a bar behind it."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "bem_peft"
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys((row[2], row[3], row[4]) for row in rows))
+    names = list(dict.fromkeys(row[6] for row in rows))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(3.2 * len(panels) + 2, 0.28 * len(names) + 1.4), sharey=True, squeeze=False
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        axis.set_title("\n".join(panel), fontsize=9)
+        for row in rows:
+            if (row[2], row[3], row[4]) != panel:
+                continue
+            at = len(names) - names.index(row[6])
+            middle, low, high, limit = (100 * float(value) for value in row[8:12])
+            ours = row[6].startswith("PT")
+            axis.barh(at, limit, color="#d5d8dc")
+            axis.plot([low, high], [at, at], color="#1d4f91" if ours else "#a3251b")
+            axis.plot([middle], [at], "o", markersize=4, color="#1d4f91" if ours else "#a3251b")
+        axis.axvline(0, color="#5a6068", linewidth=0.8)
+        axis.set_xlabel("% over the base", fontsize=8)
+        axis.tick_params(labelsize=8)
+    axes[0][0].set_yticks([len(names) - i for i in range(len(names))], names)
+    figure.suptitle(caption, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def parity_is_green() -> None:
+    tests = Path(__file__).parents[1] / "tests" / "kernels"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", str(tests)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"the kernels' tests are red, so nothing is timed:\n{done.stdout[-2000:]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="demo_run/SmolLM2-135M-Instruct")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--decode-steps", type=int, default=8)
+    parser.add_argument("--model", default="demo_run/SmolLM2-135M-Instruct", help=f"folder, or {', '.join(SHAPES)}")
+    parser.add_argument("--blocks", type=int, help="the first so many of a checkpoint; of a shape, default 2")
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compile"])
+    parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=list(PHASES))
     parser.add_argument("--only", nargs="+", help="parts of variant names; each keeps the LoRA beside it")
+    parser.add_argument("--skip-parity", action="store_true", help="the kernels' tests have just passed")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--name", default="overhead", help="of the files in --out; rows are added to them")
     args = parser.parse_args()
+    if args.rounds < 20:
+        parser.error("--rounds must be at least 20, for an interval")
     os.environ["HF_HUB_OFFLINE"] = "1"
     transformers.utils.logging.disable_progress_bar()
-    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if not args.skip_parity:
+        parity_is_green()
+    device = f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    print(f"{machine}; {versions}, bem_peft {bem_peft.__version__}; {datetime.date.today()}; {args.rounds} rounds\n")
-    rows = []
-    for dtype in args.dtype:
-        models = build(args.checkpoint, getattr(torch, dtype), args.only)
-        for phase, timed in (
-            (f"prefill {args.tokens}", lambda m: prefill(m, args.tokens)),
-            ("decode", lambda m: decode(m, args.decode_steps)),
-        ):
-            seconds = interleave(models, timed, args.rounds)
-            base_ms = statistics.median(seconds["base"]) * 1e3
-            print(f"{dtype}, {phase}: base {base_ms:.1f} ms")
-            for name in models:
-                if name == "base":
-                    continue
-                middle, low, high = (value - 1 for value in ratio(seconds, name, "base"))
-                beside, against, shown = VARIANTS[name][1], ("", "", ""), ""
-                if beside is not None:
-                    against = tuple(f"{value:.4f}" for value in ratio(seconds, name, beside))
-                    shown = "{} [{}, {}] of LoRA's time".format(*(f"{float(value):.3f}" for value in against))
-                    lora, _, _ = ratio(seconds, beside, "base")
-                    shown += f", {middle / (lora - 1):.2f} of its overhead" if lora > 1 else ""
-                count = sum(p.numel() for n, p in models[name].named_parameters() if "bem_" in n or "lora_" in n)
-                print(f"  {name:20s} {middle:+7.1%} [{low:+.1%}, {high:+.1%}]  {count:9,d} parameters  {shown}")
-                cells = [f"{value:.4f}" for value in (middle, low, high)]
-                rows.append([dtype, phase, f"{base_ms:.2f}", name, count, *cells, beside or "", *against])
-            print()
+    caption = f"{device}; {versions}, bem_peft {bem_peft.__version__}; {datetime.date.today()}; {args.rounds} rounds"
+    print(f"{caption}; {len(OURS)} methods of ours")
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "overhead.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["# " + machine, versions, str(datetime.date.today()), f"{args.rounds} rounds"])
-        writer.writerow(HEADER)
-        writer.writerows(rows)
-    print(f"written to {path}")
+    path = args.out / f"{args.name}.csv"
+    before = []
+    if path.exists():
+        with path.open(newline="") as file:
+            before = [row for row in csv.reader(file) if row and not row[0].startswith("#") and row[0] != "model"]
+    rows = before
+    for dtype in args.dtype:
+        for mode in args.modes:
+            for phase in args.phases:
+                new = measure(args, dtype, mode, PHASES[phase], lambda text: print(text, flush=True))
+                keys = {tuple(map(str, row[:7])) for row in [[*r[:5], "", r[6]] for r in new]}
+                rows = [r for r in rows if (*map(str, r[:5]), "", str(r[6])) not in keys] + new
+                with path.open("w", newline="") as file:
+                    writer = csv.writer(file)
+                    writer.writerow([f"# {caption}"])
+                    writer.writerow(HEADER)
+                    writer.writerows(rows)
+    plot([list(map(str, row)) for row in rows], path.with_suffix(".svg"), caption)
+    print(f"\nwritten to {path} and {path.with_suffix('.svg')}")
 
 
 if __name__ == "__main__":
