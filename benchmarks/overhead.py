@@ -96,10 +96,11 @@ def measure(
         models["base"] = one_number(base)
     if phase.kind == "memory":
         inputs = {"input_ids": phase.ids, "labels": phase.ids, "use_cache": False}
-        peaks = {name: float(count_memory(model.train(), inputs).peak) for name, model in models.items()}
-        cells = {name: (peak / peaks["base"] - 1.0,) * 3 for name, peak in peaks.items()}
-        limit = {name: trainable(m) * 8 / peaks["base"] for name, m in models.items()}  # weights and gradients, float32
-        shown = f"{peaks['base'] / 2**20:.1f} MiB"
+        found = {name: count_memory(models[name].train(), inputs) for name in names}
+        cells = {name: (count.peak_bytes / count.base_peak_bytes - 1.0,) * 3 for name, count in found.items()}
+        base_peak = next(iter(found.values())).base_peak_bytes
+        limit = {name: trainable(models[name]) * 8 / base_peak for name in names}  # float32 weights and gradients
+        shown = f"{base_peak / 2**20:.1f} MiB"
     else:
         called = dict(models)
         if mode == "compile":

@@ -1,7 +1,8 @@
 """The methods as one C++ operator a site, for inference on a CPU; built by torch's own tools on first use.
 
 The torch forms in the methods' files are the specification (`tests/kernels`). An operator takes rows in float32 or
-bfloat16 and sums in float32; weights come packed: float32, rank dimensions padded to 16 columns.
+bfloat16, with wide weights of the same dtype, and sums in float32; small weights are float32, padded to 16 columns. Each
+has a form that writes into y (`film_`), for a y that nobody else holds.
 
 Building takes half a minute, a C++ compiler (g++ or clang++) and ninja, once; torch keeps the result in its folder of
 extensions (`TORCH_EXTENSIONS_DIR`).
@@ -37,16 +38,24 @@ def build() -> Any:
         extra_cflags=["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"],
         is_python_module=False,
     )
-    for name, count in (("film", _film_flops), ("kronecker", _kronecker_flops), ("rank_mask", _rank_mask_flops),
-                        ("head_gating", _head_gating_flops)):  # fmt: skip
-        torch.library.register_fake(f"bem_peft_cpu::{name}", _like_y)
-        register_flop_formula(getattr(torch.ops.bem_peft_cpu, name))(count)
+    formulas = {
+        "film": _film_flops, "kronecker": _kronecker_flops, "rank_mask": _rank_mask_flops,
+        "head_gating": _head_gating_flops,
+    }  # fmt: skip
+    for name, count in formulas.items():
+        for form, fake in ((name, _like_y), (f"{name}_", _y_itself)):
+            torch.library.register_fake(f"bem_peft_cpu::{form}", fake)
+            register_flop_formula(getattr(torch.ops.bem_peft_cpu, form))(count)
     return torch.ops.bem_peft_cpu
 
 
 def padded(weight: torch.Tensor) -> torch.Tensor:
     """(n, r) -> contiguous float32 (n, r rounded up to 16), zeros in the new columns."""
     return torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % LANES)).contiguous()
+
+
+def _y_itself(x: torch.Tensor, y: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return y
 
 
 def _like_y(x: torch.Tensor, y: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -61,8 +70,7 @@ def _rows(y: Any) -> int:
 
 
 def _film_flops(x: Any, y: Any, w: Any, bias: Any, gamma: Any, beta: Any, *rest: Any, **options: Any) -> int:
-    units = max(gamma[0], beta[0])
-    return 2 * _rows(y) * (x[-1] * units + y[-1] * (gamma[0] + beta[0]))
+    return 2 * _rows(y) * (x[-1] * w[0] + y[-1] * (gamma[0] + beta[0]))
 
 
 def _kronecker_flops(x: Any, y: Any, u: Any, v_t: Any, b: Any, v_rank: int, *rest: Any, **options: Any) -> int:

@@ -35,6 +35,7 @@ class SiteShape:
 
 
 FEW_ROWS = 8
+grad_enabled = torch.is_grad_enabled
 MANY, FEW, PACKED = "many rows", "few rows", "packed"  # how derived weights are laid out
 
 
@@ -93,16 +94,16 @@ class Adapter(nn.Module):
         """y' (N, out) from x (N, in) and y (N, out); all of one dtype."""
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, y: torch.Tensor, may_overwrite: bool = False) -> torch.Tensor:
         """x (..., in), y (..., out) -> y' (..., out) in the dtype of y.
 
         The dtype of y is the compute dtype; autocast would choose another one behind the formula's back. A few rows
         on a CPU (a decoding step) read the weights as `derive_few_rows` lays them out, and bfloat16 or float16 rows
         are computed in float32, with the rounded weights that longer inputs are computed with: setting up a product
-        in half precision costs ten times the product there.
+        in half precision costs ten times the product there. `may_overwrite`: nobody else holds y.
         """
         if self.has_operator and backend.chosen.is_cpp and self.fits_operator(y):
-            return self.operator(x, y, *self.weights(y.dtype, PACKED))
+            return self.operator(x, y, *self.weights(y.dtype, PACKED), overwrite=may_overwrite and y.is_contiguous())
         kind = y.device.type
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
@@ -123,17 +124,18 @@ class Adapter(nn.Module):
 
     def fits_operator(self, y: torch.Tensor) -> bool:
         """Whether the C++ operator of `kernels.cpu` can take this call: inference on a CPU."""
-        return not (
-            torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or y.dtype not in cpu.DTYPES
-            or y.device.type != "cpu"
-        )  # fmt: skip
+        if grad_enabled() or self.training or not y.is_cpu or y.dtype not in cpu.DTYPES:
+            return False
+        return not torch.compiler.is_compiling()
 
     def pack(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """What `operator` reads, in float32, of the weights rounded to `dtype`."""
+        """What `operator` reads: wide weights in `dtype`, small ones in float32 of their values rounded to it."""
         raise NotImplementedError
 
-    def operator(self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
-        """`transform` by one operator, on x (..., in) and y (..., out)."""
+    def operator(
+        self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
+    ) -> torch.Tensor:
+        """`transform` by one operator, on x (..., in) and y (..., out); the result may stand in y."""
         raise NotImplementedError
 
     def derive_few_rows(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -143,7 +145,7 @@ class Adapter(nn.Module):
     def weights(self, dtype: torch.dtype, layout: str = MANY) -> tuple[torch.Tensor, ...]:
         """The derived weights as `layout` wants them; kept until a parameter changes (no grad)."""
         kept = self._derived.get((dtype, layout))
-        if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if kept is None or grad_enabled() or torch.compiler.is_compiling():
             return self._derive_anew(dtype, layout)
         current: Any = self._parameters
         for name, parameter, version, address, _ in kept[0]:

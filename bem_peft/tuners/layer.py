@@ -10,11 +10,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import transpose
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks
 from transformers.pytorch_utils import Conv1D
 
 from bem_peft.tuners.adapter import Adapter, SiteShape
 from bem_peft.tuners.attention_stats import AttentionRows
 from bem_peft.tuners.call_state import CallState
+
+PLAIN = (nn.Linear, Conv1D)  # they return a tensor of their own
 
 
 def projection_shape(base_layer: nn.Module) -> tuple[int, int]:
@@ -172,13 +175,19 @@ class AdapterLinear(nn.Module, AdapterLayer):
         if self.merged_adapters:
             return y
         active = self._active_adapter
+        base = modules["base_layer"]
+        # what a plain projection returned is ours alone, unless a hook has seen it
+        is_ours = type(base) in PLAIN and not base._forward_hooks and not _global_forward_hooks
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         for name in (active,) if isinstance(active, str) else active:
             for container in self.adapter_layer_names:
                 adapters = modules[container]._modules
                 if name in adapters:
-                    y = adapters[name](x, y)
+                    adapter = adapters[name]
+                    # nn.Module.__call__ is for hooks
+                    has_hooks = adapter._forward_hooks or adapter._forward_pre_hooks or _global_forward_hooks
+                    y = adapter(x, y, is_ours) if has_hooks else adapter.forward(x, y, is_ours)
         return y
 
     def _mixed_batch(self, x: torch.Tensor, y: torch.Tensor, names: list[str]) -> torch.Tensor:

@@ -245,12 +245,15 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         return torch.block_diag(*a), *rest
 
     def pack(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        a, b_t, gate_weight, gate_bias = self.derive(dtype)
-        gate = (cpu.padded(part / self.temperature) for part in (gate_weight, gate_bias.unsqueeze(0)))
-        return cpu.padded(a.reshape(self.in_features, -1)), b_t.float().contiguous(), *gate
+        gate = self.gate_weight.float().t(), self.gate_bias.float().unsqueeze(0)
+        padded = (cpu.padded(part / self.temperature) for part in gate)
+        return self.A.to(dtype).contiguous(), transposed(self.B, dtype), *padded
 
-    def operator(self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = cpu.build().head_gating(x, y, *packed, self.num_heads, self.ranks, self.scaling)
+    def operator(
+        self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
+    ) -> torch.Tensor:
+        run = cpu.build().head_gating_ if overwrite else cpu.build().head_gating
+        out: torch.Tensor = run(x, y, *packed, self.num_heads, self.ranks, self.scaling)
         return out
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:

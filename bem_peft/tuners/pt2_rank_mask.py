@@ -151,10 +151,13 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         a, b_t, *control = self.derive(dtype)
         gate = control[0] if self.has_value_gate else a.new_zeros(0, b_t.shape[0])
         mask = self.mask_weight.unsqueeze(0) if self.is_task_mask else control[-1]
-        return cpu.padded(a), b_t.float().contiguous(), cpu.padded(gate), cpu.padded(mask)
+        return a.t().contiguous(), b_t.contiguous(), cpu.padded(gate), cpu.padded(mask)
 
-    def operator(self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = cpu.build().rank_mask(x, y, *packed, self.active_rank, self.is_task_mask, self.scaling)
+    def operator(
+        self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
+    ) -> torch.Tensor:
+        run = cpu.build().rank_mask_ if overwrite else cpu.build().rank_mask
+        out: torch.Tensor = run(x, y, *packed, self.active_rank, self.is_task_mask, self.scaling)
         return out
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:

@@ -134,6 +134,7 @@ class KroneckerAdapter(LowRankAdapter):
         self.is_penalised = bool(self.orthogonality_strength or self.diversity_strength)
         self.U = nn.Parameter(torch.empty(config.u_rank, u_dim))
         self.V = nn.Parameter(torch.empty(config.v_rank, v_dim))
+        self.v_rank = config.v_rank
         self.B = nn.Parameter(torch.empty(site.out_features, config.u_rank * config.v_rank))
 
     def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
@@ -165,10 +166,13 @@ class KroneckerAdapter(LowRankAdapter):
 
     def pack(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         u, v, b_t = self.derive(dtype)
-        return u.float().contiguous(), cpu.padded(v.t()), b_t.float().contiguous()
+        return u.float().contiguous(), cpu.padded(v.t()), b_t.contiguous()
 
-    def operator(self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = cpu.build().kronecker(x, y, *packed, self.V.shape[0], self.scaling)
+    def operator(
+        self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
+    ) -> torch.Tensor:
+        run = cpu.build().kronecker_ if overwrite else cpu.build().kronecker
+        out: torch.Tensor = run(x, y, *packed, self.v_rank, self.scaling)
         return out
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:

@@ -164,11 +164,13 @@ class ResidualFiLMAdapter(Adapter):
         none = weight.new_zeros(0, self.out_features)
         gamma = rows[0] if self.clamp_range > 0 else none
         beta = rows[-1] if self.max_beta > 0 else none
-        wide = (part.float().contiguous() for part in (gamma, beta))
-        return cpu.padded(weight), cpu.padded(bias.unsqueeze(0)), *wide
+        return weight.t().contiguous(), cpu.padded(bias.unsqueeze(0)), gamma.contiguous(), beta.contiguous()
 
-    def operator(self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = cpu.build().film(x, y, *packed, self.is_rms)
+    def operator(
+        self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
+    ) -> torch.Tensor:
+        run = cpu.build().film_ if overwrite else cpu.build().film
+        out: torch.Tensor = run(x, y, *packed, self.is_rms)
         return out
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:

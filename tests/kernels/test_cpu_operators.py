@@ -24,6 +24,7 @@ from bem_peft import (
 from bem_peft.kernels import cpu
 from bem_peft.tuners.adapter import MANY, PACKED, Adapter, SiteShape
 from bem_peft.tuners.call_state import CallState
+from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
 from bem_peft.tuners.pt2_rank_mask import DynamicRankMaskAdapter
 from bem_peft.tuners.pt3_kronecker import KroneckerAdapter
@@ -181,6 +182,11 @@ def test_operators_pass_torchs_own_checks_and_count_their_products(name: str) ->
         with Spy():
             adapter.operator(x, y, *packed)
         torch.library.opcheck(operator.default, seen[0], test_utils=("test_schema", "test_faketensor"))
+        overwriting = getattr(cpu.build(), f"{names[name[:3]]}_").default
+        torch.library.opcheck(overwriting, seen[0], test_utils=("test_schema", "test_faketensor"))
+        copied = y.clone()
+        assert adapter.operator(x, copied, *packed, overwrite=True).data_ptr() == copied.data_ptr()
+        assert torch.equal(copied, whole)
         broken = x.clone()
         broken[0, 1, 0] = float("nan")
         out = adapter.operator(broken, y, *packed)
@@ -208,7 +214,7 @@ def test_a_model_uses_them_at_inference_and_sees_new_weights(config: Any, dtype:
     for module in model.modules():
         if isinstance(module, Adapter):
             original = module.operator
-            module.operator = lambda *a, _f=original: (calls.append("operator"), _f(*a))[1]  # type: ignore[method-assign]
+            module.operator = lambda *a, _f=original, **k: (calls.append("operator"), _f(*a, **k))[1]  # type: ignore[method-assign]
     fresh = model.get_base_model()
     with torch.no_grad(), model.disable_adapter():
         base = fresh(ids).logits
@@ -234,6 +240,32 @@ def test_a_model_uses_them_at_inference_and_sees_new_weights(config: Any, dtype:
     assert not calls  # training, and whatever asks for a gradient, takes the torch form
 
 
+def test_nothing_that_another_holds_is_written_into() -> None:
+    """y is overwritten only where the base layer is plain and no hook has seen its output."""
+    use_kernels("cpp")
+    model = get_peft_model(build("llama"), KroneckerConfig(u_rank=3, v_rank=5)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bem_" in name:
+                parameter.add_(torch.randn_like(parameter))
+        ids = torch.arange(3, 13).unsqueeze(0)
+        expected = model(ids).logits
+        site = next(module for module in model.modules() if isinstance(module, AdapterLinear))
+        x, seen = torch.randn(1, 4, site.in_features), []
+        base = torch.nn.functional.linear(x, site.base_layer.weight)
+        hook = site.base_layer.register_forward_hook(lambda module, given, out: seen.append(out))
+        assert not torch.equal(site(x), base)
+        assert torch.equal(seen[0], base)
+        hook.remove()
+        hook = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, given, out: seen.append(out) if module is site.base_layer else None
+        )
+        site(x)
+        hook.remove()
+        assert torch.equal(seen[1], base)
+        assert torch.equal(model(ids).logits, expected)
+
+
 def test_what_an_operator_does_not_know_takes_the_torch_form() -> None:
     site = SiteShape("s", 12, 8, 4)
     assert not HeadGroupGatingAdapter(HeadGroupGatingConfig(retrieval="quality"), site, CallState()).has_operator
@@ -252,7 +284,7 @@ def test_what_an_operator_does_not_know_takes_the_torch_form() -> None:
 def test_wrong_shapes_and_choices_are_named() -> None:
     operators = cpu.build()
     x, y = torch.zeros(2, 6), torch.zeros(2, 4)
-    with pytest.raises(RuntimeError, match=r"u must be a contiguous float32 \(1, 3\)"):
+    with pytest.raises(RuntimeError, match=r"u must be a contiguous Float \(1, 3\), is Double"):
         operators.kronecker(x, y, torch.zeros(1, 3).double(), torch.zeros(2, 16), torch.zeros(1, 4), 1, 1.0)
     with pytest.raises(RuntimeError, match="u and v do not fit x"):
         operators.kronecker(x, y, torch.zeros(1, 2), torch.zeros(2, 16), torch.zeros(1, 4), 1, 1.0)

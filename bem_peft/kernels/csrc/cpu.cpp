@@ -2,8 +2,9 @@
 //
 //   y' = y (1 + sum_u g_u G[u]) + sum_r z_r B[r]        g, z: a few coefficients a token, float32
 //
-// Every method differs in its coefficients alone. Rows of x and y are float32 or bfloat16, weights and sums float32.
-// Ranks are padded to whole vectors of 16 numbers by the caller; output widths need not be a multiple of anything.
+// Every method differs in its coefficients alone. x, y and the wide weights are float32 or bfloat16, all of one dtype: in
+// decoding the time goes into reading them. Sums and small weights are float32. No width need be a multiple of anything;
+// where a small weight is "padded", its columns are filled up with zeros to whole vectors of 16 numbers.
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -13,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <numeric>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -97,8 +99,6 @@ inline float sum(vf value) {
   return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
-constexpr int64_t kPanel = 256;  // inputs of a row that are widened to float32 at a time
-
 inline const float* widened(const float* x, int64_t, float*) { return x; }
 inline const float* widened(const at::BFloat16* x, int64_t count, float* to) {
   int64_t i = 0;
@@ -107,42 +107,52 @@ inline const float* widened(const at::BFloat16* x, int64_t count, float* to) {
   return to;
 }
 
-// d (ROWS, padded) = x (ROWS, in) a (in, padded)
-template <int ROWS, typename T>
-void down(const T* x, int64_t stride, int64_t in, const float* a, int64_t padded, float* d) {
-  alignas(64) float wide[std::is_same_v<T, float> ? 1 : ROWS * kPanel];
-  for (int64_t panel = 0; panel < padded; panel += kLanes) {
-    constexpr int kSums = ROWS == 1 ? 8 : ROWS;  // independent sums, to hide the latency of one
-    vf totals[ROWS] = {};                        // of the panels' sums: a long sum in parts loses less
-    for (int64_t begin = 0; begin < in; begin += kPanel) {
-      const int64_t count = std::min(kPanel, in - begin);
-      const float* rows[ROWS];
-      for (int row = 0; row < ROWS; ++row)
-        rows[row] = widened(x + row * stride + begin, count, wide + (std::is_same_v<T, float> ? 0 : row * kPanel));
-      const float* weights = a + begin * padded + panel;
-      vf sums[kSums] = {};
-      int64_t i = 0;
-      if constexpr (ROWS == 1) {
-        for (; i + kSums <= count; i += kSums)
-          for (int j = 0; j < kSums; ++j) sums[j] += rows[0][i + j] * load(weights + (i + j) * padded);
-        for (; i < count; ++i) sums[0] += rows[0][i] * load(weights + i * padded);
-        totals[0] += ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-      } else {
-        for (; i < count; ++i) {
-          const vf weight = load(weights + i * padded);
-          for (int row = 0; row < ROWS; ++row) sums[row] += rows[row][i] * weight;
-        }
-        for (int row = 0; row < ROWS; ++row) totals[row] += sums[row];
-      }
+// d (ROWS, RANKS) = x (ROWS, in) a^T, a (RANKS, in)
+template <int ROWS, int RANKS, typename T>
+inline void dot_block(const T* x, int64_t stride, int64_t in, const T* a, float* d, int64_t d_stride) {
+  vf sums[ROWS][RANKS] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= in; i += kLanes) {
+    vf weight[RANKS];
+    for (int r = 0; r < RANKS; ++r) weight[r] = load(a + r * in + i);
+    for (int row = 0; row < ROWS; ++row) {
+      const vf value = load(x + row * stride + i);
+      for (int r = 0; r < RANKS; ++r) sums[row][r] += value * weight[r];
     }
-    for (int row = 0; row < ROWS; ++row) store(d + row * padded + panel, totals[row]);
+  }
+  for (int row = 0; row < ROWS; ++row)
+    for (int r = 0; r < RANKS; ++r) {
+      float total = sum(sums[row][r]);
+      for (int64_t k = i; k < in; ++k) total += static_cast<float>(x[row * stride + k]) * static_cast<float>(a[r * in + k]);
+      d[row * d_stride + r] = total;
+    }
+}
+
+// d (ROWS, ranks) = x (ROWS, in) a^T, a (ranks, in)
+template <int ROWS, typename T>
+void dots(const T* x, int64_t stride, int64_t in, const T* a, int64_t ranks, float* d, int64_t d_stride) {
+  constexpr int kBlock = ROWS == 1 ? 8 : 2;
+  int64_t r = 0;
+  for (; r + kBlock <= ranks; r += kBlock) dot_block<ROWS, kBlock>(x, stride, in, a + r * in, d + r, d_stride);
+  for (; r < ranks; ++r) dot_block<ROWS, 1>(x, stride, in, a + r * in, d + r, d_stride);
+}
+
+// d (padded) = x (in) a, a (in, padded): for a few inputs
+inline void small_product(const float* x, int64_t in, const float* a, int64_t padded, float* d) {
+  for (int64_t panel = 0; panel < padded; panel += kLanes) {
+    vf sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 <= in; i += 4)
+      for (int j = 0; j < 4; ++j) sums[j] += x[i + j] * load(a + (i + j) * padded + panel);
+    for (; i < in; ++i) sums[0] += x[i] * load(a + i * padded + panel);
+    store(d + panel, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 }
 
 // out = y (1 + sum_u g_u gamma[u]) + sum_r z_r b[r] for ROWS rows
 template <int ROWS, int VECTORS, typename T>
 inline void up_block(const T* y, T* out, int64_t width, int64_t at, const float* z, int64_t rank, int64_t z_stride,
-                     const float* b, const float* g, int64_t units, int64_t g_stride, const float* gamma) {
+                     const T* b, const float* g, int64_t units, int64_t g_stride, const T* gamma) {
   vf sums[ROWS][VECTORS];
   for (int row = 0; row < ROWS; ++row)
     for (int v = 0; v < VECTORS; ++v) sums[row][v] = splat(1.0f);
@@ -167,8 +177,8 @@ inline void up_block(const T* y, T* out, int64_t width, int64_t at, const float*
 }
 
 template <int ROWS, typename T>
-void up(const T* y, T* out, int64_t width, const float* z, int64_t rank, int64_t z_stride, const float* b,
-        const float* g, int64_t units, int64_t g_stride, const float* gamma) {
+void up(const T* y, T* out, int64_t width, const float* z, int64_t rank, int64_t z_stride, const T* b, const float* g = nullptr,
+        int64_t units = 0, int64_t g_stride = 0, const T* gamma = nullptr) {
   constexpr int kWide = ROWS == 1 ? 8 : 2;
   int64_t at = 0;
   for (; at + kWide * kLanes <= width; at += kWide * kLanes)
@@ -178,8 +188,8 @@ void up(const T* y, T* out, int64_t width, const float* z, int64_t rank, int64_t
   for (; at < width; ++at)
     for (int row = 0; row < ROWS; ++row) {
       float factor = 1.0f, added = 0.0f;
-      for (int64_t u = 0; u < units; ++u) factor += g[row * g_stride + u] * gamma[u * width + at];
-      for (int64_t r = 0; r < rank; ++r) added += z[row * z_stride + r] * b[r * width + at];
+      for (int64_t u = 0; u < units; ++u) factor += g[row * g_stride + u] * static_cast<float>(gamma[u * width + at]);
+      for (int64_t r = 0; r < rank; ++r) added += z[row * z_stride + r] * static_cast<float>(b[r * width + at]);
       out[row * width + at] = static_cast<T>(static_cast<float>(y[row * width + at]) * factor + added);
     }
 }
@@ -196,19 +206,22 @@ void over_rows(int64_t rows, const F& f) {
 
 int64_t rows_of(const at::Tensor& y) { return y.numel() / std::max<int64_t>(1, y.size(-1)); }
 
-const float* weight(const at::Tensor& w, int64_t rows, int64_t columns, const char* name) {
-  TORCH_CHECK(w.scalar_type() == at::kFloat && w.is_contiguous() && w.dim() == 2 && w.size(0) == rows &&
-                  w.size(1) == columns,
-              name, " must be a contiguous float32 (", rows, ", ", columns, "), is ", w.sizes());
-  return w.const_data_ptr<float>();
+template <typename T>
+const T* weight(const at::Tensor& w, int64_t rows, int64_t columns, const char* name) {
+  constexpr auto kType = c10::CppTypeToScalarType<T>::value;
+  TORCH_CHECK(w.scalar_type() == kType && w.is_contiguous() && w.dim() == 2 && w.size(0) == rows && w.size(1) == columns,
+              name, " must be a contiguous ", kType, " (", rows, ", ", columns, "), is ", w.scalar_type(), " ", w.sizes());
+  return w.const_data_ptr<T>();
 }
 
 template <typename F>
-at::Tensor for_dtype(const at::Tensor& given_x, const at::Tensor& given_y, const F& f) {
+at::Tensor for_dtype(const at::Tensor& given_x, const at::Tensor& given_y, bool overwrite, const F& f) {
   const at::Tensor y = given_y.contiguous(), x = given_x.to(y.scalar_type()).contiguous();
   TORCH_CHECK(x.dim() > 0 && y.dim() > 0 && x.numel() / std::max<int64_t>(1, x.size(-1)) == rows_of(y),
               "x ", x.sizes(), " and y ", y.sizes(), " must have the same rows");
-  at::Tensor out = at::empty(y.sizes(), y.options());
+  // a row is read whole before it is written, so that y may be where the result goes
+  TORCH_CHECK(!overwrite || given_y.is_contiguous(), "only a contiguous y can be overwritten");
+  at::Tensor out = overwrite ? given_y : at::empty(y.sizes(), y.options());
   if (x.scalar_type() == at::kFloat) {
     f(x.const_data_ptr<float>(), y.const_data_ptr<float>(), out.mutable_data_ptr<float>());
   } else {
@@ -219,20 +232,23 @@ at::Tensor for_dtype(const at::Tensor& given_x, const at::Tensor& given_y, const
 }
 
 // PT4: c = tanh(x w + bias); g = c[:gamma_dim]; z = c[:beta_dim] (rms(y))
+template <bool OVERWRITE>
 at::Tensor film(const at::Tensor& x, const at::Tensor& y, const at::Tensor& w, const at::Tensor& bias,
                 const at::Tensor& gamma, const at::Tensor& beta, bool is_rms) {
-  const int64_t in = x.size(-1), width = y.size(-1), padded = w.size(1);
+  const int64_t in = x.size(-1), width = y.size(-1), units = w.size(0), padded = bias.size(1);
   const int64_t gamma_dim = gamma.size(0), beta_dim = beta.size(0);
-  const float *pw = weight(w, in, padded, "w"), *pb = weight(bias, 1, padded, "bias");
-  const float *pg = weight(gamma, gamma_dim, width, "gamma"), *pt = weight(beta, beta_dim, width, "beta");
-  TORCH_CHECK(padded % kLanes == 0 && gamma_dim <= padded && beta_dim <= padded, "w must be padded to 16 columns");
-  return for_dtype(x, y, [&](auto px, auto py, auto po) {
+  const float* p_bias = weight<float>(bias, 1, padded, "bias");
+  TORCH_CHECK(padded % kLanes == 0 && units <= padded && gamma_dim <= units && beta_dim <= units, "units do not fit");
+  return for_dtype(x, y, OVERWRITE, [&](auto px, auto py, auto po) {
+    using T = std::remove_pointer_t<decltype(po)>;
+    const T *pw = weight<T>(w, units, in, "w"), *pg = weight<T>(gamma, gamma_dim, width, "gamma");
+    const T* pt = weight<T>(beta, beta_dim, width, "beta");
     over_rows(rows_of(y), [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
       thread_local std::vector<float> scratch;
-      scratch.resize(2 * ROWS * padded);
+      scratch.assign(2 * ROWS * padded, 0.0f);
       float *c = scratch.data(), *z = c + ROWS * padded;
-      down<ROWS>(px + row * in, in, in, pw, padded, c);
+      dots<ROWS>(px + row * in, in, in, pw, units, c, padded);
       for (int i = 0; i < ROWS; ++i) {
         float factor = 1.0f;
         if (is_rms && beta_dim > 0) {
@@ -249,7 +265,7 @@ at::Tensor film(const at::Tensor& x, const at::Tensor& y, const at::Tensor& w, c
           factor = std::sqrt(total / static_cast<float>(width));
         }
         for (int64_t at = 0; at < padded; at += kLanes) {
-          vf value = vtanh(load(c + i * padded + at) + load(pb + at));
+          vf value = vtanh(load(c + i * padded + at) + load(p_bias + at));
           store(c + i * padded + at, value);
           store(z + i * padded + at, value * factor);
         }
@@ -284,15 +300,16 @@ void left_rows(const float* x, const float* u, int64_t u_dim, int64_t v_dim, flo
 }
 
 // PT3: z = scaling vec(U X V^T), X = x as (u_dim, v_dim)
+template <bool OVERWRITE>
 at::Tensor kronecker(const at::Tensor& x, const at::Tensor& y, const at::Tensor& u, const at::Tensor& v_t,
                      const at::Tensor& b, int64_t v_rank, double scaling) {
   const int64_t in = x.size(-1), width = y.size(-1), u_rank = u.size(0), u_dim = u.size(1), v_dim = v_t.size(0);
   const int64_t padded = v_t.size(1), rank = u_rank * v_rank;
-  const float *pu = weight(u, u_rank, u_dim, "u"), *pv = weight(v_t, v_dim, padded, "v_t");
-  const float* pb = weight(b, rank, width, "b");
+  const float *pu = weight<float>(u, u_rank, u_dim, "u"), *pv = weight<float>(v_t, v_dim, padded, "v_t");
   TORCH_CHECK(u_dim * v_dim == in && padded % kLanes == 0 && v_rank <= padded, "u and v do not fit x");
   const float s = static_cast<float>(scaling);
-  return for_dtype(x, y, [&](auto px, auto py, auto po) {
+  return for_dtype(x, y, OVERWRITE, [&](auto px, auto py, auto po) {
+    const auto* pb = weight<std::remove_pointer_t<decltype(po)>>(b, rank, width, "b");
     over_rows(rows_of(y), [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
       thread_local std::vector<float> scratch;
@@ -304,40 +321,42 @@ at::Tensor kronecker(const at::Tensor& x, const at::Tensor& y, const at::Tensor&
         for (; a + 4 <= u_rank; a += 4) left_rows<4>(line, pu + a * u_dim, u_dim, v_dim, left + a * v_dim);
         for (; a < u_rank; ++a) left_rows<1>(line, pu + a * u_dim, u_dim, v_dim, left + a * v_dim);
         for (a = 0; a < u_rank; ++a) {
-          down<1>(left + a * v_dim, 0, v_dim, pv, padded, one);
+          small_product(left + a * v_dim, v_dim, pv, padded, one);
           for (int64_t j = 0; j < v_rank; ++j) z[i * rank + a * v_rank + j] = s * one[j];
         }
       }
-      up<ROWS>(py + row * width, po + row * width, width, z, rank, rank, pb, nullptr, 0, 0, nullptr);
+      up<ROWS>(py + row * width, po + row * width, width, z, rank, rank, pb);
     });
   });
 }
 
 // PT2: z = scaling m (1 + tanh(C u)) a, a = A x, u = sqrt(R) a / |a|; m: the k largest logits M u (or of the task)
-at::Tensor rank_mask(const at::Tensor& x, const at::Tensor& y, const at::Tensor& a_t, const at::Tensor& b,
+template <bool OVERWRITE>
+at::Tensor rank_mask(const at::Tensor& x, const at::Tensor& y, const at::Tensor& a, const at::Tensor& b,
                      const at::Tensor& gate_t, const at::Tensor& mask_t, int64_t active, bool is_task_mask,
                      double scaling) {
-  const int64_t in = x.size(-1), width = y.size(-1), padded = a_t.size(1), rank = b.size(0);
+  const int64_t in = x.size(-1), width = y.size(-1), padded = mask_t.size(1), rank = b.size(0);
   const bool has_gate = gate_t.size(0) > 0;
-  const float *pa = weight(a_t, in, padded, "a_t"), *pb = weight(b, rank, width, "b");
-  const float* pc = weight(gate_t, has_gate ? rank : 0, padded, "gate_t");
-  const float* pm = weight(mask_t, is_task_mask ? 1 : rank, padded, "mask_t");
-  TORCH_CHECK(padded % kLanes == 0 && rank <= padded, "a_t must be padded to 16 columns");
-  return for_dtype(x, y, [&](auto px, auto py, auto po) {
+  const float* pc = weight<float>(gate_t, has_gate ? rank : 0, padded, "gate_t");
+  const float* pm = weight<float>(mask_t, is_task_mask ? 1 : rank, padded, "mask_t");
+  TORCH_CHECK(padded % kLanes == 0 && rank <= padded, "mask_t must be padded to 16 columns");
+  return for_dtype(x, y, OVERWRITE, [&](auto px, auto py, auto po) {
+    using T = std::remove_pointer_t<decltype(po)>;
+    const T *pa = weight<T>(a, rank, in, "a"), *pb = weight<T>(b, rank, width, "b");
     over_rows(rows_of(y), [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
       thread_local std::vector<float> scratch;
-      scratch.resize((ROWS + 3) * padded);
+      scratch.assign((ROWS + 3) * padded, 0.0f);
       float *z = scratch.data(), *unit = z + ROWS * padded, *logits = unit + padded, *gate = logits + padded;
-      down<ROWS>(px + row * in, in, in, pa, padded, z);
+      dots<ROWS>(px + row * in, in, in, pa, rank, z, padded);
       for (int i = 0; i < ROWS; ++i) {
         float* line = z + i * padded;
         float squares = 0.0f;
         for (int64_t j = 0; j < rank; ++j) squares += line[j] * line[j];
         const float inverse = 1.0f / std::max(std::sqrt(squares), 1e-20f);
         for (int64_t j = 0; j < rank; ++j) unit[j] = line[j] * inverse;
-        if (has_gate) down<1>(unit, 0, rank, pc, padded, gate);
-        if (!is_task_mask) down<1>(unit, 0, rank, pm, padded, logits);
+        if (has_gate) small_product(unit, rank, pc, padded, gate);
+        if (!is_task_mask) small_product(unit, rank, pm, padded, logits);
         const float* l = is_task_mask ? pm : logits;
         for (int64_t at = 0; at < padded; at += kLanes) {
           vf mine = load(l + at);
@@ -352,38 +371,36 @@ at::Tensor rank_mask(const at::Tensor& x, const at::Tensor& y, const at::Tensor&
           store(line + at, load(line + at) * factor);
         }
       }
-      up<ROWS>(py + row * width, po + row * width, width, z, rank, padded, pb, nullptr, 0, 0, nullptr);
+      up<ROWS>(py + row * width, po + row * width, width, z, rank, padded, pb);
     });
   });
 }
 
 // PT1: z_g = scaling 2 sigmoid(gate_w stats(x) + bias)_g A_g x_g; statistics of each head's output
-at::Tensor head_gating(const at::Tensor& x, const at::Tensor& y, const at::Tensor& a_t, const at::Tensor& b,
+template <bool OVERWRITE>
+at::Tensor head_gating(const at::Tensor& x, const at::Tensor& y, const at::Tensor& a, const at::Tensor& b,
                        const at::Tensor& gate_w, const at::Tensor& gate_bias, int64_t heads,
                        at::IntArrayRef ranks, double scaling) {
-  const int64_t in = x.size(-1), width = y.size(-1), padded = a_t.size(1), gate_padded = gate_w.size(1);
+  const int64_t in = x.size(-1), width = y.size(-1), gate_padded = gate_w.size(1);
   const int64_t padded_heads = (heads + kLanes - 1) / kLanes * kLanes;
   const int64_t groups = static_cast<int64_t>(ranks.size()), rank = b.size(0);
   const int64_t head_dim = in / heads, group_dim = in / groups;
-  const int64_t widest = *std::max_element(ranks.begin(), ranks.end());
   TORCH_CHECK(std::accumulate(ranks.begin(), ranks.end(), int64_t{0}) == rank, "the ranks do not add up to b's rows");
-  const float *pa = weight(a_t, in, padded, "a_t"), *pb = weight(b, rank, width, "b");
-  const float *pw = weight(gate_w, 2 * heads, gate_padded, "gate_w");
-  const float* pbias = weight(gate_bias, 1, gate_padded, "gate_bias");
-  TORCH_CHECK(padded % kLanes == 0 && gate_padded % kLanes == 0 && widest <= padded && heads % groups == 0 && in % heads == 0, "heads do not fit");
+  const float* pw = weight<float>(gate_w, 2 * heads, gate_padded, "gate_w");
+  const float* pbias = weight<float>(gate_bias, 1, gate_padded, "gate_bias");
+  TORCH_CHECK(gate_padded % kLanes == 0 && groups <= gate_padded && heads % groups == 0 && in % heads == 0, "heads do not fit");
   const float s = static_cast<float>(scaling) * 2.0f;
-  return for_dtype(x, y, [&](auto px, auto py, auto po) {
+  return for_dtype(x, y, OVERWRITE, [&](auto px, auto py, auto po) {
+    using T = std::remove_pointer_t<decltype(po)>;
+    const T *pa = weight<T>(a, rank, group_dim, "a"), *pb = weight<T>(b, rank, width, "b");
     over_rows(rows_of(y), [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
       thread_local std::vector<float> scratch;
-      scratch.assign(ROWS * (padded + rank) + 2 * padded_heads + gate_padded, 1.0f);
-      float *one = scratch.data(), *z = one + ROWS * padded, *stats = z + ROWS * rank;
+      scratch.assign(ROWS * rank + 2 * padded_heads + gate_padded, 1.0f);
+      float *z = scratch.data(), *stats = z + ROWS * rank;
       float* gates = stats + 2 * padded_heads;
-      for (int64_t g = 0, start = 0; g < groups; start += ranks[g++]) {
-        down<ROWS>(px + row * in + g * group_dim, in, group_dim, pa + g * group_dim * padded, padded, one);
-        for (int i = 0; i < ROWS; ++i)
-          for (int64_t j = 0; j < ranks[g]; ++j) z[i * rank + start + j] = one[i * padded + j];
-      }
+      for (int64_t g = 0, start = 0; g < groups; start += ranks[g++])
+        dots<ROWS>(px + row * in + g * group_dim, in, group_dim, pa + start * group_dim, ranks[g], z + start, rank);
       for (int i = 0; i < ROWS; ++i) {
         float *energy = stats, *evenness = stats + padded_heads, total = 0.0f;
         for (int64_t h = 0; h < heads; ++h) {
@@ -422,7 +439,7 @@ at::Tensor head_gating(const at::Tensor& x, const at::Tensor& y, const at::Tenso
         for (int64_t g = 0, start = 0; g < groups; start += ranks[g++])
           for (int64_t j = 0; j < ranks[g]; ++j) z[i * rank + start + j] *= gates[g];
       }
-      up<ROWS>(py + row * width, po + row * width, width, z, rank, rank, pb, nullptr, 0, 0, nullptr);
+      up<ROWS>(py + row * width, po + row * width, width, z, rank, rank, pb);
     });
   });
 }
@@ -430,19 +447,24 @@ at::Tensor head_gating(const at::Tensor& x, const at::Tensor& y, const at::Tenso
 }  // namespace
 
 TORCH_LIBRARY(bem_peft_cpu, m) {
-  m.def("film(Tensor x, Tensor y, Tensor w, Tensor bias, Tensor gamma, Tensor beta, bool is_rms) -> Tensor");
-  m.def("kronecker(Tensor x, Tensor y, Tensor u, Tensor v_t, Tensor b, int v_rank, float scaling) -> Tensor");
-  m.def(
-      "rank_mask(Tensor x, Tensor y, Tensor a_t, Tensor b, Tensor gate_t, Tensor mask_t, int active, bool is_task_mask, "
-      "float scaling) -> Tensor");
-  m.def(
-      "head_gating(Tensor x, Tensor y, Tensor a_t, Tensor b, Tensor gate_w, Tensor gate_bias, int heads, int[] ranks, "
-      "float scaling) -> Tensor");
+  for (const std::string& end : {std::string("(Tensor x, Tensor y, "), std::string("_(Tensor x, Tensor(a!) y, ")}) {
+    const std::string back = end[0] == '_' ? ") -> Tensor(a!)" : ") -> Tensor";
+    m.def(torch::schema(("film" + end + "Tensor w, Tensor bias, Tensor gamma, Tensor beta, bool is_rms" + back).c_str()));
+    m.def(torch::schema(("kronecker" + end + "Tensor u, Tensor v_t, Tensor b, int v_rank, float scaling" + back).c_str()));
+    m.def(torch::schema(("rank_mask" + end +
+          "Tensor a, Tensor b, Tensor gate_t, Tensor mask_t, int active, bool is_task_mask, float scaling" + back).c_str()));
+    m.def(torch::schema(("head_gating" + end +
+          "Tensor a, Tensor b, Tensor gate_w, Tensor gate_bias, int heads, int[] ranks, float scaling" + back).c_str()));
+  }
 }
 
 TORCH_LIBRARY_IMPL(bem_peft_cpu, CPU, m) {
-  m.impl("film", film);
-  m.impl("kronecker", kronecker);
-  m.impl("rank_mask", rank_mask);
-  m.impl("head_gating", head_gating);
+  m.impl("film", film<false>);
+  m.impl("film_", film<true>);
+  m.impl("kronecker", kronecker<false>);
+  m.impl("kronecker_", kronecker<true>);
+  m.impl("rank_mask", rank_mask<false>);
+  m.impl("rank_mask_", rank_mask<true>);
+  m.impl("head_gating", head_gating<false>);
+  m.impl("head_gating_", head_gating<true>);
 }
