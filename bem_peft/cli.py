@@ -99,7 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare.add_argument(
         "--development", nargs="+", default=[], metavar="RESULTS", help="Slice-A, kept apart from them"
     )
-    compare.add_argument("--margin", type=float, default=0.0, help="how much worse counts as no worse (default 0)")
+    compare.add_argument(
+        "--margin", action="append", default=[], metavar="METRIC=VALUE",
+        help="how much worse counts as no worse, in the metric's units (default 0); may stand often",
+    )  # fmt: skip
     compare.add_argument("--correction", choices=("by", "bh", "holm"), default="by")
     compare.add_argument("--title", default="Comparison of adapters")
     compare.add_argument("--quality", help="metric of the Pareto frontiers; default the first that all systems have")
@@ -219,7 +222,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     systems = read_results(arguments.results)
     cards = [check_card(text, [s.name for s in systems], arguments.dataset) for text in arguments.card]
     report = ComprehensiveEvaluator(
-        systems, arguments.anchor, margin=arguments.margin, correction=arguments.correction,
+        systems, arguments.anchor, margin=_margins(arguments.margin), correction=arguments.correction,
         stands_on=HELD_OUT if arguments.held_out else DEVELOPMENT, title=arguments.title,
         development=read_results(arguments.development) if arguments.development else (), quality=arguments.quality,
         profiles=None if arguments.profile is None else ProfileDocument.read(arguments.profile),
@@ -232,6 +235,18 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(f"{promotion.system}: {promotion.verdict}; {promotion.reasons[0]}")
     print("wrote " + ", ".join(map(str, written)))
     return 0
+
+
+def _margins(given: Sequence[str]) -> dict[str, float]:
+    """{"chrf": 0.5} of ["chrf=0.5"]. Raises ValueError for anything else."""
+    found = {}
+    for text in given:
+        metric, _, value = text.partition("=")
+        try:
+            found[metric] = float(value)
+        except ValueError:
+            raise ValueError(f"--margin {text}: write METRIC=VALUE, as nll=0.02.") from None
+    return found
 
 
 def _model_and_configs(arguments: argparse.Namespace) -> tuple[nn.Module, PeftConfig, PeftConfig]:

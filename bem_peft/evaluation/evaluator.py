@@ -63,6 +63,10 @@ class ComprehensiveEvaluator:
         if quality is not None and (quality not in QUALITY or any(quality not in s.values for s in systems)):
             raise ValueError(f"`quality` = {quality!r}: must be of {', '.join(QUALITY)}, and every system's.")
         self.quality = quality
+        known = {metric for system in systems for metric in system.scores}
+        strange = [metric for metric in margin if metric not in known] if isinstance(margin, Mapping) else []
+        if strange:
+            raise ValueError(f"`margin` of {strange[0]!r}: the systems were scored by {', '.join(sorted(known))}.")
         if anchor not in self.systems:
             raise ValueError(f"`anchor` = {anchor!r}: must be one of {', '.join(self.systems)}.")
         if stands_on not in (DEVELOPMENT, HELD_OUT):

@@ -11,7 +11,7 @@ from bem_peft.budget.whole_file import write_whole
 from bem_peft.evaluation.pareto import Objective, ParetoPoint
 from bem_peft.evaluation.profile_document import ProfileDocument
 from bem_peft.evaluation.promotion import Promotion, interval_text
-from bem_peft.evaluation.results import SystemResult
+from bem_peft.evaluation.results import QUALITY, SystemResult
 from bem_peft.evaluation.slices import SliceResult
 
 VERSION = 1
@@ -36,6 +36,13 @@ class Report:
     pareto: list[ParetoPoint]
     promotions: list[Promotion]
     profiles: ProfileDocument | None = None
+
+    @property
+    def values(self) -> list[str]:
+        """What every system has a value of: the objectives, after their quality the other metrics of quality."""
+        names = [objective.name for objective in self.objectives]
+        others = [m for m in QUALITY if m not in names and all(m in s.values for s in self.systems)]
+        return [*names[:1], *others, *names[1:]]
 
     def to_dict(self) -> dict[str, Any]:
         """As `report.json` has it; `report.schema.json` describes it."""
@@ -81,7 +88,7 @@ class Report:
             f"p-values corrected over metrics and slices ({self.correction}).",
             "",
         ]
-        names = [objective.name for objective in self.objectives]
+        names = self.values
         lines += ["| system | method | " + " | ".join(names) + " | seeds | budget |"]
         lines += ["| --- | --- |" + " ---: |" * len(names) + " ---: | --- |"]
         for system in self.systems:

@@ -184,7 +184,7 @@ def _systems(report: Report) -> str:
     def seeds(system: SystemResult) -> str:
         return ", ".join(map(str, system.seeds)) or "-"
 
-    names = [objective.name for objective in report.objectives]
+    names = report.values
     rows = [
         (escape(s.name), escape(s.method), seeds(s), budget_text(s), *(number(s.values[name]) for name in names))
         for s in report.systems

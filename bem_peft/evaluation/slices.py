@@ -66,7 +66,8 @@ def compare_slices(
     Args:
         pairs: metric -> candidate and anchor.
         stands_on: "slice_a" or "slice_b".
-        margin: how much worse counts as no worse, in the metric's units, >= 0; or one a metric.
+        margin: how much worse counts as no worse, in the metric's units, >= 0; or one a metric (0 where
+            none is given).
         correction: "by" (slices overlap), "bh" or "holm".
 
     Raises:
@@ -74,7 +75,7 @@ def compare_slices(
     """
     if stands_on not in (DEVELOPMENT, HELD_OUT):
         raise ValueError(f"`stands_on` = {stands_on!r}: must be {DEVELOPMENT!r} or {HELD_OUT!r}.")
-    margins = {metric: margin[metric] if isinstance(margin, Mapping) else margin for metric in pairs}
+    margins = {metric: margin.get(metric, 0.0) if isinstance(margin, Mapping) else margin for metric in pairs}
     for metric, value in margins.items():
         if not value >= 0.0:
             raise ValueError(f"`margin` = {value!r} for {metric!r}: must be at least 0, in the metric's units.")

@@ -1,8 +1,8 @@
 """The methods as one C++ operator a site, for inference on a CPU; built by torch's own tools on first use.
 
 The torch forms in the methods' files are the specification (`tests/kernels`). An operator takes rows in float32 or
-bfloat16, with wide weights of the same dtype, and sums in float32; small weights are float32, padded to 16 columns. Each
-has a form that writes into y (`film_`), for a y that nobody else holds.
+bfloat16, with wide weights of the same dtype, and sums in float32; small weights are float32, padded to 16 columns.
+Each has a form that writes into y (`film_`), for a y that nobody else holds.
 
 Building takes half a minute, a C++ compiler (g++ or clang++) and ninja, once; torch keeps the result in its folder of
 extensions (`TORCH_EXTENSIONS_DIR`).

@@ -257,3 +257,17 @@ def test_names_that_stand_twice_and_failed_runs_are_refused(runs: dict[str, Path
 def test_numbers_are_short_and_exact_counts_are_whole() -> None:
     assert [number(v) for v in (783_360.0, 0.96512, 1.2e-05, 123456.7)] == ["783,360", "0.9651", "1.2e-05", "123,457"]
     assert SystemResult("a", "m", {}).budget_is_met is None
+
+
+def test_margins_are_a_metrics_own(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compare", *map(str, runs.values()), "--anchor", "anchor", "--held-out", "--out", str(tmp_path / "out")]
+    assert main([*command, "--margin", "nll=0.5"]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert not any(found["is_inferior"] for found in report["comparisons"]["worse"])
+    assert {found["margin"] for found in report["comparisons"]["worse"]} == {0.5}
+    for given, text in (
+        ("0.5", "write METRIC=VALUE"),
+        ("chrf=1", "`margin` of 'chrf': the systems were scored by nll"),
+    ):
+        assert main([*command, "--margin", given]) == 2
+        assert text in capsys.readouterr().err
