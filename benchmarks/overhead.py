@@ -21,6 +21,7 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,26 @@ def interleave(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, l
                 seconds[name].append(value)
     use_kernels("torch")
     return seconds
+
+
+def others_busy() -> Callable[[], float]:
+    """Call it, run something, and call what it returned: the share of the processors that other processes used."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return lambda: float("nan")
+
+    def busy() -> tuple[float, float]:
+        user, nice, system, idle, wait, *rest = (int(x) for x in stat.read_text().split("\n", 1)[0].split()[1:8])
+        ticks = os.sysconf("SC_CLK_TCK")
+        return (user + nice + system + sum(rest)) / ticks, (user + nice + system + sum(rest) + idle + wait) / ticks
+
+    used, whole, own = *busy(), time.process_time()
+
+    def share() -> float:
+        now, all_now = busy()
+        return max(0.0, now - used - (time.process_time() - own)) / max(1e-9, all_now - whole)
+
+    return share
 
 
 def overhead(mine: list[float], base: list[float]) -> tuple[float, float, float]:
@@ -111,7 +132,9 @@ def measure(
             if mode == "compile":
                 report(f"  compiling {name}")
                 run()
+        others = others_busy()
         seconds = interleave(runs, args.rounds)
+        report(f"\nother processes used {others():.1%} of the processors meanwhile")
         cells = {name: overhead(found, seconds["base"]) for name, found in seconds.items()}
         limit = {name: phase.limit(models[name]) for name in names}
         shown = f"{statistics.median(seconds['base']) * 1e3:.2f} ms"
