@@ -52,7 +52,7 @@ class Variant:
     is_ours: bool = False
     kernels: str = "torch"
     is_plain_lora: bool = False
-    takes_grad: bool = True
+    is_sized: bool = False  # its config is to be taken as it is
 
     @property
     def anchor(self) -> str:
@@ -123,7 +123,7 @@ def share_weights(model: Any) -> Any:
 def sized(base: Any, variant: Variant) -> PeftConfig:
     """The config of ours whose parameters are nearest to LoRA's at the same sites; the others as they stand."""
     config = variant.config()
-    if not variant.is_ours:
+    if not variant.is_ours or variant.is_sized:
         return config
     anchor = LoraConfig(r=8, target_modules=list(variant.sites))
     return match_budget(base, config, anchor, match=("params",), tolerance_ratio=0.03).config
@@ -170,8 +170,8 @@ def adapted_models(base: Any, names: list[str], *, is_training: bool = False) ->
 
 
 def _is_near(a: torch.Tensor, b: torch.Tensor, allowed: float) -> bool:
-    """In root mean square of the logits. In bfloat16 the rounding of one layer grows through the next ones, so that this
-    only finds what is wrong altogether; parity operator by operator is what tests/kernels asserts."""
+    """In root mean square of the logits. In bfloat16 the rounding of one layer grows through the next ones, so that
+    this only finds what is wrong altogether; parity operator by operator is what tests/kernels asserts."""
     return float((a.float() - b.float()).square().mean().sqrt() / b.float().square().mean().sqrt()) <= allowed
 
 
