@@ -35,7 +35,7 @@ def build() -> Any:
     load(
         name="bem_peft_cpu",
         sources=[str(SOURCE)],
-        extra_cflags=["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"],
+        extra_cflags=["-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"],
         is_python_module=False,
     )
     formulas = {
