@@ -1,4 +1,4 @@
-"""Settings of every test: one thread (they run in parallel), no hub, warnings of others that nobody here can mend."""
+"""Settings of every test: one thread (they run in parallel), no hub, Triton interpreted, no warnings of others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# before anything imports Triton, whose own functions are made for the interpreter or for a GPU when they are imported
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

@@ -1,26 +1,76 @@
-"""Which form of the methods computes: chosen before the call, by BEM_PEFT_KERNELS or `use_kernels`."""
+"""Which form of the methods computes: chosen before the call, by BEM_PEFT_KERNELS or `use_kernels`.
+
+    auto     the torch forms, everywhere: no GPU has run the Triton kernels yet, and C++ wants a compiler
+    torch    the torch forms: the specification of the others
+    cpp      one C++ operator a site, for inference on a CPU; built on first use (`kernels.cpp`)
+    triton   Triton's kernels on CUDA and ROCm, for training and inference; on a CPU in Triton's interpreter alone
+
+What a chosen form does not know (a device, a dtype, a mode of a method) takes the torch form, by rules that each method
+states (`fits_operator`, `uses_triton`), never because something failed.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
-CHOICES = ("auto", "torch", "cpp")
+import torch
+
+VARIABLE = "BEM_PEFT_KERNELS"
+CHOICES = ("auto", "torch", "cpp", "triton")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Chosen:
     """The choice as plain attributes, which cost nothing to read at each call."""
 
     is_cpp = False
+    is_triton = False
 
 
 chosen = _Chosen()
 
 
 def use_kernels(name: str) -> None:
-    """Choose for this process. Raises ValueError for an unknown name."""
+    """Choose for this process.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: "triton" where the package is not installed.
+    """
     if name not in CHOICES:
-        raise ValueError(f"BEM_PEFT_KERNELS = {name!r}: must be one of {', '.join(CHOICES)}.")
-    chosen.is_cpp = name == "cpp"
+        raise ValueError(f"{VARIABLE} = {name!r}: must be one of {', '.join(CHOICES)}.")
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        raise RuntimeError(
+            f"{VARIABLE} = 'triton', and the package triton is not installed: pip install 'bem_peft[triton]' (Linux), "
+            f"or choose {', '.join(CHOICES[:3])}."
+        )
+    chosen.is_cpp, chosen.is_triton = name == "cpp", name == "triton"
 
 
-use_kernels(os.environ.get("BEM_PEFT_KERNELS", "auto"))
+def uses_triton(y: torch.Tensor) -> bool:
+    """Whether an operator that returns a tensor like y runs as Triton's kernel; Triton must be chosen.
+
+    Raises:
+        RuntimeError: y is on a device that Triton's kernels cannot run on.
+    """
+    kind = y.device.type
+    if kind == "meta" or y.dtype not in TRITON_DTYPES:
+        return False
+    if kind != "cuda" and not (kind == "cpu" and is_interpreted()):
+        raise RuntimeError(
+            f"{VARIABLE} = 'triton', and Triton's kernels do not run on a {kind} device: move the model to CUDA or "
+            f"ROCm, choose {', '.join(CHOICES[:3])}, or, to try the kernels on a CPU, set TRITON_INTERPRET=1 before "
+            "Python starts (Triton's interpreter, very slow)."
+        )
+    return True
+
+
+def is_interpreted() -> bool:
+    """Whether the kernels were made for Triton's interpreter."""
+    from bem_peft.kernels.triton_tiles import IS_INTERPRETED
+
+    return IS_INTERPRETED
+
+
+use_kernels(os.environ.get(VARIABLE, "auto"))

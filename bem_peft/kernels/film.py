@@ -25,3 +25,25 @@ def bounded_rows(weight: torch.Tensor, scaling: float, bound: float, dtype: torc
 def token_rms(y: torch.Tensor) -> torch.Tensor:
     """Root mean square of each row of y (N, out), (N, 1), in y's dtype; accumulated in float32 by the norm's kernel."""
     return torch.linalg.vector_norm(y, dim=1, keepdim=True) * y.shape[1] ** -0.5
+
+
+def film_update(
+    y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None, is_rms: bool
+) -> torch.Tensor:
+    """y' = y (1 + c_g G^T) + (c_b rho) T^T, a value a channel.
+
+    Args:
+        y: (N, out). c: (N, units). gamma_t: G^T (gamma_dim, out), beta_t: T^T (beta_dim, out), or None; they read the
+            first columns of c.
+        is_rms: whether rho is the token's rms of y, else 1.
+
+    Returns:
+        (N, out) in the dtype of y.
+    """
+    out = y
+    if gamma_t is not None:
+        out = torch.addcmul(y, y, torch.mm(c[:, : gamma_t.shape[0]], gamma_t))
+    if beta_t is not None:
+        units = c[:, : beta_t.shape[0]]
+        out = torch.addmm(out, units * token_rms(y) if is_rms else units, beta_t)
+    return out

@@ -21,3 +21,10 @@ def kronecker_project(x: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torc
     tokens, (u_rank, u_dim), (v_rank, v_dim) = x.shape[0], u.shape, v.shape
     left = torch.bmm(u.expand(tokens, u_rank, u_dim), x.reshape(tokens, u_dim, v_dim))
     return linear(left.view(tokens * u_rank, v_dim), v).view(tokens, u_rank * v_rank)
+
+
+def kronecker_update(
+    x: torch.Tensor, y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, b_t: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """y' = y + s z B^T, z as above. Args: y (N, out), b_t (u_rank * v_rank, out). Returns: (N, out)."""
+    return torch.addmm(y, kronecker_project(x, u, v), b_t, alpha=scaling)

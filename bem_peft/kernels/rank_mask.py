@@ -40,3 +40,30 @@ def straight_through_k_hot(logits: torch.Tensor, k: int, temperature: float) -> 
     threshold = (top[..., k - 1 : k] + top[..., -1:]) / 2
     soft = torch.sigmoid((logits - threshold) / temperature)
     return hard + (soft - soft.detach())
+
+
+def masked_update(
+    y: torch.Tensor,
+    z: torch.Tensor,
+    gate: torch.Tensor | None,
+    logits: torch.Tensor,
+    b_t: torch.Tensor,
+    k: int,
+    scaling: float,
+    temperature: float = 1.0,
+    is_soft: bool = False,
+) -> torch.Tensor:
+    """y' = y + s (m * z * (1 + g)) B^T, m the k-hot mask of the logits.
+
+    Args:
+        y: (N, out). z: (N, R). gate: g, (N, R), or None for 0. logits: (N, R) or (1, R), float32. b_t: (R, out).
+        k: number of ones, 1 <= k <= R.
+        is_soft: whether the logits take the straight-through gradient, at `temperature`.
+
+    Returns:
+        (N, out) in the dtype of y.
+    """
+    mask = straight_through_k_hot(logits, k, temperature) if is_soft else k_hot_mask(logits, k)
+    if gate is not None:
+        z = torch.addcmul(z, z, gate if gate.dtype is z.dtype else gate.to(z.dtype))
+    return torch.addmm(y, z * mask.to(z.dtype), b_t, alpha=scaling)

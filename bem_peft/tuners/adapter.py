@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from bem_peft.kernels import backend, cpu
+from bem_peft.kernels import backend, cpp
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.optimizer_hooks import watch
 from bem_peft.tuners.penalty import carry
@@ -63,7 +63,7 @@ class Adapter(nn.Module):
     variant: ClassVar[str] = ""  # PT1 to PT4
     lr_groups: ClassVar[dict[str, str]] = {}  # parameter -> group of the optimizer
     is_mergeable: bool = False
-    has_operator: bool = False  # one of `kernels.cpu` computes it as it is configured
+    has_operator: bool = False  # one of `kernels.cpp` computes it as it is configured
     attention_rows: Any = None  # the exact rows of the attention that runs now, where the method reads them
     watch_order: int = 0
     is_watched: bool = False  # has something to do around an optimizer step
@@ -123,8 +123,8 @@ class Adapter(nn.Module):
         return out.view(y.shape)
 
     def fits_operator(self, y: torch.Tensor) -> bool:
-        """Whether the C++ operator of `kernels.cpu` can take this call: inference on a CPU."""
-        if grad_enabled() or self.training or not y.is_cpu or y.dtype not in cpu.DTYPES:
+        """Whether the C++ operator of `kernels.cpp` can take this call: inference on a CPU."""
+        if grad_enabled() or self.training or not y.is_cpu or y.dtype not in cpp.DTYPES:
             return False
         return not torch.compiler.is_compiling()
 

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from bem_peft.kernels import cpu
+from bem_peft.kernels import backend, cpp
+from bem_peft.kernels.gate import gated_update
 from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig
@@ -246,13 +247,13 @@ class HeadGroupGatingAdapter(LowRankAdapter):
 
     def pack(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         gate = self.gate_weight.float().t(), self.gate_bias.float().unsqueeze(0)
-        padded = (cpu.padded(part / self.temperature) for part in gate)
+        padded = (cpp.padded(part / self.temperature) for part in gate)
         return self.A.to(dtype).contiguous(), transposed(self.B, dtype), *padded
 
     def operator(
         self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
     ) -> torch.Tensor:
-        run = cpu.build().head_gating_ if overwrite else cpu.build().head_gating
+        run = cpp.build().head_gating_ if overwrite else cpp.build().head_gating
         out: torch.Tensor = run(x, y, *packed, self.num_heads, self.ranks, self.scaling)
         return out
 
@@ -265,16 +266,18 @@ class HeadGroupGatingAdapter(LowRankAdapter):
             gate = torch.nn.functional.dropout(gate, self.gate_dropout)
         if self.dropout:
             x = self.drop(x)
-        if gate.dtype is not x.dtype:
-            gate = gate.to(x.dtype)
         if a.dim() == 2:
             low = torch.mm(x, a).view(x.shape[0], self.num_groups, -1)
         else:
             groups = x.view(x.shape[0], self.num_groups, -1).transpose(0, 1)
             low = torch.bmm(groups, a).transpose(0, 1)
-        low = (low * gate.unsqueeze(-1)).flatten(1)  # (N, G r)
-        if not self.is_even:
-            low = low[:, self.slots]
+        if self.is_even:
+            if backend.chosen.is_triton and backend.uses_triton(y):
+                from bem_peft.kernels.triton_gate import gated_update as fused
+
+                return fused(y, low, gate, b_t, 2.0 * self.scaling)
+            return gated_update(y, low, gate, b_t, 2.0 * self.scaling)
+        low = (low * gate.to(low.dtype).unsqueeze(-1)).flatten(1)[:, self.slots]
         return torch.addmm(y, low, b_t, alpha=2.0 * self.scaling)
 
     def statistics(self, x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from bem_peft.kernels import cpu
+from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.hadamard import hadamard_transform, is_power_of_two
 from bem_peft.kernels.rank_mask import drop_all_but_k, k_hot_mask, straight_through_k_hot
 from bem_peft.tuners import field_checks as check
@@ -151,12 +151,12 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         a, b_t, *control = self.derive(dtype)
         gate = control[0] if self.has_value_gate else a.new_zeros(0, b_t.shape[0])
         mask = self.mask_weight.unsqueeze(0) if self.is_task_mask else control[-1]
-        return a.t().contiguous(), b_t.contiguous(), cpu.padded(gate), cpu.padded(mask)
+        return a.t().contiguous(), b_t.contiguous(), cpp.padded(gate), cpp.padded(mask)
 
     def operator(
         self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
     ) -> torch.Tensor:
-        run = cpu.build().rank_mask_ if overwrite else cpu.build().rank_mask
+        run = cpp.build().rank_mask_ if overwrite else cpp.build().rank_mask
         out: torch.Tensor = run(x, y, *packed, self.active_rank, self.is_task_mask, self.scaling)
         return out
 
@@ -165,10 +165,15 @@ class DynamicRankMaskAdapter(LowRankAdapter):
             x = self.drop(x)
         z = torch.mm(x, weights[0])  # (N, R)
         logits, gate = self.control(z.float(), *weights[2:])
-        if gate is not None:
-            z = torch.addcmul(z, z, gate if gate.dtype is z.dtype else gate.to(z.dtype))
         if self.carries_penalties(y):
             y = self.penalise(y, "balance", self.balance_strength, self.imbalance(logits), once=self.is_task_mask)
+        if backend.chosen.is_triton and self.observer is None and backend.uses_triton(y):
+            from bem_peft.kernels.triton_rank_mask import masked_update as fused
+
+            is_soft = self.training and torch.is_grad_enabled()
+            return fused(y, z, gate, logits, weights[1], self.active_rank, self.scaling, self.temperature, is_soft)
+        if gate is not None:
+            z = torch.addcmul(z, z, gate if gate.dtype is z.dtype else gate.to(z.dtype))
         return torch.addmm(y, self.masked(z, logits), weights[1], alpha=self.scaling)
 
     def control(self, z: torch.Tensor, *control: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from bem_peft.kernels import cpu
-from bem_peft.kernels.kronecker import kronecker_project
+from bem_peft.kernels import backend, cpp
+from bem_peft.kernels.kronecker import kronecker_update
 from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig
@@ -166,12 +166,12 @@ class KroneckerAdapter(LowRankAdapter):
 
     def pack(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         u, v, b_t = self.derive(dtype)
-        return u.float().contiguous(), cpu.padded(v.t()), b_t.contiguous()
+        return u.float().contiguous(), cpp.padded(v.t()), b_t.contiguous()
 
     def operator(
         self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
     ) -> torch.Tensor:
-        run = cpu.build().kronecker_ if overwrite else cpu.build().kronecker
+        run = cpp.build().kronecker_ if overwrite else cpp.build().kronecker
         out: torch.Tensor = run(x, y, *packed, self.v_rank, self.scaling)
         return out
 
@@ -181,7 +181,11 @@ class KroneckerAdapter(LowRankAdapter):
             y = self.carry_penalties(y)
         if self.dropout:
             x = self.drop(x)
-        return torch.addmm(y, kronecker_project(x, u, v), b_t, alpha=self.scaling)
+        if backend.chosen.is_triton and backend.uses_triton(y):
+            from bem_peft.kernels.triton_kronecker import kronecker_update as fused
+
+            return fused(x, y, u, v, b_t, self.scaling)
+        return kronecker_update(x, y, u, v, b_t, self.scaling)
 
     def carry_penalties(self, y: torch.Tensor) -> torch.Tensor:
         """y with the orthogonality and diversity penalties of U and V."""

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import distributed, nn
 
-from bem_peft.kernels import cpu
-from bem_peft.kernels.film import bounded_rows, token_rms
+from bem_peft.kernels import backend, cpp
+from bem_peft.kernels.film import bounded_rows, film_update, token_rms
 from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import Adapter, SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig
@@ -164,31 +164,46 @@ class ResidualFiLMAdapter(Adapter):
         none = weight.new_zeros(0, self.out_features)
         gamma = rows[0] if self.clamp_range > 0 else none
         beta = rows[-1] if self.max_beta > 0 else none
-        return weight.t().contiguous(), cpu.padded(bias.unsqueeze(0)), gamma.contiguous(), beta.contiguous()
+        return weight.t().contiguous(), cpp.padded(bias.unsqueeze(0)), gamma.contiguous(), beta.contiguous()
 
     def operator(
         self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
     ) -> torch.Tensor:
-        run = cpu.build().film_ if overwrite else cpu.build().film
+        run = cpp.build().film_ if overwrite else cpp.build().film
         out: torch.Tensor = run(x, y, *packed, self.is_rms)
         return out
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         c = self.controller(x, *weights[:2])  # (N, units)
+        gamma_t = weights[-2 if self.max_beta > 0 else -1] if self.clamp_range > 0 else None
+        beta_t = weights[-1] if self.max_beta > 0 else None
+        if self.mode != "channel":
+            out = self.broadcast_update(y, c, gamma_t, beta_t)
+        elif backend.chosen.is_triton and backend.uses_triton(y):
+            from bem_peft.kernels.triton_film import film_update as fused
+
+            out = fused(y, c, gamma_t, beta_t, self.is_rms)
+        else:
+            out = film_update(y, c, gamma_t, beta_t, self.is_rms)
+        if self.is_guarded and self.training:
+            self.is_unstable.logical_or_(~(out.detach().abs().amax() <= self.explosion_threshold))
+        return out
+
+    def broadcast_update(
+        self, y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `film_update`, where gamma and beta are a value a token, or c is one for all tokens."""
         out = y
-        if self.clamp_range > 0:
-            gamma = torch.mm(c[:, : self.gamma_dim], weights[-2 if self.max_beta > 0 else -1])
-            out = torch.addcmul(y, y, gamma)
-        if self.max_beta > 0:
+        if gamma_t is not None:
+            out = torch.addcmul(y, y, torch.mm(c[:, : self.gamma_dim], gamma_t))
+        if beta_t is not None:
             units = c[:, : self.beta_dim]
             if self.is_rms:
                 units = units * token_rms(y)
             if self.mode == "spatial" or units.shape[0] != y.shape[0]:  # what broadcasts cannot be the addend of addmm
-                out = out + torch.mm(units, weights[-1])
+                out = out + torch.mm(units, beta_t)
             else:
-                out = torch.addmm(out, units, weights[-1])
-        if self.is_guarded and self.training:
-            self.is_unstable.logical_or_(~(out.detach().abs().amax() <= self.explosion_threshold))
+                out = torch.addmm(out, units, beta_t)
         return out
 
     def controller(self, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from bem_peft import (
     ResidualFiLMConfig,
     use_kernels,
 )
-from bem_peft.kernels import cpu
+from bem_peft.kernels import cpp
 from bem_peft.tuners.adapter import MANY, PACKED, Adapter, SiteShape
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.layer import AdapterLinear
@@ -133,7 +133,7 @@ def both_forms(adapter: Adapter, x: torch.Tensor, y: torch.Tensor) -> tuple[torc
         return found, plain, formula(adapter, x, y, weights)
 
 
-@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cpp.DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 7, 33, 130])
 @pytest.mark.parametrize(("name", "width"), [(name, width) for name, case in CASES.items() for width in case[2]])
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -170,7 +170,7 @@ def test_operators_pass_torchs_own_checks_and_count_their_products(name: str) ->
             adapter.transform(*rows, *adapter.weights(torch.float32, MANY))
         assert counted.get_total_flops() == expected.get_total_flops() > 0
         names = {"PT1": "head_gating", "PT2": "rank_mask", "PT3": "kronecker", "PT4": "film"}
-        operator: Any = getattr(cpu.build(), names[name[:3]])
+        operator: Any = getattr(cpp.build(), names[name[:3]])
         seen: list[Any] = []
 
         class Spy(torch.utils._python_dispatch.TorchDispatchMode):
@@ -182,7 +182,7 @@ def test_operators_pass_torchs_own_checks_and_count_their_products(name: str) ->
         with Spy():
             adapter.operator(x, y, *packed)
         torch.library.opcheck(operator.default, seen[0], test_utils=("test_schema", "test_faketensor"))
-        overwriting = getattr(cpu.build(), f"{names[name[:3]]}_").default
+        overwriting = getattr(cpp.build(), f"{names[name[:3]]}_").default
         torch.library.opcheck(overwriting, seen[0], test_utils=("test_schema", "test_faketensor"))
         copied = y.clone()
         assert adapter.operator(x, copied, *packed, overwrite=True).data_ptr() == copied.data_ptr()
@@ -194,7 +194,7 @@ def test_operators_pass_torchs_own_checks_and_count_their_products(name: str) ->
         assert torch.equal(out[1], whole[1])
 
 
-@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cpp.DTYPES, ids=str)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     "config",
@@ -282,7 +282,7 @@ def test_what_an_operator_does_not_know_takes_the_torch_form() -> None:
 
 
 def test_wrong_shapes_and_choices_are_named() -> None:
-    operators = cpu.build()
+    operators = cpp.build()
     x, y = torch.zeros(2, 6), torch.zeros(2, 4)
     with pytest.raises(RuntimeError, match=r"u must be a contiguous Float \(1, 3\), is Double"):
         operators.kronecker(x, y, torch.zeros(1, 3).double(), torch.zeros(2, 16), torch.zeros(1, 4), 1, 1.0)

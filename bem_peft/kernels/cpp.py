@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-SOURCE = Path(__file__).with_name("csrc") / "cpu.cpp"
+SOURCE = Path(__file__).with_name("csrc") / "operators.cpp"
 LANES = 16
 DTYPES = (torch.float32, torch.bfloat16)
 

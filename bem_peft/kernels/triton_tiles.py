@@ -1,0 +1,129 @@
+r"""What the Triton kernels share: tiles, their sizes, and the end of every low-rank update,  y' = y + s low B^T.
+
+A tile of y' is BLOCK_N rows by BLOCK_O channels; ranks are read in blocks of a power of two >= 16, as `tl.dot` wants.
+Lanes outside a tensor are masked in every load and store. Products accumulate in float32 (in full float32 where the
+inputs are float32), results are rounded once, to the dtype of y.
+
+A kernel is tuned once a process, dtype and key of sizes on a GPU; in the interpreter one fixed tile is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(IS_INTERPRETED)
+MOST_ROWS_IN_KEY = 4096
+
+
+def configs(*tiles: dict[str, int], warps: tuple[int, ...] = (4, 8)) -> list[triton.Config]:
+    """The tiles that autotuning tries, each with each number of warps; the first tile alone in the interpreter."""
+    if IS_INTERPRETED:
+        return [triton.Config(tiles[0])]
+    return [triton.Config(tile, num_warps=count) for tile in tiles for count in warps]
+
+
+# the first is for few rows (decoding), the others for many
+UPDATE_TILES = (
+    {"BLOCK_N": 16, "BLOCK_O": 64},
+    {"BLOCK_N": 16, "BLOCK_O": 128},
+    {"BLOCK_N": 32, "BLOCK_O": 128},
+    {"BLOCK_N": 64, "BLOCK_O": 128},
+    {"BLOCK_N": 64, "BLOCK_O": 64},
+)
+
+
+def padded(size: int, most: int | None = None) -> int:
+    """The power of two >= max(size, 16), at most `most`."""
+    power = max(16, 1 << (size - 1).bit_length())
+    return power if most is None else min(power, most)
+
+
+def rows_key(rows: int) -> int:
+    """`rows` up to the next power of two: a kernel is not tuned anew for every length."""
+    return min(MOST_ROWS_IN_KEY, 1 << max(0, rows - 1).bit_length())
+
+
+def tile_grid(rows: int, channels: int) -> Any:
+    """The grid with a program for each tile of a (rows, channels) result."""
+    return lambda meta: (triton.cdiv(rows, meta["BLOCK_N"]), triton.cdiv(channels, meta["BLOCK_O"]))
+
+
+def update_gradients(
+    grad: torch.Tensor, b_t: torch.Tensor, scaling: float
+) -> torch.Tensor:  # one product over the whole of `grad`: cuBLAS's
+    """d low (N, R) of y' = y + s low B^T, from d y' (N, out) and B^T (R, out)."""
+    return torch.mm(grad, b_t.t()).mul_(scaling)
+
+
+@triton.jit
+def dot(a, b):
+    """a b in float32; `ieee`: float32 inputs are not rounded to TF32.
+
+    Triton's interpreter multiplies the bits of bfloat16, not its numbers; in float32 the same products are exact.
+    """
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def rounded(value, dtype: tl.constexpr):
+    """`value`, float32, to the nearest number of `dtype`, ties to even.
+
+    Triton's interpreter cuts to bfloat16 instead; there the bits are rounded before it does.
+    """
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, nearest.to(tl.float32, bitcast=True), value)
+    return value.to(dtype)
+
+
+@triton.jit
+def load_tile(pointer, i, j, stride_i, stride_j, size_i, size_j):
+    """pointer[i, j], 0 outside (size_i, size_j)."""
+    inside = (i < size_i)[:, None] & (j < size_j)[None, :]
+    return tl.load(pointer + i.to(tl.int64)[:, None] * stride_i + j[None, :] * stride_j, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(pointer, value, i, j, stride_i, stride_j, size_i, size_j):
+    """pointer[i, j] = value in the dtype of the pointer, inside (size_i, size_j); `value` is float32."""
+    inside = (i < size_i)[:, None] & (j < size_j)[None, :]
+    address = pointer + i.to(tl.int64)[:, None] * stride_i + j[None, :] * stride_j
+    tl.store(address, rounded(value, pointer.dtype.element_ty), mask=inside)
+
+
+@triton.autotune(configs=configs(*UPDATE_TILES), key=["ROWS_KEY", "OUT", "R"])
+@triton.jit
+def _update(
+    y, low, b_t, out, scaling, N, ROWS_KEY,
+    stride_y0, stride_y1, stride_l0, stride_l1, stride_b0, stride_b1,
+    OUT: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    channels = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    total = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
+    for start in range(0, R, BLOCK_R):
+        ranks = start + tl.arange(0, BLOCK_R)
+        left = load_tile(low, rows, ranks, stride_l0, stride_l1, N, R)
+        total += dot(left, load_tile(b_t, ranks, channels, stride_b0, stride_b1, R, OUT))
+    before = load_tile(y, rows, channels, stride_y0, stride_y1, N, OUT).to(tl.float32)
+    store_tile(out, before + scaling * total, rows, channels, OUT, 1, N, OUT)
+
+
+def low_rank_update(y: torch.Tensor, low: torch.Tensor, b_t: torch.Tensor, scaling: float) -> torch.Tensor:
+    """y + s low B^T (N, out), from y (N, out), low (N, R) and B^T (R, out): y is read once and y' written once."""
+    (rows, channels), rank = y.shape, low.shape[1]
+    out = y.new_empty(rows, channels)
+    if out.numel():
+        _update[tile_grid(rows, channels)](
+            y, low, b_t, out, scaling, rows, rows_key(rows), *y.stride(), *low.stride(), *b_t.stride(),
+            OUT=channels, R=rank, BLOCK_R=padded(rank, 64),
+        )  # fmt: skip
+    return out
