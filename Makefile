@@ -40,7 +40,7 @@ test: lint
 peft-suite: $(VENV)/.dev
 	$(BIN)/python tests/peft_suite/run.py
 
-overhead: $(VENV)/.demo
+overhead: $(VENV)/.dev
 	$(BIN)/python examples/smollm2.py demo_run/SmolLM2-135M-Instruct
 	$(BIN)/python benchmarks/overhead.py
 

@@ -37,7 +37,7 @@ NAMES = ["LoRA W_O+W_down", "PT1 head gating (cpp)", "PT2 rank mask (cpp)", "PT3
 def base_of(hidden: int, blocks: int, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=blocks,
+        vocab_size=1024, hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=blocks,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=4096,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)

@@ -81,7 +81,7 @@ class ProfileDocument:
                         f"{p.p95_ms:.2f}", f"{p.p99_ms:.2f}", f"{p.tokens_per_second:,.0f}",
                         _ratio(p.ratio_to_base), _ratio(p.ratio_to_anchor), p.verdict or "-",
                         "-" if served is None else f"{served:,.1f}",
-                        "-" if p.peak_memory_bytes is None else f"{p.peak_memory_bytes / 2**20:,.0f}",
+                        f"{p.peak_memory_bytes / 2**20:,.1f}",
                     )
                 )  # fmt: skip
         return found

@@ -21,6 +21,7 @@ from scipy import stats
 from torch import nn
 
 from bem_peft.budget.latency import equivalence, interval
+from bem_peft.budget.memory import LiveBytes
 
 BASE, ANCHOR, AGAIN = "base", "anchor", "anchor again"
 RUNS_FOR_P95 = 80  # fewer bound no 95th percentile
@@ -50,7 +51,8 @@ class Workload:
 class Profile:
     """Times of one system at one workload, in milliseconds a run; ratios to base and anchor with 90 % intervals.
 
-    p95_interval: of 95 %; None under 80 runs. peak_memory_bytes: the allocator's, None where the device tells none.
+    p95_interval: of 95 %; None under 80 runs. peak_memory_bytes: the allocator's on CUDA and XPU; elsewhere of
+    the live storages of one untimed run, weights included.
     verdict: PASS, FAIL or INCONCLUSIVE against the anchor, within the tolerance; None for base and anchor.
     times_ms: every run, as they came.
     """
@@ -63,7 +65,7 @@ class Profile:
     p99_ms: float
     p95_interval: tuple[float, float] | None
     tokens_per_second: float
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int
     ratio_to_base: tuple[float, float, float] | None
     ratio_to_anchor: tuple[float, float, float] | None
     noise: tuple[float, float]
@@ -120,14 +122,14 @@ class PerformanceProfiler:
         runs = {name: self._runner(model, workload) for name, model in self.models.items()}
         order = [*runs, *reversed(runs)]
         times: dict[str, list[float]] = {name: [] for name in runs}
-        peaks: dict[str, int | None] = dict.fromkeys(runs)
+        peaks = {name: 0 if self._has_peak else live_peak(self.models[name], run) for name, run in runs.items()}
         every = range(self.warm_up + self.rounds)
         for round_number in every if self.progress is None else self.progress(every, desc=f"timing {workload.kind}"):
             for name in order:
                 seconds, peak = self._timed(runs[name])
                 if round_number >= self.warm_up:
                     times[name].append(seconds)
-                    peaks[name] = peak if peaks[name] is None else max(peaks[name] or 0, peak or 0)
+                    peaks[name] = max(peaks[name], peak)
         logs = {name: np.log(np.array(found)).reshape(-1, 2).mean(1) for name, found in times.items()}
         noise = interval(logs[AGAIN] - logs[ANCHOR])
         return [
@@ -137,7 +139,7 @@ class PerformanceProfiler:
         ]
 
     def _profile(
-        self, name: str, workload: Workload, seconds: np.ndarray, peak: int | None, logs: dict[str, np.ndarray],
+        self, name: str, workload: Workload, seconds: np.ndarray, peak: int, logs: dict[str, np.ndarray],
         noise: tuple[float, float, float],
     ) -> Profile:  # fmt: skip
         p50, p95, p99 = (float(v) for v in np.percentile(seconds, (50, 95, 99)) * 1e3)
@@ -155,16 +157,20 @@ class PerformanceProfiler:
             tuple(round(float(value), 4) for value in seconds * 1e3),
         )  # fmt: skip
 
-    def _timed(self, run: Callable[[], object]) -> tuple[float, int | None]:
-        has_peak = self.device.type in ("cuda", "xpu")
-        if has_peak:
+    @property
+    def _has_peak(self) -> bool:
+        return self.device.type in ("cuda", "xpu")
+
+    def _timed(self, run: Callable[[], object]) -> tuple[float, int]:
+        """Seconds, and the allocator's peak where it tells one, else 0."""
+        if self._has_peak:
             torch.accelerator.reset_peak_memory_stats(self.device)
         self._synchronize()
         start = time.perf_counter()
         run()
         self._synchronize()
         seconds = time.perf_counter() - start
-        return seconds, int(torch.accelerator.max_memory_allocated(self.device)) if has_peak else None
+        return seconds, int(torch.accelerator.max_memory_allocated(self.device)) if self._has_peak else 0
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
@@ -213,6 +219,15 @@ class PerformanceProfiler:
             return loss
 
         return run
+
+
+def live_peak(model: nn.Module, run: Callable[[], object]) -> int:
+    """The most bytes that the model's weights and what `run` makes take together."""
+    with LiveBytes() as live:
+        for tensor in (*model.parameters(), *model.buffers()):
+            live.see(tensor)
+        run()
+    return live.peak
 
 
 def requests_per_minute(prefill: Profile, decode: Profile, new_tokens: int) -> float:

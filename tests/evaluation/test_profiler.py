@@ -7,10 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from bem_peft.evaluation import profiler
-from bem_peft.evaluation.profiler import PerformanceProfiler, Profile, Workload, requests_per_minute
+from bem_peft.evaluation.profiler import (
+    PerformanceProfiler,
+    Profile,
+    Workload,
+    live_peak,
+    requests_per_minute,
+)
 from tests.contract.methods import adapted
 from tests.tiny_models import build
 
@@ -21,10 +28,10 @@ def profiled(monkeypatch: pytest.MonkeyPatch, seconds: Any, rounds: int = 40, **
     tool = PerformanceProfiler(models["base"], models["anchor"], {"film": models["film"]}, rounds=rounds, **options)
     names, count = [*tool.models, *reversed(tool.models)], itertools.count()
 
-    def timed(run: Any) -> tuple[float, None]:
+    def timed(run: Any) -> tuple[float, int]:
         number = next(count)
         run()
-        return seconds(names[number % len(names)], number), None
+        return seconds(names[number % len(names)], number), 0
 
     monkeypatch.setattr(tool, "_timed", timed)
     return {found.system: found for found in tool.profile([Workload("prefill", 2, 5)])}
@@ -132,3 +139,16 @@ def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="causal models"):
         tool.profile([Workload("decode", 1, 4)])
     assert profiler.RUNS_FOR_P95 == 80
+
+
+def test_peak_memory_is_that_of_weights_and_live_results() -> None:
+    """Against a sum by hand: a product's input is held by the caller, its result and its sum are live together."""
+    model = torch.nn.Linear(64, 32, bias=False)
+    given = torch.randn(10, 64)
+    assert live_peak(model, lambda: model(given).sum()) == 4 * (64 * 32 + 10 * 32 + 1)
+    models = {"base": build("llama"), "anchor": adapted("kronecker", "llama"), "film": adapted("film", "llama")}
+    tool = PerformanceProfiler(models["base"], models["anchor"], {"film": models["film"]}, rounds=5)
+    peaks = {p.system: p.peak_memory_bytes for p in tool.profile([Workload("prefill", 1, 5)])}
+    weights = {n: sum(p.numel() * p.element_size() for p in m.parameters()) for n, m in models.items()}
+    assert all(peaks[name] > weights[name] for name in weights)
+    assert peaks["anchor"] - peaks["base"] >= weights["anchor"] - weights["base"]
