@@ -59,6 +59,16 @@ def equivalence(low: float, high: float, noise_low: float, noise_high: float, to
     return "FAIL" if high < lower or low > upper else "INCONCLUSIVE"
 
 
+def no_slower(low: float, high: float, noise_low: float, noise_high: float, tolerance_ratio: float) -> str:
+    """As `equivalence`, of one side: PASS where the time is surely no more than the tolerance above the other's."""
+    upper = 1.0 + tolerance_ratio
+    if not (1.0 / upper <= noise_low and noise_high <= upper):
+        return "INCONCLUSIVE"
+    if high <= upper:
+        return "PASS"
+    return "FAIL" if low > upper else "INCONCLUSIVE"
+
+
 def compare_latency(
     anchor: Callable[[], object], candidate: Callable[[], object], *, blocks: int = 50, tolerance_ratio: float = 0.05
 ) -> LatencyComparison:

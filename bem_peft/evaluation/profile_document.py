@@ -111,7 +111,8 @@ class ProfileDocument:
         )  # fmt: skip
         return (
             f"Every system in turn and back again, {self.profiles[0].runs} runs each; ratios are geometric means with "
-            f"90 % intervals. Noise floor (anchor against itself): {', '.join(floors)}.{request} "
+            "90 % intervals, and PASS is surely no slower than the anchor by more than the tolerance. Noise floor "
+            f"(anchor against itself): {', '.join(floors)}.{request} "
             f"{settings.get('dtype', '')} on {settings.get('device', '')} ({machine})."
         )
 

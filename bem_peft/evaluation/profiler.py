@@ -20,7 +20,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from bem_peft.budget.latency import equivalence, interval
+from bem_peft.budget.latency import interval, no_slower
 from bem_peft.budget.memory import LiveBytes
 
 BASE, ANCHOR, AGAIN = "base", "anchor", "anchor again"
@@ -53,7 +53,8 @@ class Profile:
 
     p95_interval: of 95 %; None under 80 runs. peak_memory_bytes: the allocator's on CUDA and XPU; elsewhere of
     the live storages of one untimed run, weights included.
-    verdict: PASS, FAIL or INCONCLUSIVE against the anchor, within the tolerance; None for base and anchor.
+    verdict: PASS, FAIL or INCONCLUSIVE: surely no more than the tolerance slower than the anchor; None for base and
+    anchor.
     times_ms: every run, as they came.
     """
 
@@ -150,7 +151,7 @@ class PerformanceProfiler:
         to_anchor = None if name == ANCHOR else interval(logs[name] - logs[ANCHOR])
         verdict = None
         if to_anchor is not None and name != BASE:
-            verdict = equivalence(to_anchor[1], to_anchor[2], noise[1], noise[2], self.tolerance_ratio)
+            verdict = no_slower(to_anchor[1], to_anchor[2], noise[1], noise[2], self.tolerance_ratio)
         return Profile(
             name, workload, len(seconds), p50, p95, p99, bounds, workload.tokens_a_run / p50 * 1e3, peak,
             None if name == BASE else interval(logs[name] - logs[BASE]), to_anchor, (noise[1], noise[2]), verdict,

@@ -52,6 +52,8 @@ def test_ratios_hold_although_the_machine_drifts(monkeypatch: pytest.MonkeyPatch
 def test_verdicts_are_three(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = profiled(monkeypatch, lambda name, number: COST[name] * (1.2 if name == "film" else 1.0))
     assert slow["film"].verdict == "FAIL"
+    fast = profiled(monkeypatch, lambda name, number: COST[name] * (0.8 if name == "film" else 1.0))
+    assert fast["film"].verdict == "PASS"  # faster than the tolerance is no fault
     rng = np.random.default_rng(0)
     noisy = profiled(monkeypatch, lambda name, number: COST[name] * float(np.exp(rng.normal(0, 0.8))))
     assert noisy["film"].verdict == "INCONCLUSIVE"
