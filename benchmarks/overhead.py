@@ -104,7 +104,7 @@ def measure(
 ) -> list[list[Any]]:
     base = base_model(args.model, getattr(torch, dtype), args.blocks)
     is_training = phase.kind in ("train", "memory")
-    names = [n for n in VARIANTS if not (is_training and VARIANTS[n].kernels == "cpp")]
+    names = list(VARIANTS)
     if mode == "compile":
         names = [
             n for n in names if VARIANTS[n].is_plain_lora or (VARIANTS[n].is_ours and VARIANTS[n].kernels == "torch")
@@ -117,7 +117,11 @@ def measure(
         models["base"] = one_number(base)
     if phase.kind == "memory":
         inputs = {"input_ids": phase.ids, "labels": phase.ids, "use_cache": False}
-        found = {name: count_memory(models[name].train(), inputs) for name in names}
+        found = {}
+        for name in names:
+            use_kernels(VARIANTS[name].kernels)
+            found[name] = count_memory(models[name].train(), inputs)
+        use_kernels("torch")
         cells = {name: (count.peak_bytes / count.base_peak_bytes - 1.0,) * 3 for name, count in found.items()}
         base_peak = next(iter(found.values())).base_peak_bytes
         limit = {name: trainable(models[name]) * 8 / base_peak for name in names}  # float32 weights and gradients

@@ -1,8 +1,13 @@
-"""The methods as one C++ operator a site, for inference on a CPU; built by torch's own tools on first use.
+"""The methods as one C++ operator a site, on a CPU; built by torch's own tools on first use.
 
 The torch forms in the methods' files are the specification (`tests/kernels`). An operator takes rows in float32 or
-bfloat16, with wide weights of the same dtype, and sums in float32; small weights are float32, padded to 16 columns.
-Each has a form that writes into y (`film_`), for a y that nobody else holds.
+bfloat16 and sums in float32.
+
+Inference (`film`): wide weights come in the dtype of the rows, small ones in float32, padded to 16 columns. Each has a
+form that writes into y (`film_`), for a y that nobody else holds.
+
+Training (`film_train`): the masters come as they are, float32; they are rounded to the dtype of the rows and folded
+inside. The backward is one operator (`film_backward`) and gives float32 gradients; a second derivative is refused.
 
 Building takes half a minute, a C++ compiler (g++ or clang++) and ninja, once; torch keeps the result in its folder of
 extensions (`TORCH_EXTENSIONS_DIR`).
@@ -18,7 +23,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-SOURCE = Path(__file__).with_name("csrc") / "operators.cpp"
+SOURCES = [Path(__file__).with_name("csrc") / name for name in ("operators.cpp", "training.cpp")]
 LANES = 16
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -34,7 +39,7 @@ def build() -> Any:
 
     load(
         name="bem_peft_cpu",
-        sources=[str(SOURCE)],
+        sources=[str(source) for source in SOURCES],
         extra_cflags=["-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"],
         is_python_module=False,
     )
@@ -46,6 +51,8 @@ def build() -> Any:
         for form, fake in ((name, _like_y), (f"{name}_", _y_itself)):
             torch.library.register_fake(f"bem_peft_cpu::{form}", fake)
             register_flop_formula(getattr(torch.ops.bem_peft_cpu, form))(count)
+    for name, count in TRAINING_FLOPS.items():
+        register_flop_formula(getattr(torch.ops.bem_peft_cpu, name))(count)
     return torch.ops.bem_peft_cpu
 
 
@@ -88,3 +95,70 @@ def _head_gating_flops(
     x: Any, y: Any, a_t: Any, b: Any, gate_w: Any, bias: Any, heads: int, ranks: Any, *rest: Any, **options: Any
 ) -> int:
     return 2 * _rows(y) * (x[-1] * max(ranks) + b[0] * y[-1] + gate_w[0] * len(ranks))
+
+
+# A product with a weight costs two of its size in the backward, one of them where x wants no gradient. PT3 projects x
+# once more, since what stands between its factors is not kept.
+
+
+def _film_train(x: Any, y: Any, w: Any, bias: Any, gamma: Any, beta: Any, *rest: Any, **options: Any) -> int:
+    return 2 * _rows(y) * (x[-1] * w[0] + y[-1] * _units(gamma, beta))
+
+
+def _film_backward(
+    gradient: Any, x: Any, y: Any, w: Any, gamma: Any, beta: Any, c: Any, rms: Any, s: Any, clamp: Any, largest: Any,
+    needs_x: bool, **options: Any,
+) -> int:  # fmt: skip
+    return 2 * _rows(y) * (x[-1] * w[0] * (1 + needs_x) + 2 * y[-1] * _units(gamma, beta))
+
+
+def _units(*weights: Any) -> int:
+    return sum(weight[1] for weight in weights if weight is not None)
+
+
+def _kronecker_train(x: Any, y: Any, u: Any, v: Any, b: Any, *rest: Any, **options: Any) -> int:
+    return 2 * _rows(y) * (u[0] * x[-1] + u[0] * v[1] * v[0] + b[1] * y[-1])
+
+
+def _kronecker_backward(
+    gradient: Any, x: Any, u: Any, v: Any, b: Any, z: Any, s: Any, needs_x: bool, **options: Any
+) -> int:
+    left, right = u[0] * x[-1], u[0] * v[1] * v[0]
+    return 2 * _rows(gradient) * (left * (2 + needs_x) + 2 * right + 2 * b[1] * gradient[-1])
+
+
+def _rank_mask_train(
+    x: Any, y: Any, a: Any, b: Any, c: Any, m: Any, active: int, is_task_mask: bool, *rest: Any, **options: Any
+) -> int:
+    control = a[0] * a[0] * ((c is not None) + (not is_task_mask))
+    return 2 * _rows(y) * (a[0] * (x[-1] + y[-1]) + control)
+
+
+def _rank_mask_backward(
+    gradient: Any, x: Any, a: Any, b: Any, c: Any, m: Any, z: Any, active: int, is_task_mask: bool, hadamard: bool,
+    temperature: Any, s: Any, needs_x: bool, **options: Any,
+) -> int:  # fmt: skip
+    control = a[0] * a[0] * ((c is not None) + (not is_task_mask))
+    return 2 * _rows(gradient) * (a[0] * x[-1] * (1 + needs_x) + 2 * a[0] * gradient[-1] + 2 * control)
+
+
+def _head_gating_train(
+    x: Any, y: Any, a: Any, b: Any, gate_w: Any, bias: Any, heads: int, ranks: Any, *rest: Any, **options: Any
+) -> int:
+    return 2 * _rows(y) * (x[-1] * max(ranks) + b[1] * y[-1] + gate_w[0] * gate_w[1])
+
+
+def _head_gating_backward(
+    gradient: Any, x: Any, a: Any, b: Any, gate_w: Any, bias: Any, low: Any, half: Any, heads: int, ranks: Any,
+    temperature: Any, s: Any, needs_x: bool, **options: Any,
+) -> int:  # fmt: skip
+    into_x = (x[-1] * max(ranks) + gate_w[0] * gate_w[1]) * (1 + needs_x)
+    return 2 * _rows(gradient) * (into_x + 2 * b[1] * gradient[-1])
+
+
+TRAINING_FLOPS = {
+    "film_train": _film_train, "film_backward": _film_backward,
+    "kronecker_train": _kronecker_train, "kronecker_backward": _kronecker_backward,
+    "rank_mask_train": _rank_mask_train, "rank_mask_backward": _rank_mask_backward,
+    "head_gating_train": _head_gating_train, "head_gating_backward": _head_gating_backward,
+}  # fmt: skip

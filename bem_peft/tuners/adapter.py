@@ -36,6 +36,7 @@ class SiteShape:
 
 FEW_ROWS = 8
 grad_enabled = torch.is_grad_enabled
+PLAIN_TENSORS = (nn.Parameter, torch.Tensor)  # not sharded, not functional
 MANY, FEW, PACKED = "many rows", "few rows", "packed"  # how derived weights are laid out
 
 
@@ -104,6 +105,8 @@ class Adapter(nn.Module):
         """
         if self.has_operator and backend.chosen.is_cpp and self.fits_operator(y):
             return self.operator(x, y, *self.weights(y.dtype, PACKED), overwrite=may_overwrite and y.is_contiguous())
+        if self.has_operator and backend.chosen.is_cpp and self.fits_training(y):
+            return self.training_operator(x.to(y.dtype).contiguous(), y.contiguous())
         kind = y.device.type
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
@@ -136,6 +139,24 @@ class Adapter(nn.Module):
         self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
     ) -> torch.Tensor:
         """`transform` by one operator, on x (..., in) and y (..., out); the result may stand in y."""
+        raise NotImplementedError
+
+    def fits_training(self, y: torch.Tensor) -> bool:
+        """Whether the C++ operator with a backward can take this call: a training step on a CPU, float32 masters."""
+        if not (self.training and grad_enabled() and y.is_cpu and y.dtype in cpp.DTYPES):
+            return False
+        if torch.compiler.is_compiling() or isinstance(y, FakeTensor) or self.is_penalised:
+            return False
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, grad, jvp
+            return False
+        return all(
+            type(p) in PLAIN_TENSORS and p.dtype is torch.float32 and p.is_contiguous()
+            for p in self._parameters.values()
+            if p is not None
+        )
+
+    def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """`transform` by an operator that autograd knows; x (..., in) and y (..., out) contiguous, of one dtype."""
         raise NotImplementedError
 
     def derive_few_rows(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -257,6 +257,16 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         out: torch.Tensor = run(x, y, *packed, self.num_heads, self.ranks, self.scaling)
         return out
 
+    def fits_training(self, y: torch.Tensor) -> bool:
+        return not (self.dropout or self.gate_dropout) and super().fits_training(y)
+
+    def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        masters = self.A, self.B, self.gate_weight, self.gate_bias
+        out: torch.Tensor = cpp.build().head_gating_train(
+            x, y, *masters, self.num_heads, self.ranks, self.temperature, self.scaling
+        )[0]
+        return out
+
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         a, b_t, gate_weight, gate_bias = weights
         gate = torch.sigmoid(self.logits(self.statistics(x), gate_weight, gate_bias))  # half the gate, (N, G), float32

@@ -160,6 +160,15 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         out: torch.Tensor = run(x, y, *packed, self.active_rank, self.is_task_mask, self.scaling)
         return out
 
+    def fits_training(self, y: torch.Tensor) -> bool:
+        return self.observer is None and super().fits_training(y)
+
+    def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        masters = self.A, self.B, self.C if self.has_value_gate else None, self.mask_weight
+        choice = self.active_rank, self.is_task_mask, self.hadamard, self.temperature, self.scaling
+        out: torch.Tensor = cpp.build().rank_mask_train(self.drop(x), y, *masters, *choice)[0]
+        return out
+
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         if self.dropout:
             x = self.drop(x)

@@ -175,6 +175,10 @@ class KroneckerAdapter(LowRankAdapter):
         out: torch.Tensor = run(x, y, *packed, self.v_rank, self.scaling)
         return out
 
+    def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = cpp.build().kronecker_train(self.drop(x), y, self.U, self.V, self.B, self.scaling)[0]
+        return out
+
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         u, v, b_t = weights
         if self.carries_penalties(y):

@@ -173,6 +173,15 @@ class ResidualFiLMAdapter(Adapter):
         out: torch.Tensor = run(x, y, *packed, self.is_rms)
         return out
 
+    def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        gamma, beta = self.gamma if self.clamp_range > 0 else None, self.beta if self.max_beta > 0 else None
+        unstable = self.is_unstable if self.is_guarded else None
+        out: torch.Tensor = cpp.build().film_train(
+            x, y, self.controller_weight, self.controller_bias, gamma, beta, self.scaling, self.clamp_range,
+            self.max_beta, self.is_rms, unstable, self.explosion_threshold,
+        )[0]  # fmt: skip
+        return out
+
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         c = self.controller(x, *weights[:2])  # (N, units)
         gamma_t = weights[-2 if self.max_beta > 0 else -1] if self.clamp_range > 0 else None

@@ -110,6 +110,13 @@ def formula(adapter: Adapter, x: torch.Tensor, y: torch.Tensor, weights: tuple[t
             kept = sorted(range(len(z)), key=lambda i, given=logits: (-float(given[i]), i))[: adapter.active_rank]
             mask = torch.zeros_like(z)
             mask[kept] = 1.0
+            if adapter.training:  # straight-through: the slope of a sigmoid around the middle of the k-th and the next
+                order = sorted((float(value) for value in logits), reverse=True)
+                k = adapter.active_rank
+                soft = torch.sigmoid(
+                    (logits - (order[k - 1] + order[min(k, len(order) - 1)]) / 2) / adapter.temperature
+                )
+                mask = mask + (soft - soft.detach())
             gate = 1 + torch.tanh(unit @ w[2]) if adapter.has_value_gate else 1.0
             rows.append(base + s * (mask * gate * z) @ w[1])
         elif isinstance(adapter, KroneckerAdapter):
@@ -237,7 +244,7 @@ def test_a_model_uses_them_at_inference_and_sees_new_weights(config: Any, dtype:
     model.train()
     with torch.no_grad():
         model(ids)
-    assert not calls  # training, and whatever asks for a gradient, takes the torch form
+    assert not calls  # whatever asks for a gradient, and what runs in training mode, does not take these operators
 
 
 def test_nothing_that_another_holds_is_written_into() -> None:

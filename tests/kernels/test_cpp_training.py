@@ -1,0 +1,270 @@
+"""The C++ operators that train, against the formulas differentiated by autograd in float64, and the torch forms."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import scipy.linalg
+import torch
+from peft import get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from bem_peft import (
+    DynamicRankMaskConfig,
+    HeadGroupGatingConfig,
+    KroneckerConfig,
+    ResidualFiLMConfig,
+    use_kernels,
+)
+from bem_peft.kernels import cpp
+from bem_peft.tuners.adapter import Adapter, SiteShape
+from bem_peft.tuners.call_state import CallState
+from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
+from bem_peft.tuners.pt2_rank_mask import DynamicRankMaskAdapter
+from bem_peft.tuners.pt3_kronecker import KroneckerAdapter
+from bem_peft.tuners.pt4_film import ResidualFiLMAdapter
+from tests.kernels.test_cpp_operators import CASES, formula, guarded, made, pytestmark, torch_form_after
+from tests.tiny_models import build
+
+__all__ = ["pytestmark", "torch_form_after"]
+
+METHODS = {
+    "PT1": HeadGroupGatingConfig(num_groups=2, rank_per_group=3),
+    "PT2": DynamicRankMaskConfig(total_rank=8, active_rank=3),
+    "PT3": KroneckerConfig(u_rank=3, v_rank=5),
+    "PT4": ResidualFiLMConfig(gamma_dim=3, beta_dim=5),
+}
+
+
+def in_float64(adapter: Adapter, dtype: torch.dtype) -> tuple[Adapter, tuple[torch.Tensor, ...]]:
+    """The adapter with float64 parameters, and what its formula reads, rounded to `dtype` where the method rounds."""
+    wide: Any = copy.deepcopy(adapter).double()
+    s = wide.scaling
+
+    def rounded(weight: torch.Tensor) -> torch.Tensor:  # its gradient is that of the weight
+        return weight + (weight.detach().to(dtype).double() - weight.detach())
+
+    if isinstance(adapter, HeadGroupGatingAdapter):
+        rank, blocks = max(wide.ranks), wide.A.split(wide.ranks)
+        grouped = torch.stack([torch.nn.functional.pad(block, (0, 0, 0, rank - len(block))) for block in blocks])
+        weights = [rounded(grouped).transpose(1, 2), rounded(wide.B).t(), wide.gate_weight.t(), wide.gate_bias]
+    elif isinstance(adapter, DynamicRankMaskAdapter):
+        size, a, b = len(wide.A), wide.A, wide.B.t()
+        if wide.hadamard:
+            h = torch.from_numpy(scipy.linalg.hadamard(size)).double() / size**0.5
+            a, b = h @ a, h @ b
+        weights = [rounded(a).t(), rounded(b)]
+        if wide.has_value_gate:
+            weights.append(wide.C.t() * size**0.5)
+        if not wide.is_task_mask:
+            weights.append(wide.mask_weight.t() * size**0.5)
+    elif isinstance(adapter, KroneckerAdapter):
+        weights = [rounded(wide.U), rounded(wide.V), rounded(wide.B).t()]
+    else:
+        weights = [rounded(wide.controller_weight).t(), rounded(wide.controller_bias)]
+        slack = 1.0 - 2.0 * torch.finfo(dtype).eps
+        for name, bound in (("gamma", wide.clamp_range), ("beta", wide.max_beta)):
+            if bound > 0:
+                scaled = getattr(wide, name) * s
+                weights.append(rounded(scaled / (1 + scaled.abs().sum(1, keepdim=True)) * (bound * slack)).t())
+    return wide, tuple(weights)
+
+
+def differentiated(adapter: Adapter, out: torch.Tensor, inputs: list[torch.Tensor], gradient: torch.Tensor) -> Any:
+    """name -> gradient."""
+    names = ["x", "y", *(name for name, _ in adapter.named_parameters())]
+    found = torch.autograd.grad(out, [*inputs, *adapter.parameters()], gradient.to(out.dtype))
+    return {"output": out.detach(), **dict(zip(names, found, strict=True))}
+
+
+@pytest.mark.parametrize("dtype", cpp.DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 33, 130])
+@pytest.mark.parametrize(("name", "width"), [(name, width) for name, case in CASES.items() for width in case[2]])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_output_and_gradients_are_at_most_twice_as_far_from_the_formula_as_torchs(
+    name: str, width: int, rows: int, dtype: torch.dtype
+) -> None:
+    for out in (5, 65, 200):
+        adapter = made(name, width, out).train()
+        x, y = guarded(rows, width, dtype), guarded(rows, out, dtype, 3.0)
+        gradient = guarded(rows, out, dtype)
+        found, plain, exact = {}, {}, {}
+        for form, part in (("cpp", found), ("torch", plain)):
+            ins = [x.detach().requires_grad_(), y.detach().requires_grad_()]
+            if form == "cpp":
+                result = adapter.training_operator(*ins)
+            else:
+                result = adapter.transform(*ins, *adapter.derive(dtype))
+            assert result.dtype is dtype
+            part.update(differentiated(adapter, result, ins, gradient))
+        wide, weights = in_float64(adapter, dtype)
+        ins = [x.double().requires_grad_(), y.double().requires_grad_()]
+        exact.update(differentiated(wide, formula(wide, *ins, weights), ins, gradient.double()))
+        for key, reference in exact.items():
+            assert found[key].dtype is plain[key].dtype
+            assert found[key].shape == reference.shape
+            error, own = (float((part[key].double() - reference).abs().max()) for part in (found, plain))
+            is_float32 = found[key].dtype is torch.float32
+            # in bfloat16 half a unit in the last place of what is rounded
+            least = float(reference.abs().max()) * torch.finfo(found[key].dtype).eps * (16.0 if is_float32 else 0.51)
+            assert error <= 2.0 * own + least + 1e-6, (key, out, error, own, least)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_products_are_counted_and_a_gradient_that_nobody_wants_is_not_made(name: str) -> None:
+    adapter = made(name, CASES[name][2][0], 40).train()
+    for needs_x in (False, True):
+        counts = []
+        for form in ("torch", "cpp"):
+            x = torch.randn(6, adapter.in_features, requires_grad=needs_x)
+            y = torch.randn(6, 40, requires_grad=True)
+            weights = adapter.derive(torch.float32)
+            with FlopCounterMode(display=False) as counted:
+                out = adapter.training_operator(x, y) if form == "cpp" else adapter.transform(x, y, *weights)
+                out.sum().backward()
+            assert (x.grad is not None) == needs_x
+            counts.append(counted.get_total_flops())
+        again = 0
+        if isinstance(adapter, KroneckerAdapter):  # U X is computed once more in the backward
+            again = 2 * 6 * adapter.U.shape[0] * adapter.in_features
+        assert counts[1] == counts[0] + again > 0
+
+
+def test_torchs_own_checks() -> None:
+    operators = cpp.build()
+    x, y = torch.randn(2, 3, 6), torch.randn(2, 3, 4)
+    calls: dict[str, tuple[Any, ...]] = {
+        "kronecker_train": (x, y, torch.randn(2, 3), torch.randn(1, 2), torch.randn(4, 2), 1.0),
+        "film_train": (
+            x, y, torch.randn(2, 6), torch.randn(2), torch.randn(4, 2), None, 1.0, 0.5, 0.0, True, torch.tensor(False),
+            1e-6,
+        ),
+        "rank_mask_train": (
+            x, y, torch.randn(2, 6), torch.randn(4, 2), None, torch.randn(2, 2), 1, False, True, 1.0, 1.0,
+        ),
+        "head_gating_train": (
+            x, y, torch.randn(2, 3), torch.randn(4, 2), torch.randn(2, 4), torch.randn(2), 2, [1, 1], 1.0, 1.0,
+        ),
+    }  # fmt: skip
+    for name, args in calls.items():
+        torch.library.opcheck(getattr(operators, name).default, args, test_utils=("test_schema",))
+    with pytest.raises(RuntimeError, match=r"B must be contiguous float32 with 4 x 2 numbers, is Double"):
+        operators.kronecker_train(*calls["kronecker_train"][:4], torch.randn(4, 2).double(), 1.0)
+    with pytest.raises(RuntimeError, match="must be contiguous, of one dtype, and have the same rows"):
+        operators.kronecker_train(x.double(), *calls["kronecker_train"][1:])
+
+
+def test_a_second_derivative_is_refused() -> None:
+    for name in ("PT1", "PT2", "PT3", "PT4"):
+        adapter = made(name, CASES[name][2][0], 40).train()
+        x, y = torch.randn(6, adapter.in_features, requires_grad=True), torch.randn(6, 40)
+        out = adapter.training_operator(x, y)
+        with pytest.raises(RuntimeError, match=r"has no second derivative.*BEM_PEFT_KERNELS=torch"):
+            torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9, -1e9])
+def test_film_sees_an_explosion_in_any_number(value: float) -> None:
+    config = ResidualFiLMConfig(gamma_dim=3, beta_dim=5, explosion_threshold=1e6)
+    for rows, out, at in ((1, 3, (0, 2)), (9, 33, (8, 32)), (9, 33, (3, 5))):
+        adapter = ResidualFiLMAdapter(config, SiteShape("s", 6, out), CallState())
+        adapter.reset_parameters(True, SiteShape("s", 6, out))
+        adapter.train()
+        use_kernels("cpp")
+        y = torch.randn(rows, out)
+        adapter(torch.randn(rows, 6), y)
+        assert not adapter.is_unstable
+        y[at] = value
+        adapter(torch.randn(rows, 6), y)
+        assert adapter.is_unstable
+
+
+def trained(model: Any, kernels: str, steps: int, calls: list[str], **context: Any) -> tuple[list[float], Any]:
+    """Losses of a few steps and the adapter's parameters after them."""
+    use_kernels(kernels)
+    model = copy.deepcopy(model).train()
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            original = module.training_operator
+            module.training_operator = lambda *a, _f=original: (calls.append("operator"), _f(*a))[1]  # type: ignore[method-assign]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
+    ids, losses = torch.arange(3, 43).view(4, 10), []
+    for _ in range(steps):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=context.get("autocast", False)):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses, {name: p.detach() for name, p in parameters.items()}
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast", "checkpointing"])
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.filterwarnings("ignore:`use_cache=True` is incompatible:UserWarning")
+def test_a_model_trains_as_with_the_torch_forms(method: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(build("llama").to(torch.bfloat16 if kind == "bfloat16" else torch.float32), METHODS[method])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    if kind == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    calls: list[str] = []
+    expected, weights = trained(model, "torch", 3, calls, autocast=kind == "autocast")
+    assert not calls
+    found, mine = trained(model, "cpp", 3, calls, autocast=kind == "autocast")
+    assert calls
+    is_exact = kind in ("float32", "checkpointing")
+    assert found == pytest.approx(expected, rel=1e-5 if is_exact else 2e-2)
+    for name, weight in weights.items():
+        if is_exact:  # AdamW's first steps are of the sign of the gradient: 3 steps of 1e-3 at most
+            torch.testing.assert_close(mine[name], weight, rtol=1e-3, atol=2e-4, msg=name)
+        assert not torch.equal(mine[name], dict(model.named_parameters())[name])
+
+
+def test_what_the_operators_do_not_know_takes_the_torch_form() -> None:
+    site, call = SiteShape("s", 36, 8, 4), CallState()
+    y = torch.zeros(1, 8)
+    for config in METHODS.values():
+        cls = {cfg: c for c, cfg, _ in CASES.values() for cfg in (type(cfg),)}[type(config)]
+        adapter: Adapter = cls(config, site, call)
+        assert adapter.fits_training(y)
+        assert not adapter.fits_training(y.half())
+        assert not adapter.fits_training(y.to("meta"))
+        with torch.no_grad():
+            assert not adapter.fits_training(y)
+        assert not copy.deepcopy(adapter).eval().fits_training(y)
+        assert not copy.deepcopy(adapter).bfloat16().fits_training(y)
+        inside: list[bool] = []
+        torch.func.vmap(lambda row, a=adapter, seen=inside: (seen.append(a.fits_training(y)), row)[1])(y)
+        assert inside == [False]
+    for config in (
+        HeadGroupGatingConfig(dropout=0.1),
+        HeadGroupGatingConfig(gate_dropout=0.1),
+        HeadGroupGatingConfig(decorrelation_strength=0.1),
+    ):
+        assert not HeadGroupGatingAdapter(config, site, call).fits_training(y)
+    assert not DynamicRankMaskAdapter(DynamicRankMaskConfig(balance_strength=0.1), site, call).fits_training(y)
+    assert not KroneckerAdapter(KroneckerConfig(u_rank=2, v_rank=2, diversity_strength=0.1), site, call).fits_training(
+        y
+    )
+    assert KroneckerAdapter(KroneckerConfig(u_rank=2, v_rank=2, dropout=0.1), site, call).fits_training(y)
+
+
+def test_dropout_reaches_the_operator() -> None:
+    adapter = KroneckerAdapter(KroneckerConfig(u_rank=2, v_rank=2, dropout=0.5), SiteShape("s", 12, 8), CallState())
+    adapter.reset_parameters(False, SiteShape("s", 12, 8))
+    x, y = torch.randn(5, 12), torch.randn(5, 8)
+    results = []
+    for kernels in ("torch", "cpp"):
+        use_kernels(kernels)
+        torch.manual_seed(3)
+        results.append(adapter(x, y))
+    torch.testing.assert_close(*results)
