@@ -16,7 +16,9 @@ extensions (`TORCH_EXTENSIONS_DIR`).
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def build() -> Any:
     from torch.utils.cpp_extension import load
 
     load(
-        name="bem_peft_cpu",
+        name=f"bem_peft_cpu_{processor_key()}",
         sources=[str(source) for source in SOURCES],
         extra_cflags=["-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"],
         is_python_module=False,
@@ -51,9 +53,21 @@ def build() -> Any:
         for form, fake in ((name, _like_y), (f"{name}_", _y_itself)):
             torch.library.register_fake(f"bem_peft_cpu::{form}", fake)
             register_flop_formula(getattr(torch.ops.bem_peft_cpu, form))(count)
-    for name, count in TRAINING_FLOPS.items():
-        register_flop_formula(getattr(torch.ops.bem_peft_cpu, name))(count)
+    for name, formula in TRAINING_FLOPS.items():
+        register_flop_formula(getattr(torch.ops.bem_peft_cpu, name))(formula)
     return torch.ops.bem_peft_cpu
+
+
+def processor_key() -> str:
+    """Eight hexadecimal digits of the processor's instruction set, which the library is compiled for."""
+    return hashlib.sha256(_instructions().encode()).hexdigest()[:8]
+
+
+def _instructions() -> str:
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.is_file() else []
+    flags = [line for line in lines if line.lower().startswith(("flags", "features"))]
+    return flags[0] if flags else f"{platform.machine()} {platform.processor()}"
 
 
 def padded(weight: torch.Tensor) -> torch.Tensor:
@@ -156,7 +170,7 @@ def _head_gating_backward(
     return 2 * _rows(gradient) * (into_x + 2 * b[1] * gradient[-1])
 
 
-TRAINING_FLOPS = {
+TRAINING_FLOPS: dict[str, Any] = {
     "film_train": _film_train, "film_backward": _film_backward,
     "kronecker_train": _kronecker_train, "kronecker_backward": _kronecker_backward,
     "rank_mask_train": _rank_mask_train, "rank_mask_backward": _rank_mask_backward,

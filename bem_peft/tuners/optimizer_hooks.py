@@ -42,7 +42,7 @@ def watched_by(optimizer: Optimizer) -> list[Adapter]:
     if not _watched:
         return []
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    concerned = [a for a in _watched if any(id(p) in held for p in a.parameters())]
+    concerned = [a for a in _watched if any(id(p) in held for p in a._parameters.values())]
     return sorted(concerned, key=lambda adapter: adapter.watch_order)
 
 

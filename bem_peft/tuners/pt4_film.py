@@ -260,8 +260,9 @@ class ResidualFiLMAdapter(Adapter):
     def keep_as_good(self) -> None:
         """Remember the present values as the last good ones."""
         if self.is_guarded:
-            for name, parameter in self.named_parameters():
-                self.get_buffer(f"last_good_{name}").copy_(whole(parameter))
+            for name, parameter in self._parameters.items():  # at each step: not by named_parameters, which is slow
+                if parameter is not None:
+                    self._buffers[f"last_good_{name}"].copy_(whole(parameter))  # type: ignore[union-attr]
 
     @torch.no_grad()
     def revert(self) -> None:
@@ -298,8 +299,30 @@ class ResidualFiLMAdapter(Adapter):
             self.is_unstable.zero_()
 
 
+@torch.no_grad()
+def _may_be_unstable(guarded: Sequence[ResidualFiLMAdapter]) -> torch.Tensor:
+    """A scalar bool tensor: true wherever an `unstable_flag` is, by one norm over all parameters and gradients, at a
+    sixth of the time. (Squares overflow before the numbers do: then it is true, and the flags say no.)"""
+    held = [p for adapter in guarded for p in adapter._parameters.values() if p is not None]
+    parts = [own_part(tensor) for p in held for tensor in (p, p.grad) if tensor is not None]
+    norm = nn.utils.get_total_norm([part for part in parts if part.numel()])
+    device = guarded[0].is_unstable.device
+    seen = torch.stack([adapter.is_unstable.to(device) for adapter in guarded]).any()
+    return seen | ~torch.isfinite(norm.to(device))
+
+
+def any_process(flags: torch.Tensor) -> torch.Tensor:
+    """Boolean flags that are true where they are so in any process of the group."""
+    if not is_distributed():
+        return flags
+    as_int = flags.to(torch.int32)
+    distributed.all_reduce(as_int, op=distributed.ReduceOp.MAX)
+    return as_int.bool()
+
+
 def judge_stability(adapters: Sequence[Adapter]) -> bool:
-    """Decide for all guarded adapters at once whether the step that comes is taken: one host synchronisation a step.
+    """Decide for all guarded adapters at once whether the step that comes is taken: one host synchronisation a step
+    (two in an emergency, when it is asked which).
 
     With several processes the verdict is the same in all of them.
 
@@ -309,12 +332,10 @@ def judge_stability(adapters: Sequence[Adapter]) -> bool:
     guarded = [adapter for adapter in adapters if isinstance(adapter, ResidualFiLMAdapter) and adapter.is_guarded]
     if not guarded:
         return False
+    if not any_process(_may_be_unstable(guarded)).item():
+        return False
     flags = torch.stack([adapter.unstable_flag().to(guarded[0].is_unstable.device) for adapter in guarded])
-    if is_distributed():
-        as_int = flags.to(torch.int32)
-        distributed.all_reduce(as_int, op=distributed.ReduceOp.MAX)
-        flags = as_int.bool()
-    verdicts = flags.tolist()
+    verdicts = any_process(flags).tolist()
     for adapter, is_unstable in zip(guarded, verdicts, strict=True):
         adapter.is_reverting = is_unstable
     if any(verdicts):

@@ -94,6 +94,15 @@ def test_run_goes_on_from_the_last_good_values(where: str, value: float, caplog:
     assert sum(emergency_stabilize(model).values()) == len(reverted), "no further event"
 
 
+@pytest.mark.parametrize("value", [3e38, -1e20])
+def test_a_large_finite_gradient_is_no_emergency(value: float) -> None:
+    """Its square overflows, itself it does not."""
+    model = film()
+    optimizer = torch.optim.SGD(adapter_parameters(model).values(), lr=1e-38)
+    step(model, optimizer, 0, lambda: adapters(model)[1].gamma.grad.fill_(value))  # type: ignore[union-attr]
+    assert sum(emergency_stabilize(model).values()) == 0
+
+
 def test_healthy_run_is_the_same_with_and_without_the_brake() -> None:
     runs = []
     for is_guarded in (True, False):

@@ -125,12 +125,16 @@ Floats sum_over_rows(const float* z, int64_t z_stride, int64_t ranks, const T* x
         const T *x0 = x + start * width, *t0 = times == nullptr ? nullptr : times + start * width;
         for (; at + step <= stop; at += step) {
           int64_t r = 0;
-          for (; r + 8 <= ranks; r += 8)
-            sum_block<8, kWide>(z0 + r, z_stride, x0 + at, t0 ? t0 + at : t0, count, width, &found[r * width + at]);
-          for (; r + 2 <= ranks; r += 2)
-            sum_block<2, kWide>(z0 + r, z_stride, x0 + at, t0 ? t0 + at : t0, count, width, &found[r * width + at]);
-          for (; r < ranks; ++r)
-            sum_block<1, kWide>(z0 + r, z_stride, x0 + at, t0 ? t0 + at : t0, count, width, &found[r * width + at]);
+          const auto sums = [&](auto many) {
+            constexpr int RANKS = decltype(many)::value;
+            sum_block<RANKS, kWide>(z0 + r, z_stride, x0 + at, t0 ? t0 + at : t0, count, width, &found[r * width + at]);
+            r += RANKS;
+          };
+          while (r + 8 <= ranks) sums(std::integral_constant<int, 8>());
+          if (r + 6 <= ranks) sums(std::integral_constant<int, 6>());
+          if (r + 4 <= ranks) sums(std::integral_constant<int, 4>());
+          while (r + 2 <= ranks) sums(std::integral_constant<int, 2>());
+          if (r < ranks) sums(std::integral_constant<int, 1>());
         }
         for (; at + kLanes <= stop; at += kLanes)
           for (int64_t r = 0; r < ranks; ++r)
@@ -199,7 +203,8 @@ Floats bounded(const Maybe& weight, int64_t width, float scaling, float bound) {
   for (int64_t i = 0; i < width; ++i) {
     float total = 1.0f;
     for (int64_t u = 0; u < units; ++u) total += std::abs(scaling * w[i * units + u]);
-    for (int64_t u = 0; u < units; ++u) out[u * width + i] = scaling * w[i * units + u] / total * kept;
+    const float factor = scaling * kept / total;
+    for (int64_t u = 0; u < units; ++u) out[u * width + i] = factor * w[i * units + u];
   }
   round_to_type<T>(out);
   return out;
@@ -221,10 +226,11 @@ Tensor bounded_backward(const Floats& gradient, const Tensor& weight, float scal
       total += std::abs(scaled);
       shared += gradient[u * width + i] * scaled;
     }
+    const float factor = scaling * kept / total, along = shared / total;
     for (int64_t u = 0; u < units; ++u) {
       const float value = scaling * w[i * units + u];
-      const float sign = value > 0.0f ? 1.0f : value < 0.0f ? -1.0f : 0.0f;
-      p[i * units + u] = scaling * kept / total * (gradient[u * width + i] - sign * shared / total);
+      const float sign = static_cast<float>(value > 0.0f) - static_cast<float>(value < 0.0f);
+      p[i * units + u] = factor * (gradient[u * width + i] - sign * along);
     }
   }
   return out;
@@ -311,9 +317,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> film_backward(
     over_rows(rows, [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
       thread_local Floats scratch;
-      scratch.assign(ROWS * (width + 2 * padded + 1), 0.0f);
+      scratch.resize(ROWS * (width + 2 * padded + 1));
       float *product = scratch.data(), *of_gamma = product + ROWS * width, *of_beta = of_gamma + ROWS * padded;
       float* k = of_beta + ROWS * padded;
+      std::fill(of_gamma, k, 0.0f);
       if (gamma_dim > 0) {
         const T *g = p + row * width, *mine = py + row * width;
         int64_t at = 0;
