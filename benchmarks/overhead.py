@@ -29,7 +29,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from adapters import OURS, SHAPES, VARIANTS, Phase, adapted_models, base_model, trainable
+from adapters import OURS, SHAPES, VARIANTS, Phase, Variant, adapted_models, base_model, trainable
 from peft import IA3Config, get_peft_model
 from scipy import stats
 
@@ -99,6 +99,16 @@ def one_number(base: Any) -> Any:
     return model
 
 
+def memory_limit(model: Any, variant: Variant, base: Any, phase: Phase) -> int:
+    """Bytes that a training step must hold beside the base's: float32 weights and gradients, and what their gradients
+    are made of and the base does not keep: the input of W_down (attention keeps that of W_O), and for FiLM y."""
+    kept = base.config.intermediate_size * ("down_proj" in variant.sites)
+    if "FiLM" in variant.name:
+        kept += base.config.hidden_size * len(variant.sites)
+    tokens = phase.batch * phase.tokens * base.config.num_hidden_layers
+    return trainable(model) * 8 + kept * tokens * base.dtype.itemsize
+
+
 def measure(
     args: argparse.Namespace, dtype: str, mode: str, phase: Phase, report: Callable[[str], None]
 ) -> list[list[Any]]:
@@ -124,7 +134,7 @@ def measure(
         use_kernels("torch")
         cells = {name: (count.peak_bytes / count.base_peak_bytes - 1.0,) * 3 for name, count in found.items()}
         base_peak = next(iter(found.values())).base_peak_bytes
-        limit = {name: trainable(models[name]) * 8 / base_peak for name in names}  # float32 weights and gradients
+        limit = {name: memory_limit(models[name], VARIANTS[name], base, phase) / base_peak for name in names}
         shown = f"{base_peak / 2**20:.1f} MiB"
     else:
         called = dict(models)
