@@ -2,7 +2,7 @@
 
     auto     the torch forms, everywhere: no GPU has run the Triton kernels yet, and C++ wants a compiler
     torch    the torch forms: the specification of the others
-    cpp      one C++ operator a site, for inference on a CPU; built on first use (`kernels.cpp`)
+    cpp      one C++ operator a site, for inference and training on a CPU; built on first use (`kernels.cpp`)
     triton   Triton's kernels on CUDA and ROCm, for training and inference; on a CPU in Triton's interpreter alone
 
 What a chosen form does not know (a device, a dtype, a mode of a method) takes the torch form, by rules that each method
@@ -15,6 +15,8 @@ import importlib.util
 import os
 
 import torch
+
+from bem_peft.kernels import cpp
 
 VARIABLE = "BEM_PEFT_KERNELS"
 CHOICES = ("auto", "torch", "cpp", "triton")
@@ -32,12 +34,18 @@ chosen = _Chosen()
 
 
 def use_kernels(name: str) -> None:
-    """Choose for this process.
+    """Choose for this process; "cpp" builds the operators now, if they are not yet.
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: "triton" where the package is not installed.
+        RuntimeError: "triton" where the package is not installed; "cpp" without a compiler or ninja.
     """
+    _choose(name)
+    if chosen.is_cpp:
+        cpp.build()
+
+
+def _choose(name: str) -> None:
     if name not in CHOICES:
         raise ValueError(f"{VARIABLE} = {name!r}: must be one of {', '.join(CHOICES)}.")
     if name == "triton" and importlib.util.find_spec("triton") is None:
@@ -73,4 +81,4 @@ def is_interpreted() -> bool:
     return IS_INTERPRETED
 
 
-use_kernels(os.environ.get(VARIABLE, "auto"))
+_choose(os.environ.get(VARIABLE, "auto"))  # "cpp" builds with the first adapter: not for an import

@@ -54,6 +54,7 @@ def build() -> Any:
             torch.library.register_fake(f"bem_peft_cpu::{form}", fake)
             register_flop_formula(getattr(torch.ops.bem_peft_cpu, form))(count)
     for name, formula in TRAINING_FLOPS.items():
+        torch.library.register_fake(f"bem_peft_cpu::{name}", TRAINING_FAKES[name])
         register_flop_formula(getattr(torch.ops.bem_peft_cpu, name))(formula)
     return torch.ops.bem_peft_cpu
 
@@ -175,4 +176,41 @@ TRAINING_FLOPS: dict[str, Any] = {
     "kronecker_train": _kronecker_train, "kronecker_backward": _kronecker_backward,
     "rank_mask_train": _rank_mask_train, "rank_mask_backward": _rank_mask_backward,
     "head_gating_train": _head_gating_train, "head_gating_backward": _head_gating_backward,
+}  # fmt: skip
+
+
+# shapes alone, as of one process's fake tensors: what a budget is counted on
+
+
+def _coefficients(y: torch.Tensor, width: int) -> torch.Tensor:
+    return y.new_empty(_rows(y.shape), width, dtype=torch.float32)
+
+
+def _whole_vectors(width: int) -> int:
+    return width + -width % LANES
+
+
+def _gradients(needs_x: bool, x: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
+    return (torch.empty_like(x) if needs_x else None, *(None if t is None else torch.empty_like(t) for t in rest))
+
+
+def _film_train_fake(x: Any, y: Any, w: Any, bias: Any, gamma: Any, beta: Any, s: Any, clamp: Any, largest: Any,
+                     is_rms: bool, *rest: Any) -> tuple[Any, ...]:  # fmt: skip
+    rms = _coefficients(y, 1).squeeze(1) if is_rms and beta is not None else y.new_empty(0, dtype=torch.float32)
+    return torch.empty_like(y), _coefficients(y, _whole_vectors(w.shape[0])), rms
+
+
+TRAINING_FAKES: dict[str, Any] = {
+    "film_train": _film_train_fake,
+    "film_backward": lambda grad, x, y, w, gamma, beta, c, rms, s, clamp, largest, needs_x: _gradients(
+        needs_x, x, y, w, w[:, 0], gamma, beta
+    ),
+    "kronecker_train": lambda x, y, u, v, b, s: (torch.empty_like(y), _coefficients(y, b.shape[1])),
+    "kronecker_backward": lambda grad, x, u, v, b, z, s, needs_x: _gradients(needs_x, x, u, v, b),
+    "rank_mask_train": lambda x, y, a, *rest: (torch.empty_like(y), _coefficients(y, _whole_vectors(a.shape[0]))),
+    "rank_mask_backward": lambda grad, x, a, b, c, m, *rest: _gradients(rest[-1], x, a, b, c, m),
+    "head_gating_train": lambda x, y, a, b, gate_w, *rest: (
+        torch.empty_like(y), _coefficients(y, a.shape[0]), _coefficients(y, _whole_vectors(gate_w.shape[0])),
+    ),
+    "head_gating_backward": lambda grad, x, a, b, gate_w, bias, *rest: _gradients(rest[-1], x, a, b, gate_w, bias),
 }  # fmt: skip

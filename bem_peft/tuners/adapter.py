@@ -36,7 +36,7 @@ class SiteShape:
 
 FEW_ROWS = 8
 grad_enabled = torch.is_grad_enabled
-PLAIN_TENSORS = (nn.Parameter, torch.Tensor)  # not sharded, not functional
+PLAIN_TENSORS = (nn.Parameter, torch.Tensor, FakeTensor)  # not sharded, not functional
 MANY, FEW, PACKED = "many rows", "few rows", "packed"  # how derived weights are laid out
 
 
@@ -77,6 +77,8 @@ class Adapter(nn.Module):
 
     def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
         super().__init__()
+        if backend.chosen.is_cpp:
+            cpp.build()  # before anything counts its products
         self.site_name = site.name
         self.in_features, self.out_features = site.in_features, site.out_features
         self.scaling = float(config.scaling)
@@ -142,10 +144,10 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def fits_training(self, y: torch.Tensor) -> bool:
-        """Whether the C++ operator with a backward can take this call: a training step on a CPU, float32 masters."""
-        if not (self.training and grad_enabled() and y.is_cpu and y.dtype in cpp.DTYPES):
+        """Whether the C++ operator with a backward can take this call: gradients on a CPU, float32 masters."""
+        if not (grad_enabled() and y.is_cpu and y.dtype in cpp.DTYPES):
             return False
-        if torch.compiler.is_compiling() or isinstance(y, FakeTensor) or self.is_penalised:
+        if torch.compiler.is_compiling() or self.carries_penalties(y):
             return False
         if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, grad, jvp
             return False

@@ -258,7 +258,8 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         return out
 
     def fits_training(self, y: torch.Tensor) -> bool:
-        return not (self.dropout or self.gate_dropout) and super().fits_training(y)
+        is_dropping = self.training and (self.dropout or self.gate_dropout)
+        return not is_dropping and super().fits_training(y)
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         masters = self.A, self.B, self.gate_weight, self.gate_bias

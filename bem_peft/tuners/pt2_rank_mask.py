@@ -11,6 +11,7 @@ for the whole run; ours chooses them for each token.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -165,7 +166,8 @@ class DynamicRankMaskAdapter(LowRankAdapter):
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         masters = self.A, self.B, self.C if self.has_value_gate else None, self.mask_weight
-        choice = self.active_rank, self.is_task_mask, self.hadamard, self.temperature, self.scaling
+        temperature = self.temperature if self.training else math.inf  # no slope: the mask has no gradient
+        choice = self.active_rank, self.is_task_mask, self.hadamard, temperature, self.scaling
         out: torch.Tensor = cpp.build().rank_mask_train(self.drop(x), y, *masters, *choice)[0]
         return out
 

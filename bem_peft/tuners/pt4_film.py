@@ -175,7 +175,7 @@ class ResidualFiLMAdapter(Adapter):
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         gamma, beta = self.gamma if self.clamp_range > 0 else None, self.beta if self.max_beta > 0 else None
-        unstable = self.is_unstable if self.is_guarded else None
+        unstable = self.is_unstable if self.is_guarded and self.training else None
         out: torch.Tensor = cpp.build().film_train(
             x, y, self.controller_weight, self.controller_bias, gamma, beta, self.scaling, self.clamp_range,
             self.max_beta, self.is_rms, unstable, self.explosion_threshold,

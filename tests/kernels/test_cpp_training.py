@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -115,6 +117,7 @@ def test_output_and_gradients_are_at_most_twice_as_far_from_the_formula_as_torch
 @pytest.mark.parametrize("name", list(CASES))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_products_are_counted_and_a_gradient_that_nobody_wants_is_not_made(name: str) -> None:
+    cpp.build()  # a counter knows the formulas that were registered before it began
     adapter = made(name, CASES[name][2][0], 40).train()
     for needs_x in (False, True):
         counts = []
@@ -133,14 +136,37 @@ def test_products_are_counted_and_a_gradient_that_nobody_wants_is_not_made(name:
         assert counts[1] == counts[0] + again > 0
 
 
+def test_a_budget_counts_what_the_operators_keep() -> None:
+    """On fake tensors as on real ones, and in a fresh process as in one that has built."""
+    counted = """
+import sys, torch
+from peft import get_peft_model
+from bem_peft import ResidualFiLMConfig, count_flops, count_memory, use_kernels
+from tests.tiny_models import build
+ids = torch.arange(3, 43).view(4, 10)
+for kernels in ("torch", "cpp"):
+    if kernels == "cpp":
+        use_kernels("cpp")
+    model = get_peft_model(build("llama"), ResidualFiLMConfig(gamma_dim=3, beta_dim=5)).train()
+    inputs = {"input_ids": ids, "labels": ids}
+    flops = count_flops(model, inputs)
+    memory = count_memory(model, inputs)
+    print(flops.adapter_forward, flops.adapter_backward, memory.adapter_bytes)
+"""
+    done = subprocess.run([sys.executable, "-c", counted], capture_output=True, text=True, check=True)
+    plain, mine = ([int(value) for value in line.split()] for line in done.stdout.splitlines())
+    assert mine[:2] == plain[:2]
+    assert 0 < mine[2] < plain[2]
+
+
 def test_torchs_own_checks() -> None:
     operators = cpp.build()
     x, y = torch.randn(2, 3, 6), torch.randn(2, 3, 4)
     calls: dict[str, tuple[Any, ...]] = {
         "kronecker_train": (x, y, torch.randn(2, 3), torch.randn(1, 2), torch.randn(4, 2), 1.0),
         "film_train": (
-            x, y, torch.randn(2, 6), torch.randn(2), torch.randn(4, 2), None, 1.0, 0.5, 0.0, True, torch.tensor(False),
-            1e-6,
+            x, y, torch.randn(2, 6), torch.randn(2), torch.randn(4, 2), torch.randn(4, 1), 1.0, 0.5, 0.5, True,
+            torch.tensor(False), 1e-6,
         ),
         "rank_mask_train": (
             x, y, torch.randn(2, 6), torch.randn(4, 2), None, torch.randn(2, 2), 1, False, True, 1.0, 1.0,
@@ -149,8 +175,26 @@ def test_torchs_own_checks() -> None:
             x, y, torch.randn(2, 3), torch.randn(4, 2), torch.randn(2, 4), torch.randn(2), 2, [1, 1], 1.0, 1.0,
         ),
     }  # fmt: skip
+    backward: dict[str, Any] = {}
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func._schema.name.endswith("_backward"):
+                backward[func] = args
+            return func(*args, **(kwargs or {}))
+
     for name, args in calls.items():
-        torch.library.opcheck(getattr(operators, name).default, args, test_utils=("test_schema",))
+        operator = getattr(operators, name).default
+        torch.library.opcheck(operator, args, test_utils=("test_schema",))
+        with torch.inference_mode():  # without autograd, whose form keeps the coefficients to itself
+            torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+        trained = [arg.requires_grad_() if torch.is_tensor(arg) and arg.is_floating_point() else arg for arg in args]
+        with Spy():
+            operator(*trained)[0].sum().backward()
+    assert len(backward) == 4
+    for operator, args in backward.items():
+        with torch.no_grad():
+            torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
     with pytest.raises(RuntimeError, match=r"B must be contiguous float32 with 4 x 2 numbers, is Double"):
         operators.kronecker_train(*calls["kronecker_train"][:4], torch.randn(4, 2).double(), 1.0)
     with pytest.raises(RuntimeError, match="must be contiguous, of one dtype, and have the same rows"):
@@ -240,7 +284,6 @@ def test_what_the_operators_do_not_know_takes_the_torch_form() -> None:
         assert not adapter.fits_training(y.to("meta"))
         with torch.no_grad():
             assert not adapter.fits_training(y)
-        assert not copy.deepcopy(adapter).eval().fits_training(y)
         assert not copy.deepcopy(adapter).bfloat16().fits_training(y)
         inside: list[bool] = []
         torch.func.vmap(lambda row, a=adapter, seen=inside: (seen.append(a.fits_training(y)), row)[1])(y)
@@ -256,6 +299,23 @@ def test_what_the_operators_do_not_know_takes_the_torch_form() -> None:
         y
     )
     assert KroneckerAdapter(KroneckerConfig(u_rank=2, v_rank=2, dropout=0.1), site, call).fits_training(y)
+
+
+@pytest.mark.parametrize("name", ["PT1", "PT2", "PT2 a task", "PT3", "PT4"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_gradients_in_evaluation_are_those_of_the_torch_form(name: str) -> None:
+    """The mask of PT2 is a constant there."""
+    adapter, found = made(name, CASES[name][2][0], 40), []
+    x, y = torch.randn(6, adapter.in_features), torch.randn(6, 40)
+    for kernels in ("torch", "cpp"):
+        use_kernels(kernels)
+        ins = [x.clone().requires_grad_(), y.clone().requires_grad_()]
+        out = adapter(*ins)
+        wanted = [*ins, *adapter.parameters()]
+        gradients = torch.autograd.grad(out.square().sum(), wanted, allow_unused=True)
+        found.append([out, *(torch.zeros_like(w) if g is None else g for g, w in zip(gradients, wanted, strict=True))])
+    for plain, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
 
 
 def test_dropout_reaches_the_operator() -> None:
