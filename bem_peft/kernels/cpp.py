@@ -27,6 +27,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 SOURCES = [Path(__file__).with_name("csrc") / name for name in ("operators.cpp", "training.cpp")]
 LANES = 16
+# set by `build`: make_site(kind, module._parameters, packed, options), and run_site(site, module._parameters, x, y,
+# may_overwrite), the operator without the dispatcher, or None where that is needed or a master has changed
+make_site: Any = None
+run_site: Any = None
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -39,12 +43,13 @@ def build() -> Any:
     """
     from torch.utils.cpp_extension import load
 
-    load(
+    module = load(
         name=f"bem_peft_cpu_{processor_key()}",
         sources=[str(source) for source in SOURCES],
         extra_cflags=["-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"],
-        is_python_module=False,
     )
+    global make_site, run_site
+    make_site, run_site = module.site, module.run
     formulas = {
         "film": _film_flops, "kronecker": _kronecker_flops, "rank_mask": _rank_mask_flops,
         "head_gating": _head_gating_flops,

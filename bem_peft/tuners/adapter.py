@@ -35,7 +35,7 @@ class SiteShape:
 
 
 FEW_ROWS = 8
-grad_enabled = torch.is_grad_enabled
+grad_enabled, is_compiling = torch.is_grad_enabled, torch.compiler.is_compiling
 PLAIN_TENSORS = (nn.Parameter, torch.Tensor, FakeTensor)  # not sharded, not functional
 MANY, FEW, PACKED = "many rows", "few rows", "packed"  # how derived weights are laid out
 
@@ -67,6 +67,7 @@ class Adapter(nn.Module):
     has_operator: bool = False  # one of `kernels.cpp` computes it as it is configured
     attention_rows: Any = None  # the exact rows of the attention that runs now, where the method reads them
     watch_order: int = 0
+    observer: Any = None  # a list that takes PT2's masks
     is_watched: bool = False  # has something to do around an optimizer step
     reads_call = False  # reads values of the call: retrieval quality, which tokens are real
     token_penalties: tuple[str, ...] = ()  # penalties that are on and read tokens, by field name
@@ -83,6 +84,7 @@ class Adapter(nn.Module):
         self.in_features, self.out_features = site.in_features, site.out_features
         self.scaling = float(config.scaling)
         self.call = call
+        self._site: Any = None  # the operator of `kernels.cpp` for the present weights, called past the dispatcher
         self._derived: dict[tuple[torch.dtype, str], tuple[list[Any], tuple[torch.Tensor, ...]]] = {}
 
     def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
@@ -105,8 +107,17 @@ class Adapter(nn.Module):
         are computed in float32, with the rounded weights that longer inputs are computed with: setting up a product
         in half precision costs ten times the product there. `may_overwrite`: nobody else holds y.
         """
+        is_ready = self._site is not None and backend.chosen.is_cpp and not self.training and self.observer is None
+        if is_ready and not is_compiling():
+            out: torch.Tensor | None = cpp.run_site(self._site, self._parameters, x, y, may_overwrite)
+            if out is not None:
+                return out
         if self.has_operator and backend.chosen.is_cpp and self.fits_operator(y):
-            return self.operator(x, y, *self.weights(y.dtype, PACKED), overwrite=may_overwrite and y.is_contiguous())
+            packed = self.weights(y.dtype, PACKED)
+            is_kept = (y.dtype, PACKED) in self._derived
+            name, options = self.operator_call()
+            self._site = cpp.make_site(name, self._parameters, packed, options) if is_kept else None
+            return self.operator(x, y, *packed, overwrite=may_overwrite and y.is_contiguous())
         if self.has_operator and backend.chosen.is_cpp and self.fits_training(y):
             return self.training_operator(x.to(y.dtype).contiguous(), y.contiguous())
         kind = y.device.type
@@ -137,11 +148,18 @@ class Adapter(nn.Module):
         """What `operator` reads: wide weights in `dtype`, small ones in float32 of their values rounded to it."""
         raise NotImplementedError
 
+    def operator_call(self) -> tuple[str, tuple[Any, ...]]:
+        """The operator's name, and its arguments after the packed weights."""
+        raise NotImplementedError
+
     def operator(
         self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
     ) -> torch.Tensor:
         """`transform` by one operator, on x (..., in) and y (..., out); the result may stand in y."""
-        raise NotImplementedError
+        name, options = self.operator_call()
+        run = getattr(cpp.build(), f"{name}_" if overwrite else name)
+        out: torch.Tensor = run(x, y, *packed, *options)
+        return out
 
     def fits_training(self, y: torch.Tensor) -> bool:
         """Whether the C++ operator with a backward can take this call: gradients on a CPU, float32 masters."""
@@ -265,7 +283,7 @@ class Adapter(nn.Module):
         """Called after each such step."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_derived": {}}
+        return {**self.__dict__, "_derived": {}, "_site": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

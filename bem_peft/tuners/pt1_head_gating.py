@@ -250,12 +250,8 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         padded = (cpp.padded(part / self.temperature) for part in gate)
         return self.A.to(dtype).contiguous(), transposed(self.B, dtype), *padded
 
-    def operator(
-        self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
-    ) -> torch.Tensor:
-        run = cpp.build().head_gating_ if overwrite else cpp.build().head_gating
-        out: torch.Tensor = run(x, y, *packed, self.num_heads, self.ranks, self.scaling)
-        return out
+    def operator_call(self) -> tuple[str, tuple[Any, ...]]:
+        return "head_gating", (self.num_heads, self.ranks, self.scaling)
 
     def fits_training(self, y: torch.Tensor) -> bool:
         is_dropping = self.training and (self.dropout or self.gate_dropout)

@@ -108,7 +108,6 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         self.is_mergeable = self.is_task_mask and not self.has_value_gate
         if self.is_task_mask and self.has_value_gate:
             self.merge_refusal = "its value gate depends on the token; set `value_gate=False` with a task mask"
-        self.observer: list[torch.Tensor] | None = None
         self.A = nn.Parameter(torch.empty(rank, site.in_features))
         self.B = nn.Parameter(torch.empty(site.out_features, rank))
         shape = (rank,) if self.is_task_mask else (rank, rank)
@@ -154,12 +153,8 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         mask = self.mask_weight.unsqueeze(0) if self.is_task_mask else control[-1]
         return a.t().contiguous(), b_t.contiguous(), cpp.padded(gate), cpp.padded(mask)
 
-    def operator(
-        self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
-    ) -> torch.Tensor:
-        run = cpp.build().rank_mask_ if overwrite else cpp.build().rank_mask
-        out: torch.Tensor = run(x, y, *packed, self.active_rank, self.is_task_mask, self.scaling)
-        return out
+    def operator_call(self) -> tuple[str, tuple[Any, ...]]:
+        return "rank_mask", (self.active_rank, self.is_task_mask, self.scaling)
 
     def fits_training(self, y: torch.Tensor) -> bool:
         return self.observer is None and super().fits_training(y)

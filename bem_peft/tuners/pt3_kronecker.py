@@ -168,12 +168,8 @@ class KroneckerAdapter(LowRankAdapter):
         u, v, b_t = self.derive(dtype)
         return u.float().contiguous(), cpp.padded(v.t()), b_t.contiguous()
 
-    def operator(
-        self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
-    ) -> torch.Tensor:
-        run = cpp.build().kronecker_ if overwrite else cpp.build().kronecker
-        out: torch.Tensor = run(x, y, *packed, self.v_rank, self.scaling)
-        return out
+    def operator_call(self) -> tuple[str, tuple[Any, ...]]:
+        return "kronecker", (self.v_rank, self.scaling)
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = cpp.build().kronecker_train(self.drop(x), y, self.U, self.V, self.B, self.scaling)[0]

@@ -166,12 +166,8 @@ class ResidualFiLMAdapter(Adapter):
         beta = rows[-1] if self.max_beta > 0 else none
         return weight.t().contiguous(), cpp.padded(bias.unsqueeze(0)), gamma.contiguous(), beta.contiguous()
 
-    def operator(
-        self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
-    ) -> torch.Tensor:
-        run = cpp.build().film_ if overwrite else cpp.build().film
-        out: torch.Tensor = run(x, y, *packed, self.is_rms)
-        return out
+    def operator_call(self) -> tuple[str, tuple[Any, ...]]:
+        return "film", (self.is_rms,)
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         gamma, beta = self.gamma if self.clamp_range > 0 else None, self.beta if self.max_beta > 0 else None
@@ -295,8 +291,7 @@ class ResidualFiLMAdapter(Adapter):
             self.revert()
             self.emergency_count += 1
             self.is_reverting = False
-        if self.is_guarded:
-            self.is_unstable.zero_()
+            self.is_unstable.zero_()  # what is set is judged: nothing is set where no emergency was found
 
 
 @torch.no_grad()

@@ -5,7 +5,16 @@
 // Every method differs in its coefficients alone. x, y and the wide weights are float32 or bfloat16, all of one dtype: in
 // decoding the time goes into reading them. Sums and small weights are float32.
 
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <ATen/record_function.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+
 #include "rows.h"
+
+#include <functional>
+#include <memory>
 
 namespace {
 
@@ -178,3 +187,140 @@ TORCH_LIBRARY_IMPL(bem_peft_cpu, CPU, m) {
   m.impl("head_gating", head_gating<false>);
   m.impl("head_gating_", head_gating<true>);
 }
+
+// ---- a decoding step: one call from Python, past the dispatcher
+//
+// Between two sites all of Python's objects have left the caches, so that what is touched is what is paid: the check
+// that no master has changed, and the call, are one function. It answers None, and the caller takes the way through the
+// dispatcher, where anything but plain tensors is seen: a mode, a profiler, a functional transform, a changed master.
+
+namespace {
+
+struct Site {
+  PyObject* parameters;  // the module's dict
+  std::vector<PyObject*> names, objects;
+  std::vector<at::Tensor> masters, aliases;  // the aliases keep the storages: no new one can stand at the same address
+  std::vector<uint32_t> versions;
+  std::vector<const void*> addresses;
+  at::ScalarType dtype;
+  std::function<at::Tensor(const at::Tensor&, const at::Tensor&, bool)> run;
+
+  ~Site() {
+    for (PyObject* object : names) Py_DECREF(object);
+    for (PyObject* object : objects) Py_DECREF(object);
+    Py_XDECREF(parameters);
+  }
+
+  bool is_current(PyObject* now) const {
+    if (now != parameters) return false;
+    for (size_t i = 0; i < names.size(); ++i) {
+      if (PyDict_GetItemWithError(now, names[i]) != objects[i]) return false;
+      const at::Tensor& master = masters[i];
+      if (master.unsafeGetTensorImpl()->version_counter().current_version() != versions[i]) return false;
+      if (master.const_data_ptr() != addresses[i]) return false;
+    }
+    return true;
+  }
+};
+
+constexpr const char* kSite = "bem_peft.Site";
+void end_site(PyObject* capsule) { delete static_cast<Site*>(PyCapsule_GetPointer(capsule, kSite)); }
+
+bool is_plain(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) return false;
+  const auto keys = THPVariable_Unpack(object).key_set();
+  return keys.has(c10::DispatchKey::CPU) && !keys.has(c10::DispatchKey::Python) &&
+         !keys.has(c10::DispatchKey::FuncTorchBatched) && !keys.has(c10::DispatchKey::FuncTorchGradWrapper) &&
+         !keys.has(c10::DispatchKey::Functionalize);
+}
+
+// site(kind, module._parameters, packed, options): what `run` wants, for the masters as they are now
+PyObject* make_site(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 4 && PyDict_Check(args[1]) && PyTuple_Check(args[2]) && PyTuple_Check(args[3]),
+              "site(kind, parameters, packed, options)");
+  const std::string kind = PyUnicode_AsUTF8(args[0]);
+  auto site = std::make_unique<Site>();
+  site->parameters = Py_NewRef(args[1]);
+  PyObject *name, *object;
+  for (Py_ssize_t at = 0; PyDict_Next(args[1], &at, &name, &object);) {
+    if (object == Py_None) continue;
+    site->names.push_back(Py_NewRef(name));
+    site->objects.push_back(Py_NewRef(object));
+    const at::Tensor& master = THPVariable_Unpack(object);
+    site->masters.push_back(master);
+    site->aliases.push_back(master.detach());
+    site->versions.push_back(master._version());
+    site->addresses.push_back(master.const_data_ptr());
+  }
+  std::vector<at::Tensor> w;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[2]); ++i) w.push_back(THPVariable_Unpack(PyTuple_GET_ITEM(args[2], i)));
+  std::vector<PyObject*> o;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[3]); ++i) o.push_back(PyTuple_GET_ITEM(args[3], i));
+  const auto fits = [&](size_t weights, size_t options) { return w.size() == weights && o.size() == options; };
+  if (kind == "film" && fits(4, 1)) {
+    const bool is_rms = o[0] == Py_True;
+    site->run = [w, is_rms](const at::Tensor& x, const at::Tensor& y, bool over) {
+      return (over ? film<true> : film<false>)(x, y, w[0], w[1], w[2], w[3], is_rms);
+    };
+    site->dtype = w[0].scalar_type();
+  } else if (kind == "kronecker" && fits(3, 2)) {
+    const int64_t v_rank = PyLong_AsLongLong(o[0]);
+    const double scaling = PyFloat_AsDouble(o[1]);
+    site->run = [w, v_rank, scaling](const at::Tensor& x, const at::Tensor& y, bool over) {
+      return (over ? kronecker<true> : kronecker<false>)(x, y, w[0], w[1], w[2], v_rank, scaling);
+    };
+    site->dtype = w[2].scalar_type();
+  } else if (kind == "rank_mask" && fits(4, 3)) {
+    const int64_t active = PyLong_AsLongLong(o[0]);
+    const bool is_task_mask = o[1] == Py_True;
+    const double scaling = PyFloat_AsDouble(o[2]);
+    site->run = [w, active, is_task_mask, scaling](const at::Tensor& x, const at::Tensor& y, bool over) {
+      return (over ? rank_mask<true> : rank_mask<false>)(x, y, w[0], w[1], w[2], w[3], active, is_task_mask, scaling);
+    };
+    site->dtype = w[0].scalar_type();
+  } else if (kind == "head_gating" && fits(4, 3) && PyList_Check(o[1])) {
+    const int64_t heads = PyLong_AsLongLong(o[0]);
+    std::vector<int64_t> ranks;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(o[1]); ++i) ranks.push_back(PyLong_AsLongLong(PyList_GET_ITEM(o[1], i)));
+    const double scaling = PyFloat_AsDouble(o[2]);
+    site->run = [w, heads, ranks, scaling](const at::Tensor& x, const at::Tensor& y, bool over) {
+      return (over ? head_gating<true> : head_gating<false>)(x, y, w[0], w[1], w[2], w[3], heads, ranks, scaling);
+    };
+    site->dtype = w[0].scalar_type();
+  } else {
+    TORCH_CHECK(false, "site: unknown kind ", kind, " with ", w.size(), " weights and ", o.size(), " options");
+  }
+  if (PyErr_Occurred()) return nullptr;
+  return PyCapsule_New(site.release(), kSite, end_site);
+  END_HANDLE_TH_ERRORS
+}
+
+// run(site, module._parameters, x, y, may_overwrite): y', or None
+PyObject* run_site(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 5, "run(site, parameters, x, y, may_overwrite)");
+  const auto* site = static_cast<const Site*>(PyCapsule_GetPointer(args[0], kSite));
+  if (site == nullptr) return nullptr;
+  if (at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() || at::hasCallbacks() ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) || !is_plain(args[2]) ||
+      !is_plain(args[3]) || !site->is_current(args[1]))
+    Py_RETURN_NONE;
+  const at::Tensor &x = THPVariable_Unpack(args[2]), &y = THPVariable_Unpack(args[3]);
+  if (y.scalar_type() != site->dtype || PyErr_Occurred()) Py_RETURN_NONE;
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return THPVariable_Wrap(site->run(x, y, args[4] == Py_True && y.is_contiguous()));
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef methods[] = {
+    {"site", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(make_site)), METH_FASTCALL, nullptr},
+    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_site)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "bem_peft_cpu", nullptr, -1, methods};
+
+}  // namespace
+
+#define NAME_OF_INIT_(name) PyInit_##name
+#define NAME_OF_INIT(name) NAME_OF_INIT_(name)
+PyMODINIT_FUNC NAME_OF_INIT(TORCH_EXTENSION_NAME)(void) { return PyModule_Create(&module); }
