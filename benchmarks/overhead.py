@@ -5,8 +5,8 @@
 
 Each round runs every variant once, in an order that changes from round to round; a cell is the median over rounds of
 time / base's time of the same round, minus one, with the 95 % interval of the median (order statistics). The base of a
-training step has one trained number at each site, since a frozen base has no backward pass. Memory is the peak of a
-training step by live storages. "(cpp)" is our methods with BEM_PEFT_KERNELS=cpp, for inference. Run it alone on the
+training step has one trained number at each site of the adapter, since a frozen base has no backward pass. Memory is
+the peak of a training step by live storages. "(cpp)" is our methods with BEM_PEFT_KERNELS=cpp. Run it alone on the
 machine. Nothing is reported if the kernels' tests are red or a fresh adapter does not give the base's logits.
 """
 
@@ -29,7 +29,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from adapters import OURS, SHAPES, VARIANTS, Phase, Variant, adapted_models, base_model, trainable
+from adapters import OURS, SHAPES, VARIANTS, Phase, Variant, adapted_models, base_model, trainable, where
 from peft import IA3Config, get_peft_model
 from scipy import stats
 
@@ -46,8 +46,11 @@ HEADER = (
 )  # fmt: skip
 
 
-def interleave(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """seconds[variant][round]; one untimed round first."""
+def interleave(
+    runs: dict[str, Callable[[], float]], rounds: int, report: Callable[[str], None] | None = None
+) -> dict[str, list[float]]:
+    """seconds[variant][round]; one untimed round first, after which `report` is told how long it will take."""
+    began = time.perf_counter()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order, rng = list(runs), random.Random(0)
     for i in range(rounds + 1):
@@ -57,6 +60,8 @@ def interleave(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, l
             value = runs[name]()
             if i:
                 seconds[name].append(value)
+        if report is not None and i == 0:
+            report(f"  {rounds} rounds of {len(runs)} models, {rounds * (time.perf_counter() - began):.0f} s")
     use_kernels("torch")
     return seconds
 
@@ -88,11 +93,12 @@ def overhead(mine: list[float], base: list[float]) -> tuple[float, float, float]
     return statistics.median(ratios), float(found.low), float(found.high)
 
 
-def one_number(base: Any) -> Any:
-    """The base with one trained number at each W_O and W_down: what a training step costs without an adapter."""
-    from adapters import BOTH, share_weights
+def one_number(base: Any, sites: tuple[str, ...]) -> Any:
+    """The base with one trained number at each of the sites: what a training step costs without an adapter. A backward
+    pass ends at the first site, so that an adapter at W_down alone has another base than one at both."""
+    from adapters import share_weights
 
-    model = get_peft_model(share_weights(base), IA3Config(target_modules=BOTH, feedforward_modules=[]))
+    model = get_peft_model(share_weights(base), IA3Config(target_modules=list(sites), feedforward_modules=[]))
     for module in model.modules():
         for name, parameter in list(getattr(module, "ia3_l", {}).items()):
             module.ia3_l[name] = torch.nn.Parameter(parameter.detach()[:1, :1].to(base.dtype).clone())
@@ -122,9 +128,14 @@ def measure(
     if args.only:
         names = [n for n in names if any(n.startswith(part) for part in args.only)]
         names = list(dict.fromkeys([*(VARIANTS[n].anchor for n in names), *names]))
+    report(f"{dtype}, {mode}, {phase}: building {len(names)} models")
     models = adapted_models(base, names, is_training=is_training)
+    base_of = dict.fromkeys(models, "base")
     if is_training:
-        models["base"] = one_number(base)
+        del models["base"]
+        for name in names:
+            base_of[name] = f"base {where(VARIANTS[name].sites)}"
+            models.setdefault(base_of[name], one_number(base, VARIANTS[name].sites))
     if phase.kind == "memory":
         inputs = {"input_ids": phase.ids, "labels": phase.ids, "use_cache": False}
         found = {}
@@ -148,11 +159,11 @@ def measure(
                 report(f"  compiling {name}")
                 run()
         others = others_busy()
-        seconds = interleave(runs, args.rounds)
+        seconds = interleave(runs, args.rounds, report)
         report(f"\nother processes used {others():.1%} of the processors meanwhile")
-        cells = {name: overhead(found, seconds["base"]) for name, found in seconds.items()}
+        cells = {name: overhead(seconds[name], seconds[base_of[name]]) for name in names}
         limit = {name: phase.limit(models[name]) for name in names}
-        shown = f"{statistics.median(seconds['base']) * 1e3:.2f} ms"
+        shown = f"{statistics.median(seconds[base_of[names[-1]]]) * 1e3:.2f} ms"
     report(f"\n{dtype}, {mode}, {phase}: base {shown}")
     rows = []
     for name in names:

@@ -104,8 +104,12 @@ def match_budget(
         The match with the smallest of the largest deviations; `is_met` says whether it is within the tolerance.
 
     Raises:
+        TypeError: `config` or `anchor` is no PeftConfig.
         ValueError: an unknown field or quantity, or no value of the free sizes that the config accepts.
     """
+    for name, given in (("config", config), ("anchor", anchor)):
+        if not isinstance(given, PeftConfig):
+            raise TypeError(f"`{name}` = {given!r}: must be a PeftConfig, as LoraConfig(r=8).")
     check_positive("tolerance_ratio", tolerance_ratio)
     names = _free_names(config, free)
     choices = {name: sorted(values) for name, values in free.items() if values} if isinstance(free, Mapping) else {}

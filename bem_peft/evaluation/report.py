@@ -96,6 +96,10 @@ class Report:
             count = len(system.seeds)
             lines.append(f"| {system.name} | {system.method} | {values} | {count} | {budget_text(system)} |")
         if self.comparisons:
+            lines += [
+                "",
+                "Differences are from the anchor; above zero is better, also where less of the metric is (nll).",
+            ]
             lines += ["", "| system | metric | slice | difference | adjusted p | verdict |"]
             lines += ["| --- | --- | --- | ---: | ---: | --- |"]
         for name, results in self.comparisons.items():

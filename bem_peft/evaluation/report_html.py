@@ -95,7 +95,7 @@ def _differences(report: Report) -> str:
         parts.append(
             f'<figure><div class="scroll" role="region" tabindex="0" aria-label="Plot of differences in {escape(metric)}">{plot}'
             f"</div><figcaption>{escape(metric)}: intervals of {report.confidence:.0%} over seeds and items; right of zero is "
-            "better than the anchor.</figcaption></figure>"
+            "better than the anchor, also where less of the metric is better (nll).</figcaption></figure>"
         )
     rows = [
         (

@@ -17,6 +17,10 @@
 from __future__ import annotations
 
 import copy
+import csv
+import gzip
+import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -287,7 +291,44 @@ def _check_data(data: DataSection, problems: Problems) -> None:
     for name in ("train", "eval"):
         path = getattr(data, name)
         if path is not None and is_file_name(path) and not Path(path).is_file():
-            problems.append(f"data.{name} = {path!r}: there is no such file")
+            problems.append(f"data.{name} = {path!r}: there is no such file, seen from {Path.cwd()}")
+        elif path is not None and is_file_name(path):
+            _check_columns(data, name, Path(path), problems)
+
+
+def _check_columns(data: DataSection, part: str, path: Path, problems: Problems) -> None:
+    try:
+        columns = columns_of(path)
+    except (ValueError, OSError, EOFError) as error:
+        problems.append(f"data.{part} = {str(path)!r}: cannot be read ({error})")
+        return
+    for name in ("prompt", "completion", "group", "id"):
+        template = getattr(data, name)
+        missing = sorted(set(re.findall(r"\{(\w+)\}", template or "")) - columns)
+        if columns and missing:
+            problems.append(f"data.{name} = {template!r}: {path} has no column {missing}; it has {sorted(columns)}")
+
+
+def columns_of(path: Path) -> set[str]:
+    """The columns of a file's first 1,000 records; empty for a .json file, which would have to be read whole.
+
+    Raises:
+        ValueError, OSError, EOFError: the file is not what its name says.
+    """
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind == "parquet":
+        from pyarrow import parquet  # type: ignore[import-untyped]
+
+        return set(parquet.read_schema(path).names)
+    if kind == "json":
+        return set()
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        if kind == "csv":
+            return set(next(csv.reader(file), []))
+        records = [json.loads(line) for line in itertools.islice(file, 1000) if line.strip()]
+    if not all(isinstance(record, dict) for record in records):
+        raise ValueError("a line is no JSON object")
+    return set().union(*records)
 
 
 def check_evaluation(evaluation: EvaluationSection, where: str, problems: list[str]) -> None:

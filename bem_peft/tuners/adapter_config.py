@@ -160,7 +160,7 @@ def add_loading_section(folder: str, config: AdapterConfig) -> None:
     card.write_text(
         f"{text.rstrip()}\n\n{MODEL_CARD_HEADING}\n\n"
         f"The adapter is of type `{config.method.upper()}` from the package `bem_peft` "
-        f"(`pip install bem_peft`) on top of `{base}`.\n\n"
+        f"on top of `{base}`. Install the package, and import it before loading:\n\n"
         "```python\n"
         "import bem_peft  # registers the adapter type with PEFT\n"
         "from peft import PeftModel\n"

@@ -12,6 +12,7 @@ transfer learning, 2022, arXiv:2110.04366 (multi-head parallel adapter); theirs 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -319,9 +320,11 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         if self.retrieval == "scores":
             used = (self.scorer_weight.sum() + self.scorer_bias).float().view(1, 1) * 0.0  # in the graph of every step
             if values.retrieval_scores is None:
+                self.warn_of_no_retrieval("retrieval_scores")
                 return used
             quality = self.score_quality(values.retrieval_scores.to(device).float())
         elif values.retrieval_quality is None:
+            self.warn_of_no_retrieval("retrieval_quality")
             return torch.zeros(1, 1, device=device)
         else:
             quality = values.retrieval_quality.to(device).float()
@@ -335,6 +338,15 @@ class HeadGroupGatingAdapter(LowRankAdapter):
                 "give one value a sequence, (batch,), for cached decoding and for encoder-decoder models."
             )
         return (2.0 * quality - 1.0).reshape(tokens, 1)
+
+    def warn_of_no_retrieval(self, name: str) -> None:
+        """In training: a Trainer drops a column that it does not know, and nothing else would tell."""
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"retrieval={self.retrieval!r}, and this training step was given no `{name}`: the gates read a quality "
+                "of 1/2. As a Trainer column it needs TrainingArguments(remove_unused_columns=False).",
+                stacklevel=2,
+            )
 
     def score_quality(self, scores: torch.Tensor) -> torch.Tensor:
         """sigmoid(w . (top score, margin, 1 - entropy of the list) + b), (B,), from scores (B, K), -inf where none."""

@@ -106,6 +106,7 @@ class ResidualFiLMAdapter(Adapter):
         self.is_static = config.mode == "static"
         self.has_operator = config.mode == "channel"
         self.is_mergeable = self.is_static and (not self.is_rms or config.max_beta == 0.0)
+        self.merge_refusal = "its factors depend on the token, so no weight equals it; mode='static' merges"
         if self.is_static:
             self.merge_refusal = "beta counts in the token's RMS; set beta_unit='absolute' or max_beta=0"
         self.gamma_dim = 1 if self.is_static else config.gamma_dim
@@ -252,13 +253,10 @@ class ResidualFiLMAdapter(Adapter):
 
     # the emergency brake
 
-    @torch.no_grad()
     def keep_as_good(self) -> None:
         """Remember the present values as the last good ones."""
         if self.is_guarded:
-            for name, parameter in self._parameters.items():  # at each step: not by named_parameters, which is slow
-                if parameter is not None:
-                    self._buffers[f"last_good_{name}"].copy_(whole(parameter))  # type: ignore[union-attr]
+            keep_as_good([self])
 
     @torch.no_grad()
     def revert(self) -> None:
@@ -278,12 +276,10 @@ class ResidualFiLMAdapter(Adapter):
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
-        if not self.is_reverting:
-            self.keep_as_good()
-            return
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()  # so that no optimizer state is made of it
+        if self.is_reverting:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()  # so that no optimizer state is made of it
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
@@ -292,6 +288,20 @@ class ResidualFiLMAdapter(Adapter):
             self.emergency_count += 1
             self.is_reverting = False
             self.is_unstable.zero_()  # what is set is judged: nothing is set where no emergency was found
+
+
+@torch.no_grad()
+def keep_as_good(guarded: Sequence[ResidualFiLMAdapter]) -> None:
+    """Remember the present values of guarded adapters as their last good ones; all at once, at each step."""
+    kept, now = [], []
+    for adapter in guarded:
+        for name, parameter in adapter._parameters.items():
+            good = adapter._buffers.get(f"last_good_{name}")
+            if parameter is not None and good is not None:
+                kept.append(good)
+                now.append(whole(parameter))
+    if kept:
+        torch._foreach_copy_(kept, now)
 
 
 @torch.no_grad()
@@ -328,11 +338,13 @@ def judge_stability(adapters: Sequence[Adapter]) -> bool:
     if not guarded:
         return False
     if not any_process(_may_be_unstable(guarded)).item():
+        keep_as_good(guarded)
         return False
     flags = torch.stack([adapter.unstable_flag().to(guarded[0].is_unstable.device) for adapter in guarded])
     verdicts = any_process(flags).tolist()
     for adapter, is_unstable in zip(guarded, verdicts, strict=True):
         adapter.is_reverting = is_unstable
+    keep_as_good([adapter for adapter in guarded if not adapter.is_reverting])
     if any(verdicts):
         names = [adapter.site_name for adapter in guarded if adapter.is_reverting]
         logger.warning(

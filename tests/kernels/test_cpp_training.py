@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -81,6 +82,32 @@ def differentiated(adapter: Adapter, out: torch.Tensor, inputs: list[torch.Tenso
     return {"output": out.detach(), **dict(zip(names, found, strict=True))}
 
 
+def deviations(
+    name: str, width: int, rows: int, out: int, dtype: torch.dtype
+) -> Iterator[tuple[str, float, float, float]]:
+    """(tensor, the torch form's largest error against float64, the operator's, what that may be): output, gradients."""
+    adapter = made(name, width, out).train()
+    x, y = guarded(rows, width, dtype), guarded(rows, out, dtype, 3.0)
+    gradient = guarded(rows, out, dtype)
+    results = []
+    for is_operator in (True, False):
+        ins = [x.detach().requires_grad_(), y.detach().requires_grad_()]
+        form = adapter.training_operator(*ins) if is_operator else adapter.transform(*ins, *adapter.derive(dtype))
+        assert form.dtype is dtype
+        results.append(differentiated(adapter, form, ins, gradient))
+    found, plain = results
+    wide, weights = in_float64(adapter, dtype)
+    ins = [x.double().requires_grad_(), y.double().requires_grad_()]
+    for key, reference in differentiated(wide, formula(wide, *ins, weights), ins, gradient.double()).items():
+        assert found[key].dtype is plain[key].dtype
+        assert found[key].shape == reference.shape
+        error, own = (float((part[key].double() - reference).abs().max()) for part in (found, plain))
+        is_float32 = found[key].dtype is torch.float32
+        # in bfloat16 half a unit in the last place of what is rounded
+        least = float(reference.abs().max()) * torch.finfo(found[key].dtype).eps * (16.0 if is_float32 else 0.51)
+        yield key, own, error, 2.0 * own + least + 1e-6
+
+
 @pytest.mark.parametrize("dtype", cpp.DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 7, 33, 130])
 @pytest.mark.parametrize(("name", "width"), [(name, width) for name, case in CASES.items() for width in case[2]])
@@ -89,29 +116,8 @@ def test_output_and_gradients_are_at_most_twice_as_far_from_the_formula_as_torch
     name: str, width: int, rows: int, dtype: torch.dtype
 ) -> None:
     for out in (5, 65, 200):
-        adapter = made(name, width, out).train()
-        x, y = guarded(rows, width, dtype), guarded(rows, out, dtype, 3.0)
-        gradient = guarded(rows, out, dtype)
-        found, plain, exact = {}, {}, {}
-        for form, part in (("cpp", found), ("torch", plain)):
-            ins = [x.detach().requires_grad_(), y.detach().requires_grad_()]
-            if form == "cpp":
-                result = adapter.training_operator(*ins)
-            else:
-                result = adapter.transform(*ins, *adapter.derive(dtype))
-            assert result.dtype is dtype
-            part.update(differentiated(adapter, result, ins, gradient))
-        wide, weights = in_float64(adapter, dtype)
-        ins = [x.double().requires_grad_(), y.double().requires_grad_()]
-        exact.update(differentiated(wide, formula(wide, *ins, weights), ins, gradient.double()))
-        for key, reference in exact.items():
-            assert found[key].dtype is plain[key].dtype
-            assert found[key].shape == reference.shape
-            error, own = (float((part[key].double() - reference).abs().max()) for part in (found, plain))
-            is_float32 = found[key].dtype is torch.float32
-            # in bfloat16 half a unit in the last place of what is rounded
-            least = float(reference.abs().max()) * torch.finfo(found[key].dtype).eps * (16.0 if is_float32 else 0.51)
-            assert error <= 2.0 * own + least + 1e-6, (key, out, error, own, least)
+        for key, own, error, allowed in deviations(name, width, rows, out, dtype):
+            assert error <= allowed, (key, out, error, own)
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -316,6 +322,22 @@ def test_gradients_in_evaluation_are_those_of_the_torch_form(name: str) -> None:
         found.append([out, *(torch.zeros_like(w) if g is None else g for g, w in zip(gradients, wanted, strict=True))])
     for plain, mine in zip(*found, strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["PT1", "PT2", "PT2 a task", "PT3", "PT4"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_no_rows_at_all(name: str) -> None:
+    """An expert that no token was routed to."""
+    use_kernels("cpp")
+    adapter = made(name, CASES[name][2][0], 40).train()
+    x, y = torch.zeros(0, adapter.in_features, requires_grad=True), torch.zeros(0, 40, requires_grad=True)
+    out = adapter(x, y)
+    assert out.shape == (0, 40)
+    out.sum().backward()
+    for parameter in adapter.parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert adapter.eval()(x, y).shape == (0, 40)
 
 
 def test_dropout_reaches_the_operator() -> None:

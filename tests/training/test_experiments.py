@@ -233,12 +233,30 @@ def test_data_that_do_not_fit_are_refused(folder: Path, change: dict[str, Any], 
 
     wrong = copy.deepcopy(document(folder))
     wrong["data"] |= change
-    data = read_experiment(write(folder, wrong)).data
     if text is None:
-        read_items(data)
+        read_items(read_experiment(write(folder, wrong)).data)
         return
     with pytest.raises(ValueError, match=text):
-        read_items(data)
+        read_items(read_experiment(write(folder, wrong)).data)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("a.jsonl", '{"b": 1}\n{"ref": 2, "c": 1}\n', r"a.jsonl has no column \['a'\]; it has \['b', 'c', 'ref'\]"),
+        ("a.csv", "ref,b\n1,2\n", r"a.csv has no column \['a'\]; it has \['b', 'ref'\]"),
+        ("a.jsonl", "[1]\n", "a.jsonl': cannot be read .a line is no JSON object"),
+        ("a.jsonl", "{\n", "a.jsonl': cannot be read .Expecting property name"),
+        ("a.jsonl.gz", "no gzip", "a.jsonl.gz': cannot be read .Not a gzipped file"),
+        ("a.parquet", "no parquet", "a.parquet': cannot be read"),
+    ],
+)
+def test_columns_are_checked_before_anything_is_loaded(folder: Path, name: str, text: str, problem: str) -> None:
+    (folder / name).write_text(text)
+    wrong = copy.deepcopy(document(folder))
+    wrong["data"] |= {"train": str(folder / name)}
+    with pytest.raises(ExperimentError, match=problem):
+        read_experiment(write(folder, wrong))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -77,6 +77,14 @@ def test_retriever_scores_are_scored_by_a_learned_scorer() -> None:
     np.testing.assert_allclose(adapter.score_quality(scores)[0].item(), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("retrieval", "name"), [("quality", "retrieval_quality"), ("scores", "retrieval_scores")])
+def test_a_training_step_without_retrieval_warns(retrieval: str, name: str) -> None:
+    model, ids = gated(retrieval=retrieval), tokens()
+    model(input_ids=ids)  # inference without it is a choice
+    with pytest.warns(UserWarning, match=rf"no `{name}`.*remove_unused_columns=False"):
+        model.train()(input_ids=ids, labels=ids)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_two_checkpointed_forwards_keep_their_own_quality(reentrant: bool) -> None:
     ids, first, second = tokens(), torch.tensor([0.1, 0.9]), torch.tensor([1.0, 0.3])
