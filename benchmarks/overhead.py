@@ -206,6 +206,8 @@ def plot(rows: list[list[Any]], path: Path, caption: str) -> None:
             axis.plot([low, high], [at, at], color="#1d4f91" if ours else "#a3251b")
             axis.plot([middle], [at], "o", markersize=4, color="#1d4f91" if ours else "#a3251b")
         axis.axvline(0, color="#5a6068", linewidth=0.8)
+        axis.set_xscale("symlog", linthresh=10.0)  # linear up to 10 %, where most of them lie
+        axis.set_xticks([-5, 0, 5, 10, 30, 100, 300], ["-5", "0", "5", "10", "30", "100", "300"])
         axis.set_xlabel("% over the base", fontsize=8)
         axis.tick_params(labelsize=8)
     axes[0][0].set_yticks([len(names) - i for i in range(len(names))], names)
