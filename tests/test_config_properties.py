@@ -120,6 +120,7 @@ def try_config(cls: type, values: dict[str, Any]) -> bool:
     return True
 
 
+@pytest.mark.filterwarnings("ignore:retrieval=.*remove_unused_columns:UserWarning")
 @pytest.mark.parametrize("cls", FIELDS, ids=lambda cls: cls.__name__)
 def test_a_config_builds_what_trains_or_names_the_field(cls: type) -> None:
     outcomes: set[bool] = set()
