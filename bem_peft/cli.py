@@ -25,7 +25,7 @@ from bem_peft.budget.adapter_spec import AdapterSpecError, parse_adapter
 from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetValidator, adapted_copy, at_sites_of
 from bem_peft.budget.match import MATCHED, match_budget
 from bem_peft.training.experiment import DTYPES, DataSection, EvaluationSection, read_experiment
-from bem_peft.tuners import registry, sites
+from bem_peft.tuners import registry, sites, sites_table
 
 _NOT_MET = 1
 _USER_ERROR = 2
@@ -272,22 +272,20 @@ def _text_lines(table: sites.SiteTable) -> Iterable[str]:
 
 
 def _print_all(path: Path | None) -> None:
-    """Writes {"transformers": version, "models": {type: row}}; a row that did not change keeps its `reviewed`."""
-    known = json.loads(path.read_text())["models"] if path is not None and path.exists() else {}
-    rows: dict[str, dict[str, object]] = {}
-    for model_type, row in sites.site_table_rows():
-        before = known.get(model_type, {})
-        if before.get("reviewed") and {**row, "reviewed": True} == before:
-            row["reviewed"] = True
-        rows[model_type] = row
-    lines = ",\n".join(f"  {json.dumps(model_type)}: {json.dumps(row)}" for model_type, row in rows.items())
-    text = f'{{"transformers": {json.dumps(transformers.__version__)}, "models": {{\n{lines}\n}}}}\n'
+    """Print the rows of all types, or merge them into the table at `path`, and say what is new, gone and changed."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
+    version = transformers.__version__
+    rows = dict(sites.site_table_rows())
+    table, changes = sites_table.merged_table(known, rows, version)
+    text = sites_table.table_text(table)
     if path is None:
         print(text, end="")
-    else:
-        path.write_text(text)
-        unplaced = sum("error" in row for row in rows.values())
-        print(f"wrote {len(rows)} model types to {path}, {unplaced} of them without sites")
+        return
+    path.write_text(text, encoding="utf-8")
+    unplaced = sum("error" in row for row in rows.values())
+    print(f"wrote {len(rows)} model types of transformers {version} to {path}, {unplaced} of them without sites")
+    for what, types in changes.items():
+        print(f"{what}: {', '.join(types) or '-'}")
 
 
 _COMMANDS = {

@@ -34,6 +34,7 @@ from bem_peft import (
     match_budget,
     use_kernels,
 )
+from bem_peft.upstream import cache_argument, cache_of
 
 W_O, W_DOWN = ["o_proj"], ["down_proj"]
 SHAPES = {  # of the weights' shapes alone; the weights are random
@@ -222,13 +223,13 @@ class Phase:
         if self.kind == "decode":
             token = torch.full((self.batch, 1), 7)
             with torch.no_grad():
-                cache = model(input_ids=ids, use_cache=True).past_key_values
+                cache, argument = cache_of(model(input_ids=ids, use_cache=True)), cache_argument(model)
 
             @torch.no_grad()
             def decode() -> float:
                 start = time.perf_counter()
                 for _ in range(self.steps):
-                    called(input_ids=token, past_key_values=cache, use_cache=True)
+                    called(input_ids=token, use_cache=True, **{argument: cache})
                 seconds = (time.perf_counter() - start) / self.steps
                 cache.crop(-self.steps)
                 return seconds

@@ -17,14 +17,20 @@ import bem_peft  # noqa: F401  # registers the methods
 torch.set_num_threads(1)
 
 
+OWN_WARNINGS_ONLY = os.environ.get("BEM_PEFT_WARNINGS") == "own"  # `make versions`, `make newest`
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    for line in (
+    lines = [
         # peft 0.21 asks transformers 5.23 for an attribute that was renamed
         "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
         "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning",
         # torch's own modules, met when inductor is imported
         "ignore:.*:DeprecationWarning:torch.*",
-    ):
+    ]
+    if OWN_WARNINGS_ONLY:  # what other packages of another version say to each other is not ours to fail by
+        lines = ["default", "error:::bem_peft", "error:::tests", "error:.*(past_key_values|cache_params).*", *lines]
+    for line in lines:
         config.addinivalue_line("filterwarnings", line)
 
 

@@ -22,6 +22,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.jamba import modeling_jamba
 
 VOCABULARY = 64
 
@@ -178,6 +179,14 @@ def build(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0) 
             if parameter.dim() >= 2 and "A_log" not in name:
                 parameter.normal_(std=0.15 if "emb" not in name and "wte" not in name and "shared" not in name else 1.0)
     return model.to(dtype).eval()
+
+
+def first_cache(model: Any, batch: int) -> Any:
+    """The cache that a model wants at its first step; None: it makes its own, as all do since transformers 5."""
+    hybrid = getattr(modeling_jamba, "HybridMambaAttentionDynamicCache", None)
+    if model.config.model_type != "jamba" or hybrid is None:
+        return None
+    return hybrid(model.config, batch, dtype=model.dtype, device=model.device)
 
 
 def tokens(batch: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:

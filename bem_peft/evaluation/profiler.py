@@ -20,6 +20,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from bem_peft import upstream
 from bem_peft.budget.latency import interval, no_slower
 from bem_peft.budget.memory import LiveBytes
 
@@ -190,15 +191,17 @@ class PerformanceProfiler:
         if workload.kind == "train_step":
             return self._training_step(model, inputs, ids)
         cache: Any = None
+        cached: dict[str, Any] = {}
         if workload.kind == "decode":
             with torch.no_grad():
-                cache = model.eval()(**inputs, use_cache=True).past_key_values
+                cache = upstream.cache_of(model.eval()(**inputs, use_cache=True))
             inputs = {"input_ids": ids[:, -1:]}
+            cached = {upstream.cache_argument(model): cache, "use_cache": True}
 
         @torch.no_grad()
         def run() -> object:
             model.eval()
-            out = model(**inputs, **({} if cache is None else {"past_key_values": cache, "use_cache": True}))
+            out = model(**inputs, **cached)
             if cache is not None:
                 cache.crop(-1)  # the next run decodes at the same length
             return out

@@ -53,7 +53,9 @@ class AdapterLayer(BaseTunerLayer):
 
     def base_weight(self) -> torch.Tensor:
         """The base layer's weight as (out, in), dequantised."""
-        return transpose(self.get_base_weight(), self.fan_in_fan_out)
+        base, backend = self.get_base_layer(), self.quantization_backend
+        weight = base.weight.data if backend is None else backend.get_base_weight(base)
+        return transpose(weight, self.fan_in_fan_out)
 
     def shape_at(self, name: str, num_heads: int | None) -> SiteShape:
         return SiteShape(name, self.in_features, self.out_features, num_heads, self.base_weight)
@@ -134,7 +136,11 @@ class AdapterLayer(BaseTunerLayer):
             self.merged_adapters.pop()
 
     def _write(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.set_base_weight(transpose(weight, self.fan_in_fan_out).contiguous())
+        laid_out = transpose(weight, self.fan_in_fan_out).contiguous()
+        if self.quantization_backend is None:
+            self.get_base_layer().weight.data = laid_out
+        else:
+            self.quantization_backend.set_base_weight(self, laid_out)
         if bias is not None:
             self.get_base_layer().bias.data = bias
 

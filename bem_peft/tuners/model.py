@@ -6,7 +6,7 @@ Nothing is changed before everything is known to fit: each adapter is built once
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
+from bem_peft import upstream
 from bem_peft.tuners.adapter import Adapter, SiteShape
 from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.attention_stats import require_interface, restore_attention, use_exact_attention
@@ -169,10 +169,8 @@ class AdapterModel(BaseTuner):
             layer_cls: Any = self.tuner_layer_cls
             layer = layer_cls(target, adapter_name, self.call)
             layer.is_token_routed = "experts" in current_key.split(".")
-            layer.quantization_backend = resolve_quantization_backend(
-                layer.get_base_layer(),  # type: ignore[operator]
-                **get_quantization_kwargs(self.model),
-            )
+            base: Any = layer.get_base_layer()  # type: ignore[operator]
+            layer.quantization_backend = upstream.quantization_backend(base, self.model)
         adapters = {
             container: self._build(container, config, current_key, layer)
             for container, config in self.parts(peft_config)
@@ -236,6 +234,10 @@ class AdapterModel(BaseTuner):
 
     # calls
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model, called as a module: peft < 0.21 goes past its hooks, which fill `call`."""
+        return self.model(*args, **kwargs)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `generate`; `retrieval_quality` (batch,), `retrieval_scores` (batch, K) hold for all steps.
 
@@ -289,26 +291,42 @@ class AdapterModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """As PEFT's, but strict: a key that is missing, or that the model has no place for, raises ValueError."""
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = set()
-        for name, module in model.named_modules():
-            if isinstance(module, AdapterLayer):
-                for container in module.adapter_layer_names:
-                    if adapter_name in getattr(module, container):
-                        adapter = getattr(module, container)[adapter_name]
-                        prefix = f"{name}.{container}.{adapter_name}."
-                        expected |= {prefix + key for key in adapter.state_dict()}
-        given = {key.removeprefix("_fsdp_wrapped_module.") for key in remapped if f".{cls.prefix}" in key}
-        missing, unexpected = sorted(expected - given), sorted(given - expected)
-        if missing or unexpected:
-            raise ValueError(
-                f"the file does not hold the adapter {adapter_name!r} that the config describes: "
-                + (f"missing {_some(missing)}; " if missing else "")
-                + (f"unexpected {_some(unexpected)}; " if unexpected else "")
-                + "load it with the config and the base model that it was saved with."
-            )
+        """As PEFT's, but strict: see `check_saved_keys`."""
+        check_saved_keys(model, adapter_name, state_dict)
+        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
         return remapped
+
+
+def check_saved_keys(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None:
+    """Raise where the keys of a file, which hold no adapter name, are not those of the adapter in `model`.
+
+    Raises:
+        ValueError: a key is missing, or the model has no place for it.
+    """
+    expected, containers = set(), set()
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterLayer):
+            containers.update(f".{container}." for container in module.adapter_layer_names)
+            for container in module.adapter_layer_names:
+                if adapter_name in getattr(module, container):
+                    adapter = getattr(module, container)[adapter_name]
+                    expected |= {_without_wrappers(f"{name}.{container}.{key}") for key in adapter.state_dict()}
+    given = {_without_wrappers(key) for key in keys if any(container in key for container in containers)}
+    missing, unexpected = sorted(expected - given), sorted(given - expected)
+    if missing or unexpected:
+        raise ValueError(
+            f"the file does not hold the adapter {adapter_name!r} that the config describes: "
+            + (f"missing {_some(missing)}; " if missing else "")
+            + (f"unexpected {_some(unexpected)}; " if unexpected else "")
+            + "load it with the config and the base model that it was saved with."
+        )
+
+
+def _without_wrappers(key: str) -> str:
+    """A key of a module or file without what FSDP and PeftModel put before it."""
+    return key.removeprefix("_fsdp_wrapped_module.").removeprefix("base_model.model.")
 
 
 def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -318,3 +336,7 @@ def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str
 def _some(names: tuple[str, ...] | list[str]) -> str:
     shown = ", ".join(list(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+upstream.mend_saving(lambda config: isinstance(config, AdapterConfig), check_saved_keys)
+upstream.explain_refused_adapters()

@@ -11,20 +11,7 @@ import enum
 import peft
 from peft.utils import PeftType
 
-MINIMUM_PEFT = "0.21"
-
-
-def _require_peft() -> None:
-    if not hasattr(peft.utils, "register_peft_method") or not hasattr(enum, "_proto_member"):
-        raise ImportError(
-            f"bem_peft needs peft >= {MINIMUM_PEFT} on Python >= 3.11, found peft {peft.__version__}: "
-            f"pip install -U 'peft>={MINIMUM_PEFT}'"
-        )
-    found = tuple(int(part) for part in peft.__version__.split(".")[:2])
-    if found < tuple(int(part) for part in MINIMUM_PEFT.split(".")):
-        raise ImportError(
-            f"bem_peft needs peft >= {MINIMUM_PEFT}, found {peft.__version__}: pip install -U 'peft>={MINIMUM_PEFT}'"
-        )
+from bem_peft.upstream import require_supported
 
 
 def extend_peft_type(name: str) -> PeftType:
@@ -34,9 +21,9 @@ def extend_peft_type(name: str) -> PeftType:
         name: upper-case name of the method, e.g. "BEM_KRONECKER"; it is the saved `peft_type`.
 
     Raises:
-        ImportError: peft is older than this package supports.
+        UpstreamError: peft or transformers is older than this package supports.
     """
-    _require_peft()
+    require_supported()
     if name not in PeftType.__members__:
         member = enum._proto_member(name)  # type: ignore[attr-defined]
         type.__setattr__(PeftType, name, member)

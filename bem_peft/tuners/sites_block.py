@@ -100,6 +100,9 @@ def projection_features(module: nn.Module) -> tuple[int, int] | None:
     base = base_module(module)
     if next(base.children(), None) is not None and not isinstance(base, nn.Linear):
         return None
+    weight = getattr(base, "weight", None)
+    if isinstance(weight, nn.Parameter) and weight.dim() > 2:  # of all experts: Aria's until transformers 5.22
+        return None
     for names in (("in_features", "out_features"), ("nx", "nf"), ("infeatures", "outfeatures")):
         first, second = (getattr(base, name, None) for name in names)
         if isinstance(first, int) and isinstance(second, int):

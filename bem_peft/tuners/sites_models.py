@@ -6,7 +6,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -76,7 +76,7 @@ def build_meta(model_type_or_path: str) -> nn.Module:
         raise ModelBuildError(f"{model_type_or_path!r} cannot be built ({what}): {cause}") from error
 
 
-def _build(config: PreTrainedConfig) -> nn.Module:
+def _build(config: PretrainedConfig) -> nn.Module:
     for name in config.architectures or ():
         model_class = getattr(transformers, name, None)
         if model_class is not None:

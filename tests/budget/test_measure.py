@@ -105,7 +105,9 @@ def test_flops_of_the_base_equal_the_closed_form() -> None:
     linear = 2 * N * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * kv + 3 * HIDDEN * MLP)
     attention = 2 * 2 * 2 * HEADS * 16 * 16 * (HIDDEN // HEADS)  # q k^T and p v, for a batch of 2
     head = 2 * N * HIDDEN * config.vocab_size
-    assert count_flops(model, BATCH).base_forward == LAYERS * (linear + attention) + head
+    rotary = 2 * 16 * HIDDEN // HEADS // 2  # positions x frequencies, a matrix product until transformers 5
+    products = LAYERS * (linear + attention) + head
+    assert count_flops(model, BATCH).base_forward in (products, products + rotary)
 
 
 def test_ia3_has_parameters_and_no_products_and_says_what_was_not_counted() -> None:
@@ -164,7 +166,7 @@ def test_counting_leaves_the_model_as_it_was() -> None:
 def test_gradient_checkpointing_does_not_change_what_the_adapter_costs() -> None:
     model = adapted_copy(build("llama"), CASES["lora"][0]).train()
     plain = count_flops(model, BATCH)
-    model.get_base_model().gradient_checkpointing_enable()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     found = count_flops(model, BATCH)
     assert (found.adapter_forward, found.adapter_backward) == (plain.adapter_forward, plain.adapter_backward)
     assert found.base_backward > plain.base_backward  # down to the embeddings

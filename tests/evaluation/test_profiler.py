@@ -18,6 +18,7 @@ from bem_peft.evaluation.profiler import (
     live_peak,
     requests_per_minute,
 )
+from bem_peft.upstream import cache_argument
 from tests.contract.methods import adapted
 from tests.tiny_models import build
 
@@ -96,11 +97,12 @@ def test_every_workload_runs_and_leaves_no_gradient(kind: str) -> None:
 def test_decoding_stays_at_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
     model = build("llama")
+    argument = cache_argument(model)
     original = type(model).forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is not None:
-            lengths.append(kwargs["past_key_values"].get_seq_length())
+        if kwargs.get(argument) is not None:
+            lengths.append(kwargs[argument].get_seq_length())
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", forward)

@@ -20,6 +20,7 @@ from bem_peft import (
     ResidualFiLMConfig,
     use_kernels,
 )
+from bem_peft.upstream import cache_argument, cache_of
 from tests.tiny_models import llama
 
 CONFIGS: dict[str, PeftConfig] = {
@@ -91,11 +92,12 @@ def test_decoding_is_one_graph_while_the_cache_grows(name: str, kernels: str) ->
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     prompt = torch.arange(3, 8).unsqueeze(0)
     with torch.no_grad():
-        caches = [model(input_ids=prompt, use_cache=True).past_key_values for _ in range(2)]
+        argument = cache_argument(model)
+        caches = [cache_of(model(input_ids=prompt, use_cache=True)) for _ in range(2)]
         for i in range(STEPS):
             token = torch.tensor([[i % 50 + 3]])
             expected, found = (
-                f(input_ids=token, past_key_values=cache, use_cache=True)
+                f(input_ids=token, use_cache=True, **{argument: cache})
                 for f, cache in ((model, caches[0]), (compiled, caches[1]))
             )
             torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)

@@ -15,6 +15,7 @@ from bem_peft import HeadGroupGatingConfig
 from bem_peft.tuners import attention_stats
 from bem_peft.tuners.attention_stats import AttentionRows, attention_rows
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
+from bem_peft.upstream import cache_argument, cache_of
 from tests.contract.invariants import assert_same_gradients, gradients
 from tests.contract.methods import adapted, adapter_parameters, randomize
 from tests.tiny_models import VOCABULARY, build, llama, tokens
@@ -143,12 +144,13 @@ def test_exact_rows_equal_eager_probabilities(
         out = model(input_ids=ids, attention_mask=mask, use_cache=True)
         reference = eager(input_ids=ids, attention_mask=mask, use_cache=True, output_attentions=True)
         step_mask = torch.cat((mask, torch.ones(2, 1, dtype=mask.dtype)), dim=1)
-        model(input_ids=ids[:, :1], attention_mask=step_mask, past_key_values=out.past_key_values)
+        argument = cache_argument(model)
+        model(input_ids=ids[:, :1], attention_mask=step_mask, **{argument: cache_of(out)})
         step = eager(
             input_ids=ids[:, :1],
             attention_mask=step_mask,
-            past_key_values=reference.past_key_values,
             output_attentions=True,
+            **{argument: cache_of(reference)},
         )
     causal = np.tril(np.ones((7, 7), dtype=bool))[None, None] & mask.bool().numpy()[:, None, None, :]
     real = mask.bool().numpy()
