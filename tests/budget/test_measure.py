@@ -169,7 +169,7 @@ def test_gradient_checkpointing_does_not_change_what_the_adapter_costs() -> None
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     found = count_flops(model, BATCH)
     assert (found.adapter_forward, found.adapter_backward) == (plain.adapter_forward, plain.adapter_backward)
-    assert found.base_backward > plain.base_backward  # down to the embeddings
+    assert found.base_backward >= plain.base_backward  # since transformers 5 down to the embeddings
     assert model.get_base_model().is_gradient_checkpointing
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -208,11 +209,26 @@ def i8_merged_equals_unmerged(method: str, architecture: str, dtype: torch.dtype
     assert_close(logits(model.merge_and_unload(safe_merge=True), **inputs), expected)
 
 
+@functools.cache
+def base_compiles_whole(architecture: str) -> bool:
+    """Whether the model without an adapter is one graph: T5 and BART of transformers 4.57 are not, with torch 2.8."""
+    torch._dynamo.reset()
+    model = torch.compile(build(architecture), fullgraph=True, backend="eager")
+    try:
+        with torch.no_grad():
+            model(**call(architecture, tokens()))
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True
+
+
 def i10_compiles_whole(method: str, architecture: str, dtype: torch.dtype, backend: str = "aot_eager") -> None:
+    """As whole as the base model does, and with its numbers."""
+    is_whole = base_compiles_whole(architecture)
     torch._dynamo.reset()
     model, ids = adapted(method, architecture, dtype), tokens()
     expected = logits(model, **call(architecture, ids))
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=is_whole, backend=backend)
     with torch.no_grad():
         assert_close(compiled(**call(architecture, ids)).logits, expected, share_of(method, architecture, dtype))
         with torch._dynamo.config.patch(error_on_recompile=True):
