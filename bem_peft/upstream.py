@@ -23,7 +23,7 @@ from packaging.version import Version
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-OLDEST = {"peft": "0.18.0", "transformers": "4.57.0"}  # nothing older was tried
+OLDEST = {"peft": "0.18.0", "transformers": "4.56.0"}  # below: see pyproject.toml
 CACHE_NAMES = ("cache", "past_key_values")  # what the key-value cache is called: since transformers 5.24, and before
 QUANTISED_WEIGHTS = ("Params4bit", "Int8Params")  # of bitsandbytes
 
@@ -80,7 +80,7 @@ def cache_argument(model: nn.Module) -> str:
     Raises:
         UpstreamError: the forward takes the cache under no known name.
     """
-    inner = model
+    inner: Any = model
     while hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     taken = inspect.signature(inner.forward).parameters
@@ -239,7 +239,7 @@ class Needed:
         """What is missing in the installed version; None: nothing."""
         module, _, attribute = self.path.partition(":")
         try:
-            found = functools.reduce(getattr, attribute.split("."), __import__(module, fromlist=["_"]))
+            found: Any = functools.reduce(getattr, attribute.split("."), __import__(module, fromlist=["_"]))
         except (ImportError, AttributeError) as error:
             return f"{self.path} ({error})"
         if not self.arguments:

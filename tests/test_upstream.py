@@ -38,7 +38,7 @@ def test_nothing_else_compares_versions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "module", "old"), [("peft", peft, "0.17.1"), ("transformers", transformers, "4.56.2")]
+    ("package", "module", "old"), [("peft", peft, "0.17.1"), ("transformers", transformers, "4.55.4")]
 )
 def test_a_version_that_is_too_old_is_refused_with_the_remedy(
     package: str, module: Any, old: str, monkeypatch: pytest.MonkeyPatch
@@ -48,7 +48,7 @@ def test_a_version_that_is_too_old_is_refused_with_the_remedy(
         registry.extend_peft_type("BEM_NEW")
 
 
-@pytest.mark.parametrize("version", ["5.0.0.dev0", "4.57.0rc1", "6.1"])
+@pytest.mark.parametrize("version", ["5.0.0.dev0", "4.56.0rc1", "6.1"])
 def test_development_versions_count_as_what_they_lead_to(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers, "__version__", version)
     upstream.require_supported()

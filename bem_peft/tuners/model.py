@@ -305,7 +305,8 @@ def check_saved_keys(model: nn.Module, adapter_name: str, keys: Iterable[str]) -
     Raises:
         ValueError: a key is missing, or the model has no place for it.
     """
-    expected, containers = set(), set()
+    expected: set[str] = set()
+    containers: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, AdapterLayer):
             containers.update(f".{container}." for container in module.adapter_layer_names)

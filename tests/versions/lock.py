@@ -1,7 +1,7 @@
 """Writes requirements.lock: every package that `make demo` and `make test` install, with its version.
 
     python tests/versions/lock.py            resolve anew and write it
-    python tests/versions/lock.py --check    does this environment hold what it says? exit code 1, and what differs, if not
+    python tests/versions/lock.py --check    does this environment hold what it says? 1, and what differs, if not
 
 Resolved by uv from pyproject.toml's ranges and requirements.in, for every platform and Python at once. torch is left
 out, and CUDA with it: which build of torch is installed is chosen at set-up.

@@ -40,8 +40,9 @@ PART = (
     "tests/budget/test_trl.py",
     "tests/evaluation/test_profiler.py",
 )
-# fvcore's tracer fails on the base model alone with transformers 4.57; `make test` compares with it
-LEFT_OUT = ("--deselect", "tests/budget/test_measure.py::test_forward_flops_equal_fvcores")
+# fvcore's tracer fails on the base model alone with transformers 4.57, and the half precisions are those of the base:
+# `make test` and `make newest` run both
+LEFT_OUT = ("--deselect", "tests/budget/test_measure.py::test_forward_flops_equal_fvcores", "-k", "not bfloat16")
 SHOWN = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "numpy")
 # what the tests need beside what a row names
 TOOLS = (
@@ -144,7 +145,7 @@ def main() -> int:
         if options.row and row["name"] not in options.row:
             continue
         folder = options.folder / row["name"].replace(" ", "-")
-        found = run_row(row, folder, ("tests",) if options.whole else PART, options.workers)
+        found = run_row(row, folder, ("tests",) if options.whole else (*PART, *LEFT_OUT), options.workers)
         print(
             f"{row['name']}: {found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped", flush=True
         )
