@@ -21,6 +21,7 @@ from bem_peft.evaluation.scores import PairedScores, Scores
 from bem_peft.evaluation.slices import slice_b_analysis
 from bem_peft.evaluation.validator import StatisticalValidator
 from bem_peft.hub import push_to_hub
+from bem_peft.kept import kept_weights
 from bem_peft.kernels.backend import use_kernels
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import LearningRates, parameter_groups
@@ -101,6 +102,7 @@ __all__ = [
     "emergency_stabilize",
     "export_lora",
     "find_sites",
+    "kept_weights",
     "last_complete_checkpoint",
     "match_budget",
     "parameter_groups",

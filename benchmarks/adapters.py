@@ -34,6 +34,7 @@ from bem_peft import (
     match_budget,
     use_kernels,
 )
+from bem_peft.kept import kept_weights
 from bem_peft.upstream import cache_argument, cache_of
 
 W_O, W_DOWN = ["o_proj"], ["down_proj"]
@@ -228,8 +229,9 @@ class Phase:
             @torch.no_grad()
             def decode() -> float:
                 start = time.perf_counter()
-                for _ in range(self.steps):
-                    called(input_ids=token, use_cache=True, **{argument: cache})
+                with kept_weights(model):  # as `generate` does, whose steps these are
+                    for _ in range(self.steps):
+                        called(input_ids=token, use_cache=True, **{argument: cache})
                 seconds = (time.perf_counter() - start) / self.steps
                 cache.crop(-self.steps)
                 return seconds

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from bem_peft.kept import Kept, kept_of
 from bem_peft.kernels import backend, cpp
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.optimizer_hooks import watch
@@ -38,6 +39,7 @@ FEW_ROWS = 8
 grad_enabled, is_compiling = torch.is_grad_enabled, torch.compiler.is_compiling
 PLAIN_TENSORS = (nn.Parameter, torch.Tensor, FakeTensor)  # not sharded, not functional
 MANY, FEW, PACKED = "many rows", "few rows", "packed"  # how derived weights are laid out
+SITE = "site"  # what else a scope keeps: the operator of `kernels.cpp` for these weights, called past the dispatcher
 
 
 def transposed(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -84,8 +86,6 @@ class Adapter(nn.Module):
         self.in_features, self.out_features = site.in_features, site.out_features
         self.scaling = float(config.scaling)
         self.call = call
-        self._site: Any = None  # the operator of `kernels.cpp` for the present weights, called past the dispatcher
-        self._derived: dict[tuple[torch.dtype, str], tuple[list[Any], tuple[torch.Tensor, ...]]] = {}
 
     def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
         """Fill the parameters; with `init_weights` the adapter is the identity."""
@@ -107,16 +107,16 @@ class Adapter(nn.Module):
         are computed in float32, with the rounded weights that longer inputs are computed with: setting up a product
         in half precision costs ten times the product there. `may_overwrite`: nobody else holds y.
         """
-        is_ready = self._site is not None and backend.chosen.is_cpp and not self.training and self.observer is None
-        if is_ready and not is_compiling():
-            out: torch.Tensor | None = cpp.run_site(self._site, self._parameters, x, y, may_overwrite)
+        kept = None if is_compiling() else kept_of(self)
+        if kept and SITE in kept and backend.chosen.is_cpp and not self.training and self.observer is None:
+            out: torch.Tensor | None = cpp.run_site(kept[SITE], self._parameters, x, y, may_overwrite)
             if out is not None:
                 return out
         if self.has_operator and backend.chosen.is_cpp and self.fits_operator(y):
             packed = self.weights(y.dtype, PACKED)
-            is_kept = (y.dtype, PACKED) in self._derived
-            name, options = self.operator_call()
-            self._site = cpp.make_site(name, self._parameters, packed, options) if is_kept else None
+            if kept is not None and (y.dtype, PACKED) in kept:
+                name, options = self.operator_call()
+                kept[SITE] = cpp.make_site(name, self._parameters, packed, options)
             return self.operator(x, y, *packed, overwrite=may_overwrite and y.is_contiguous())
         if self.has_operator and backend.chosen.is_cpp and self.fits_training(y):
             return self.training_operator(x.to(y.dtype).contiguous(), y.contiguous())
@@ -184,30 +184,32 @@ class Adapter(nn.Module):
         return self.derive(dtype)
 
     def weights(self, dtype: torch.dtype, layout: str = MANY) -> tuple[torch.Tensor, ...]:
-        """The derived weights as `layout` wants them; kept until a parameter changes (no grad)."""
-        kept = self._derived.get((dtype, layout))
-        if kept is None or grad_enabled() or torch.compiler.is_compiling():
-            return self._derive_anew(dtype, layout)
+        """The derived weights as `layout` wants them: derived anew, unless a scope of `bem_peft.kept` is open."""
+        kept = None if is_compiling() else kept_of(self)
+        found = None if kept is None else kept.get((dtype, layout))
+        if kept is None or found is None or grad_enabled():
+            return self._derive_anew(dtype, layout, kept)
         current: Any = self._parameters
-        for name, parameter, version, address, _ in kept[0]:
+        for name, parameter, version, address, _ in found[0]:
             if current[name] is not parameter or parameter._version != version or parameter.data_ptr() != address:
-                self._derived.clear()
-                return self._derive_anew(dtype, layout)
-        return kept[1]
+                kept.clear()
+                return self._derive_anew(dtype, layout, kept)
+        weights: tuple[torch.Tensor, ...] = found[1]
+        return weights
 
-    def _derive_anew(self, dtype: torch.dtype, layout: str) -> tuple[torch.Tensor, ...]:
+    def _derive_anew(self, dtype: torch.dtype, layout: str, kept: Kept | None) -> tuple[torch.Tensor, ...]:
         form = {MANY: self.derive, FEW: self.derive_few_rows, PACKED: self.pack}[layout]
         derived = form(dtype)
         if layout == FEW and dtype in (torch.bfloat16, torch.float16):
             derived = tuple(weight.float() for weight in derived)
         parameters = [(name, p) for name, p in self._parameters.items() if p is not None]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if kept is None or torch.is_grad_enabled():
             return derived
         if is_distributed() or any(type(p) is not nn.Parameter or p.is_inference() for _, p in parameters):
             return derived  # sharding moves storages unseen; a fake or functional tensor has no version to watch
         # the aliases keep the old storages alive, so that no new one can stand at the same address
         seen = [(name, p, p._version, p.data_ptr(), p.detach()) for name, p in parameters]
-        self._derived[dtype, layout] = (seen, derived)
+        kept[dtype, layout] = (seen, derived)
         return derived
 
     def merge_obstacle(self, has_bias: bool) -> str | None:
@@ -281,9 +283,6 @@ class Adapter(nn.Module):
 
     def after_optimizer_step(self) -> None:
         """Called after each such step."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_derived": {}, "_site": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,10 +17,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from bem_peft import upstream
+from bem_peft.kept import kept_weights
 from bem_peft.tuners.adapter import Adapter, SiteShape
 from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.attention_stats import require_interface, restore_attention, use_exact_attention
-from bem_peft.tuners.call_state import CallState, attach_call_state, find_call_state
+from bem_peft.tuners.call_state import CallState, _ambient, attach_call_state, find_call_state
 from bem_peft.tuners.layer import AdapterLayer, AdapterLinear, projection_shape
 from bem_peft.tuners.loop import attach_to_trainers
 from bem_peft.tuners.sites import MLP_DOWN, SiteError, SiteTable, find_sites
@@ -244,15 +245,11 @@ class AdapterModel(BaseTuner):
         Raises:
             ValueError: `retrieval_quality` has one value a token, which new tokens would not have.
         """
-        from bem_peft.tuners.call_state import _ambient
-
         given = {n: kwargs.pop(n) for n in ("retrieval_quality", "retrieval_scores") if kwargs.get(n) is not None}
-        if not given:
-            return self.model.generate(*args, **kwargs)
         quality = given.get("retrieval_quality")
         if quality is not None and torch.as_tensor(quality).dim() != 1:
             raise ValueError("`retrieval_quality` in generate must have one value a sequence, shape (batch,).")
-        with _ambient(self.model, **given):
+        with kept_weights(self.model), _ambient(self.model, **given) if given else nullcontext():
             return self.model.generate(*args, **kwargs)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The operator past the dispatcher: it sees every change of a master, and steps aside for what must see a call."""
+"""The operator past the dispatcher, in a scope that keeps weights: it steps aside for what must see a call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import copy
 import gc
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -16,28 +17,39 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from bem_peft import use_kernels
+from bem_peft.kept import kept_of, kept_weights
 from bem_peft.kernels import cpp
-from bem_peft.tuners.adapter import Adapter
+from bem_peft.tuners.adapter import SITE, Adapter
 from tests.kernels.test_cpp_operators import CASES, made, pytestmark, torch_form_after
 
 __all__ = ["pytestmark", "torch_form_after"]
 NAMES = ["PT1", "PT2", "PT2 a task", "PT3", "PT4"]
 
 
+SCOPES = ExitStack()
+
+
+@pytest.fixture(autouse=True)
+def _scopes() -> Iterator[None]:
+    with SCOPES:
+        yield
+
+
 def ready(name: str) -> tuple[Adapter, torch.Tensor, torch.Tensor]:
     """An adapter whose next call goes past the dispatcher."""
     use_kernels("cpp")
     adapter = made(name, CASES[name][2][0], 40)
+    SCOPES.enter_context(kept_weights(adapter))
     x, y = torch.randn(2, 3, adapter.in_features), torch.randn(2, 3, 40)
     with torch.no_grad():
         adapter(x, y)
-    assert adapter._site is not None
+    assert SITE in kept_of(adapter)
     return adapter, x, y
 
 
 def is_past(adapter: Adapter, x: torch.Tensor, y: torch.Tensor) -> bool:
     with torch.no_grad():
-        return cpp.run_site(adapter._site, adapter._parameters, x, y, False) is not None
+        return cpp.run_site(kept_of(adapter)[SITE], adapter._parameters, x, y, False) is not None
 
 
 def expected(adapter: Adapter, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -147,7 +159,7 @@ def test_copies_have_a_site_of_their_own() -> None:
     torch.save(adapter, stream)
     stream.seek(0)
     for other in (copy.deepcopy(adapter), torch.load(stream, weights_only=False)):
-        assert other._site is None
+        assert kept_of(other) is None
         with torch.no_grad():
             other.B.mul_(2.0)
             torch.testing.assert_close(other(x, y) - y, (adapter(x, y) - y) * 2.0)
@@ -161,7 +173,7 @@ def test_a_site_keeps_nothing_alive_but_its_masters() -> None:
         gc.collect()
         counts = [sys.getrefcount(object_) for object_ in watched]
         for _ in range(100):
-            adapter._site = None
+            del kept_of(adapter)[SITE]
             adapter(x, y)
             for _ in range(3):
                 adapter(x, y)

@@ -280,6 +280,7 @@ def text(row: torch.Tensor) -> str:
 
 def sft(explicit: bool, **changes: Any) -> Gradients:
     from trl import SFTConfig, SFTTrainer
+    from trl.trainer import sft_trainer
 
     with TemporaryDirectory() as folder, written_out() if explicit else _nothing() as written:
         arguments = SFTConfig(
@@ -288,7 +289,9 @@ def sft(explicit: bool, **changes: Any) -> Gradients:
             gradient_checkpointing=False, **changes,
         )  # fmt: skip
         step = FirstStep()
-        adding(SFTTrainer, written, by_steps)(
+        # until trl 1.15 it is the model's own loss, over the items of the step; since then a mean a micro-batch
+        is_own = hasattr(sft_trainer, "_patch_chunked_ce_lm_head")
+        adding(SFTTrainer, written, by_items if is_own else by_steps)(
             model=penalised(), args=arguments, processing_class=word_tokenizer(), callbacks=[step],
             train_dataset=Dataset.from_dict({"text": [text(row["input_ids"]) for row in rows()]}),
         ).train()  # fmt: skip
