@@ -189,6 +189,26 @@ def test_registration_is_idempotent_and_pickles() -> None:
     assert registry.extend_peft_type("BEM_KRONECKER") is member
 
 
+@methods
+@pytest.mark.parametrize("name", ["A", "B", "C", "U", "V", "gamma", "beta", "gate_weight", "mlp", "layers", "0"])
+def test_an_adapter_name_that_would_lose_tensors_is_refused_or_saves_whole(
+    method: str, name: str, tmp_path: Path
+) -> None:
+    """PEFT drops each saved key that has another adapter's name in it: `<site>.<container>.default.A` beside an `A`."""
+    model = adapted(method, "llama")
+    whole, config = get_peft_model_state_dict(model), CONFIGS[method](task_type="CAUSAL_LM")
+    if name in {part for key in model.state_dict() for part in key.split(".")}:
+        with pytest.raises(ValueError, match=rf"adapter_name = '{name}'.*{name}_adapter"):
+            model.add_adapter(name, config)
+        assert list(model.peft_config) == ["default"]
+    else:
+        model.add_adapter(name, config)
+        assert get_peft_model_state_dict(model, adapter_name=name).keys() == whole.keys()
+    assert get_peft_model_state_dict(model).keys() == whole.keys()
+    with pytest.raises(ValueError, match="adapter_name"):
+        get_peft_model(build("llama"), config, adapter_name="layers")
+
+
 def test_probe_names_a_site_that_a_fused_kernel_bypasses() -> None:
     class Fused(nn.Module):
         def __init__(self) -> None:

@@ -82,14 +82,14 @@ def parameter_groups(model: nn.Module, config: LearningRates | TrainingArguments
 
     Returns:
         Groups {"name": "PT3/factors", "params": [...], "lr": ..., "weight_decay": ...}; biases in groups of their own,
-        "PT1/controller/no_decay". The order depends on the methods alone.
+        "PT1/controller/no_decay". Each trainable parameter is in exactly one; the order depends on the methods alone.
 
     Raises:
         ValueError: the model has nothing to train.
     """
     multipliers = {name: getattr(config, name, {}) or {} for name in ("variant_lr_multipliers", "group_lr_multipliers")}
     owners = {
-        id(parameter): f"{module.variant}/{module.lr_groups[name]}"
+        id(parameter): f"{module.variant}/{module.lr_groups[name]}" if name in module.lr_groups else OTHER
         for module in model.modules()
         if isinstance(module, Adapter)
         for name, parameter in module.named_parameters(recurse=False)
@@ -102,7 +102,9 @@ def parameter_groups(model: nn.Module, config: LearningRates | TrainingArguments
             found.setdefault(key, []).append(parameter)
     if not found:
         raise ValueError("the model has no trainable parameter: load the adapter with is_trainable=True.")
-    order = [f"{v}/{g}" for v in VARIANT_LR_MULTIPLIERS for g in GROUPS] + [OTHER]
+    known = [f"{v}/{g}" for v in VARIANT_LR_MULTIPLIERS for g in GROUPS]
+    others = {key.removesuffix("/no_decay") for key in found} - {*known, OTHER}  # of methods that are not ours
+    order = [*known, *sorted(others), OTHER]
     names = [name for key in order for name in (key, f"{key}/no_decay") if name in found]
     return [
         {

@@ -95,6 +95,7 @@ class AdapterModel(BaseTuner):
         nested = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
         names = [name for name in modules if name and not name.startswith(nested)]
         planned = 0
+        key_parts = {part for name in names for part in name.split(".")}
         for container, config in self.parts(peft_config):
             if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
                 if getattr(config, "minimal_overhead", False):
@@ -112,10 +113,22 @@ class AdapterModel(BaseTuner):
                             "that sequences and padding cannot be told; exclude the experts or set it to 0."
                         )
                     planned += sum(p.numel() for p in adapter.parameters())
+                    key_parts.update(adapter.state_dict())
                     if getattr(adapter, "uses_exact_statistics", False):
                         require_interface(modules[name.rpartition(".")[0]], name)
             if getattr(config, "minimal_overhead", False):
                 self._check_overhead(planned, model)
+        classes = [self.adapter_classes[container][1] for container, _ in self.parts(peft_config)]
+        self._check_name(key_parts.union(*(cls.lr_groups for cls in classes)))
+
+    def _check_name(self, key_parts: set[str]) -> None:
+        """An adapter's name must be no part of a saved key: PEFT drops each key with another adapter's name in it."""
+        name = self.__dict__["_name"]
+        if name in key_parts:
+            raise ValueError(
+                f"adapter_name = {name!r}: a parameter or a module of the model is called so, and PEFT would leave it "
+                f"out of the files of all other adapters; choose another name, {name}_adapter for instance."
+            )
 
     def _check_overhead(self, planned: int, model: nn.Module) -> None:
         base = sum(p.numel() for n, p in model.named_parameters() if not any(pre in n for pre in self._containers()))
@@ -188,6 +201,7 @@ class AdapterModel(BaseTuner):
         return True
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["_name"] = adapter_name
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         adapters = [m for m in model.modules() if isinstance(m, Adapter)]
         kinds = {getattr(adapter, "retrieval", "none") for adapter in adapters} - {"none"}

@@ -22,6 +22,7 @@ from bem_peft import (
     parameter_groups,
 )
 from bem_peft.training.parameter_groups import GROUPS
+from bem_peft.tuners.adapter import Adapter
 from tests.contract.methods import EVERY, adapted
 from tests.tiny_models import build
 from tests.training.equalities import collate, rows, text, word_tokenizer
@@ -241,3 +242,14 @@ def test_groups_in_sft_trainer_survive_its_scheduler_and_its_checkpoint(tmp_path
     never = run(tmp_path, None)
     resumed = run(tmp_path, str(tmp_path / "checkpoint-2"))
     assert all(torch.equal(never[name], resumed[name]) for name in never)
+
+
+def test_a_method_that_the_groups_do_not_know_trains_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("kronecker", "llama")
+    expected = {id(p) for p in model.parameters() if p.requires_grad}
+    kind = type(next(m for m in model.modules() if isinstance(m, Adapter)))
+    for variant, groups in (("PT9", kind.lr_groups), ("PT3", {"U": "new"}), ("PT3", {})):
+        monkeypatch.setattr(kind, "variant", variant)
+        monkeypatch.setattr(kind, "lr_groups", groups)
+        held = [id(p) for group in parameter_groups(model, LearningRates(1e-3)) for p in group["params"]]
+        assert sorted(held) == sorted(expected), "a parameter is in no group, or in two"
