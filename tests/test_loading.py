@@ -153,6 +153,16 @@ def test_lossy_export_reports_its_error(method: str, tmp_path: Path) -> None:
     assert isinstance(lora.peft_config["default"], LoraConfig)
 
 
+def test_export_refuses_what_a_lora_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS["kronecker"](task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match=r"modules_to_save` = \['lm_head'\].*merge_and_unload"):
+        export_lora(get_peft_model(build("llama"), config), tmp_path / "lora")
+    monkeypatch.setattr(pt3_kronecker.KroneckerAdapter, "is_mergeable", False)  # as a method of one's own that is gated
+    with pytest.raises(ValueError, match=r"KroneckerAdapter at .* depends on the token"):
+        export_lora(adapted("kronecker", "llama"), tmp_path / "lora", calibration=[{"input_ids": tokens()}])
+    assert not (tmp_path / "lora").exists()
+
+
 def test_loading_for_inference_does_no_decomposition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     original = pt3_kronecker.higher_order_svd

@@ -50,7 +50,8 @@ def export_lora(
         ranks, exactness and, for gated methods, the error a site.
 
     Raises:
-        ValueError: no such adapter; the method is multiplicative (FiLM); or it is gated and `calibration` is None.
+        ValueError: no such adapter; the method is multiplicative (FiLM), or depends on the token by more than gates; it
+            is gated and `calibration` is None; or it has `modules_to_save`, which a LoRA file does not hold.
     """
     layers = {
         name.removeprefix(PEFT_PREFIX): (module, list(module.adapters_named(adapter_name)))
@@ -66,9 +67,20 @@ def export_lora(
             raise ValueError(
                 f"{type(adapter).__name__} at {adapter.site_name} multiplies the base output; no LoRA equals it."
             )
-    gated = [
-        a for a in adapters if isinstance(a, (HeadGroupGatingAdapter, DynamicRankMaskAdapter)) and not a.is_mergeable
-    ]
+    configs: Any = model.peft_config
+    further = getattr(configs[adapter_name], "modules_to_save", None)
+    if further:
+        raise ValueError(
+            f"`modules_to_save` = {sorted(further)}: a LoRA file holds no whole modules, so the export would not be "
+            "the adapter; export one without them, or merge (`merge_and_unload`) and save the model."
+        )
+    gated = [a for a in adapters if not a.is_mergeable]
+    for adapter in gated:
+        if not isinstance(adapter, (HeadGroupGatingAdapter, DynamicRankMaskAdapter)):
+            raise ValueError(
+                f"{type(adapter).__name__} at {adapter.site_name} depends on the token, and has no gates that could be "
+                "fixed at their mean: no LoRA equals it."
+            )
     if gated and calibration is None:
         raise ValueError(
             f"{type(gated[0]).__name__} at {gated[0].site_name} has gates that depend on the token: pass `calibration` "
