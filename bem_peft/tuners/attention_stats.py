@@ -31,7 +31,7 @@ SCORES_AT_ONCE = 1 << 22  # attention scores held at a time, in numbers
 
 def head_output_statistics(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     """energy and evenness of each head, (N, 2 heads) float32, from W_O's input x (N, heads * head_dim)."""
-    heads = x.view(x.shape[0], num_heads, -1)
+    heads = x.view(x.shape[0], num_heads, x.shape[1] // num_heads)
     norm = torch.linalg.vector_norm(heads, dim=2).float().clamp_min(1e-20)
     log_norm = norm.log()
     cosine = heads.sum(dim=2).float() / norm

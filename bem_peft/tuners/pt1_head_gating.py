@@ -275,9 +275,9 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         if self.dropout:
             x = self.drop(x)
         if a.dim() == 2:
-            low = torch.mm(x, a).view(x.shape[0], self.num_groups, -1)
+            low = torch.mm(x, a).view(x.shape[0], self.num_groups, a.shape[1] // self.num_groups)
         else:
-            groups = x.view(x.shape[0], self.num_groups, -1).transpose(0, 1)
+            groups = x.view(x.shape[0], self.num_groups, x.shape[1] // self.num_groups).transpose(0, 1)
             low = torch.bmm(groups, a).transpose(0, 1)
         if self.is_even:
             if backend.chosen.is_triton and backend.uses_triton(y):

@@ -191,7 +191,7 @@ class ResidualFiLMAdapter(Adapter):
             out = fused(y, c, gamma_t, beta_t, self.is_rms)
         else:
             out = film_update(y, c, gamma_t, beta_t, self.is_rms)
-        if self.is_guarded and self.training:
+        if self.is_guarded and self.training and out.numel():
             self.is_unstable.logical_or_(~(out.detach().abs().amax() <= self.explosion_threshold))
         return out
 

@@ -315,6 +315,23 @@ def test_a_replica_of_data_parallel_has_its_own_weights(method: str, form: str) 
         assert not torch.equal(replica(x, y), adapter(x, y))
 
 
+@methods
+@forms
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (2, 0)])
+def test_inputs_of_no_tokens_pass_as_through_a_linear_layer(method: str, form: str, shape: tuple[int, ...]) -> None:
+    use_kernels(form)
+    for adapter in adapters(adapted(method, "llama")):
+        x = torch.randn(*shape, adapter.in_features, requires_grad=True)
+        y = nn.Linear(adapter.in_features, adapter.out_features)(x)
+        with torch.no_grad():
+            assert adapter.eval()(x, y).shape == y.shape
+        out = adapter.train()(x, y)
+        out.sum().backward()
+        assert out.shape == y.shape
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+
+
 # -- the scope
 
 
