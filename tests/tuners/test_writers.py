@@ -85,7 +85,8 @@ def torch_optimizers() -> dict[str, Writer]:
         if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)) or cls is torch.optim.Optimizer:
             continue
         for form in ({}, {"foreach": True}, {"foreach": False}, {"fused": True}, {"capturable": True}):
-            if set(form) - set(inspect.signature(cls).parameters):
+            taken = inspect.signature(cls).parameters
+            if set(form) - set(taken) or (not form and "foreach" in taken):  # without either it is one of the two
                 continue
 
             def make(ps: list[nn.Parameter], cls: Any = cls, form: dict[str, bool] = form) -> Any:
