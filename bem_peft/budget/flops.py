@@ -31,12 +31,17 @@ from bem_peft.budget.fake_run import FakeRun, adapters_off, can_fake, mode_of, w
 aten = torch.ops.aten
 
 
+def _repeated(heads: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of keys or values whose heads several query heads share; torch's formula knows that since 2.13."""
+    return (shape[0], heads, *shape[2:])
+
+
 def _cpu_attention(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(q, k, v))
+    return int(sdpa_flop_count(q, _repeated(q[1], k), _repeated(q[1], v)))
 
 
 def _cpu_attention_backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return int(sdpa_backward_flop_count(grad, q, k, v))
+    return int(sdpa_backward_flop_count(grad, q, _repeated(q[1], k), _repeated(q[1], v)))
 
 
 CPU_ATTENTION: dict[Any, Callable[..., int]] = {

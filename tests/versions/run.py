@@ -44,7 +44,7 @@ SHOWN = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "nump
 # what the tests need beside what a row names
 TOOLS = (
     "accelerate", "bm25s", "datasets", "fvcore", "gguf", "hypothesis", "jsonschema", "moocore", "ninja", "pytest",
-    "pytest-cov", "pytest-xdist", "rouge-score", "sacrebleu", "sentencepiece", "statsmodels", "trl",
+    "pytest-cov", "pytest-xdist", "rouge-score", "sacrebleu", "sentencepiece", "setuptools", "statsmodels", "trl",
 )  # fmt: skip
 
 
