@@ -141,7 +141,11 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "merge the composite": (lambda: adapted("composite", "llama").merge_and_unload(), ValueError, "cannot be merged"),
     "quality without a reader": (call(retrieval_quality=torch.ones(2)), ValueError, 'retrieval="quality"'),
     "quality of 2": (with_quality(retrieval_quality=torch.tensor([0.5, 2.0])), ValueError, r"\[0, 1\]"),
-    "quality of another batch": (with_quality(retrieval_quality=torch.ones(5)), ValueError, "5 sequences.*batch of 2"),
+    "quality of another batch": (
+        with_quality(retrieval_quality=torch.ones(5)),
+        ValueError,
+        "5 values.*2 rows.*one a row",
+    ),
     "quality of another length": (with_quality(retrieval_quality=torch.ones(2, 4)), ValueError, "retrieval_quality"),
     "integer quality": (with_quality(retrieval_quality=torch.ones(2, dtype=torch.long)), ValueError, "floating point"),
     "scores without a scorer": (with_quality(retrieval_scores=torch.ones(2, 3)), ValueError, 'retrieval="scores"'),

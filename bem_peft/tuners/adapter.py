@@ -67,7 +67,7 @@ class Adapter(nn.Module):
     lr_groups: ClassVar[dict[str, str]] = {}  # parameter -> group of the optimizer
     is_mergeable: bool = False
     has_operator: bool = False  # one of `kernels.cpp` computes it as it is configured
-    attention_rows: Any = None  # the exact rows of the attention that runs now, where the method reads them
+    traced_rows: Any = None  # exact rows of the attention that runs now, in a compiled region: see call_frame
     watch_order: int = 0
     observer: Any = None  # a list that takes PT2's masks
     is_watched: bool = False  # has something to do around an optimizer step

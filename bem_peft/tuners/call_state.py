@@ -1,88 +1,44 @@
 """What one call of the model gives to its adapters beside the hidden states.
 
-One `CallState` a model is shared by its layers. A forward pre-hook on the model fills it from the keyword arguments,
-so that `retrieval_quality=` works whatever the model's own signature is. A block under gradient checkpointing runs
-again in the backward pass, when the call is over: its values are bound to it (`_bind_checkpointing`), not to the model.
+One `CallState` a model is shared by its layers. A forward pre-hook on the model opens a call with the keyword
+arguments' values, so that `retrieval_quality=` works whatever the model's own signature is; where they live is in
+`call_frame`. A block under gradient checkpointing runs again in the backward pass, when the call is over and perhaps
+in another thread: it takes the values of the call that ran it along (`_BoundCheckpoint`).
 """
 
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from bem_peft.tuners.penalty_call import LoopScale, PenaltyCall, PenaltyLog, penalty_call
+from bem_peft.tuners.call_frame import CallFrames, CallValues
+from bem_peft.tuners.penalty_call import LoopScale, PenaltyLog, penalty_call
 
 
-@dataclass(frozen=True)
-class CallValues:
-    """Values of one call. quality (B,) or (B, T) in [0, 1]; scores (B, K); penalty: in training, if one is on."""
-
-    retrieval_quality: torch.Tensor | None = None
-    retrieval_scores: torch.Tensor | None = None
-    penalty: PenaltyCall | None = None
-
-    def rows(self, rows: torch.Tensor, batch: int) -> CallValues:
-        """The values of some rows (indices) of a batch; a value for each sequence that became n rows is repeated."""
-
-        def pick(value: torch.Tensor | None) -> torch.Tensor | None:
-            return None if value is None else repeat_rows(value, batch)[rows]
-
-        return CallValues(pick(self.retrieval_quality), pick(self.retrieval_scores), self.penalty)
-
-
-class CallState:
-    """Shared by the adapters of one model; `lead` is the shape of the leading axes of the site that runs now."""
+class CallState(CallFrames):
+    """Shared by the adapters of one model: what they read, and the calls that run now."""
 
     def __init__(self) -> None:
-        self.values = CallValues()
-        self.ambient = CallValues()
-        self.adapter_names: list[str] | None = None
-        self.lead: torch.Size = torch.Size()
+        super().__init__()
         self.retrieval: set[str] = set()  # kinds that some adapter of the model reads: "quality", "scores"
         self.is_penalised = False  # some adapter of the model carries a penalty
         self.watched: nn.Module | None = None  # an adapter that does something around an optimizer step
         self.loop = LoopScale()
-        self.pending: weakref.WeakSet[PenaltyCall] = weakref.WeakSet()
         self.log = PenaltyLog()
         self.handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or stored model starts without calls."""
-        fresh = ("values", "adapter_names", "lead", "loop", "pending", "log")
+        fresh = ("traced", "is_read_compiled", "traced_lead", "threads", "loop", "log")
         return {name: value for name, value in self.__dict__.items() if name not in fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
         self.__dict__.update(state)
-
-    @contextmanager
-    def using(self, values: CallValues) -> Iterator[None]:
-        previous, self.values = self.values, values
-        try:
-            yield
-        finally:
-            self.values = previous
-
-
-def repeat_rows(value: torch.Tensor, batch: int) -> torch.Tensor:
-    """(b, ...) -> (batch, ...), each row batch/b times in a row: beams, or tokens that were flattened.
-
-    Raises:
-        ValueError: batch is no multiple of b.
-    """
-    given = value.shape[0]
-    if given == batch:
-        return value
-    if given == 0 or batch % given:
-        raise ValueError(f"values for {given} sequences were given to a batch of {batch}: must be one a sequence.")
-    return value.repeat_interleave(batch // given, dim=0)
 
 
 def check_quality(quality: object, kinds: set[str]) -> torch.Tensor:
@@ -115,10 +71,13 @@ def check_scores(scores: object, kinds: set[str]) -> torch.Tensor:
     return tensor
 
 
+CHECKS = {"retrieval_quality": check_quality, "retrieval_scores": check_scores}
+
+
 def attach_call_state(model: nn.Module, state: CallState) -> None:
     """Put the hooks that fill `state` on the model, once."""
     if not state.handles:
-        pre = model.register_forward_pre_hook(_ReceiveCall(state), with_kwargs=True)
+        pre = model.register_forward_pre_hook(_ReceiveCall(state), with_kwargs=True, prepend=True)
         post = model.register_forward_hook(_EndCall(state), always_call=True)
         state.handles.extend((pre, post))
 
@@ -140,15 +99,29 @@ class _ReceiveCall:
         penalty = None
         if state.is_penalised and model.training and torch.is_grad_enabled():
             given = inspect.signature(model.forward).bind_partial(*args).arguments if args else {}
-            penalty = penalty_call({**given, **kwargs}, getattr(model, "config", None), state.loop, state.pending)
-        state.values = CallValues(
-            state.ambient.retrieval_quality if quality is None else quality,
-            state.ambient.retrieval_scores if scores is None else scores,
+            penalty = penalty_call({**given, **kwargs}, getattr(model, "config", None), state.loop)
+        ambient = state.ambient
+        values = CallValues(
+            ambient.retrieval_quality if quality is None else quality,
+            ambient.retrieval_scores if scores is None else scores,
+            ambient.adapter_names,
             penalty,
+            ambient.may_repeat,
         )
+        batch = batch_of(args, kwargs)
+        if batch is not None:
+            values.check_rows(batch)
         if model.training and torch.is_grad_enabled():
             _bind_checkpointing(model, state)
+        state.push(ambient, values)
         return args, kwargs
+
+
+def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The rows of a call of a model; None: its arguments do not tell."""
+    named = (kwargs.get(n) for n in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"))
+    found = next((value for value in (*named, *args) if isinstance(value, torch.Tensor) and value.dim()), None)
+    return None if found is None else int(found.shape[0])
 
 
 def refuse_partitioned(adapter: nn.Module) -> None:
@@ -176,25 +149,23 @@ class _EndCall:
             loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
             if isinstance(loss, torch.Tensor) and loss.requires_grad and loss.dim() == 0:
                 loss.register_hook(penalty.receive_loss_gradient)
-        self.state.values = CallValues()
+        self.state.pop()
 
 
 def _bind_checkpointing(model: nn.Module, state: CallState) -> None:
-    """Let each checkpointed block see this call's values again when it runs in the backward pass."""
+    """Let each checkpointed block take the values of its call along into the backward pass."""
     for block in model.modules():
         function = block.__dict__.get("_gradient_checkpointing_func")
-        if function is not None and getattr(block, "gradient_checkpointing", False):
-            if isinstance(function, _BoundCheckpoint):
-                function = function.function
-            block.__dict__["_gradient_checkpointing_func"] = _BoundCheckpoint(function, state, state.values)
+        if function is not None and not isinstance(function, _BoundCheckpoint):
+            block.__dict__["_gradient_checkpointing_func"] = _BoundCheckpoint(function, state)
 
 
 class _BoundCheckpoint:
-    def __init__(self, function: Callable[..., Any], state: CallState, values: CallValues) -> None:
-        self.function, self.state, self.values = function, state, values
+    def __init__(self, function: Callable[..., Any], state: CallState) -> None:
+        self.function, self.state = function, state
 
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        state, values = self.state, self.values
+        state, values = self.state, self.state.values
 
         def run(*inner_args: Any, **inner_kwargs: Any) -> Any:
             with state.using(values):
@@ -212,35 +183,31 @@ def find_call_state(model: nn.Module) -> CallState | None:
     return None
 
 
-@contextmanager
-def _ambient(model: nn.Module, **values: Any) -> Iterator[None]:
+def _ambient(model: nn.Module, may_repeat: bool, **values: Any) -> Any:
     state = find_call_state(model)
     if state is None:
         raise ValueError("the model has no bem_peft adapter: call get_peft_model or add_adapter first.")
-    checked = {
-        "retrieval_quality": lambda value: check_quality(value, state.retrieval),
-        "retrieval_scores": lambda value: check_scores(value, state.retrieval),
-    }
-    previous = state.ambient
-    given = {name: checked[name](value) for name, value in values.items()}
-    state.ambient = CallValues(**{**vars(previous), **given})
-    try:
-        yield
-    finally:
-        state.ambient = previous
+    checked = {name: CHECKS[name](value, state.retrieval) for name, value in values.items()}
+    return state.using_ambient(**checked, may_repeat=may_repeat)
 
 
-def retrieval_quality(model: nn.Module, quality: Any) -> Any:
+def retrieval_quality(model: nn.Module, quality: Any, *, may_repeat: bool = False) -> Any:
     """Context manager: each call of `model` inside it gets `quality` (batch,) or (batch, tokens), in [0, 1].
 
     For models that were adapted by transformers' own `add_adapter`; a `PeftModel` takes it as a keyword argument too.
+    It holds in the thread and async task that opened it.
+
+    Args:
+        may_repeat: a value may stand for n rows that follow each other, as `generate` with n beams or n returned
+            sequences makes them; without it a batch of other size is an error.
 
     Raises:
-        ValueError: no adapter of the model reads retrieval quality, or the shape is wrong.
+        ValueError: no adapter of the model reads retrieval quality, or the shape is wrong; in a call: its rows are
+            others.
     """
-    return _ambient(model, retrieval_quality=quality)
+    return _ambient(model, may_repeat, retrieval_quality=quality)
 
 
-def retrieval_scores(model: nn.Module, scores: Any) -> Any:
+def retrieval_scores(model: nn.Module, scores: Any, *, may_repeat: bool = False) -> Any:
     """Context manager: as `retrieval_quality`, for a retriever's scores (batch, documents), -inf where none."""
-    return _ambient(model, retrieval_scores=scores)
+    return _ambient(model, may_repeat, retrieval_scores=scores)

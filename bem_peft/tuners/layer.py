@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bem_peft.tuners.adapter import Adapter, SiteShape
 from bem_peft.tuners.attention_stats import AttentionRows
+from bem_peft.tuners.call_frame import leave_rows, take_rows
 from bem_peft.tuners.call_state import CallState
 
 PLAIN = (nn.Linear, Conv1D)  # they return a tensor of their own
@@ -85,12 +86,13 @@ class AdapterLayer(BaseTunerLayer):
     def take_attention_rows(self, rows: AttentionRows) -> None:
         """Give the rows of the attention that runs now to the adapters that read them."""
         for adapter in self._exact_readers():
-            adapter.attention_rows = rows
+            leave_rows(adapter, rows)
 
     def _exact_readers(self) -> list[Adapter]:
         if self._disable_adapters or self.merged_adapters:
             return []
-        names = self.active_adapters if self.call.adapter_names is None else set(self.call.adapter_names)
+        mixed = self.call.values.adapter_names
+        names = self.active_adapters if mixed is None else set(mixed)
         adapters = (adapter for name in names for adapter in self.adapters_named(name))
         return [adapter for adapter in adapters if getattr(adapter, "uses_exact_statistics", False)]
 
@@ -175,7 +177,7 @@ class AdapterLinear(nn.Module, AdapterLayer):
             return self.base_layer(x, *args, **kwargs)
         modules: Any = self._modules  # not through nn.Module.__getattr__, which costs as much as a small product
         y = modules["base_layer"](x, *args, **kwargs)
-        names = self.call.adapter_names
+        names = self.call.values.adapter_names
         if names is not None:
             return self._mixed_batch(x, y, names)
         if self.merged_adapters:
@@ -196,7 +198,7 @@ class AdapterLinear(nn.Module, AdapterLayer):
                     y = adapter(x, y, is_ours) if has_hooks else adapter.forward(x, y, is_ours)
         return y
 
-    def _mixed_batch(self, x: torch.Tensor, y: torch.Tensor, names: list[str]) -> torch.Tensor:
+    def _mixed_batch(self, x: torch.Tensor, y: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
         """Each row of the batch with the adapter that `names` gives it; '__base__' is none.
 
         A batch that beam search or flattening made n times as long repeats each name n times.
@@ -213,16 +215,16 @@ class AdapterLinear(nn.Module, AdapterLayer):
                 f"{len(names)} and {x.shape[0]} respectively{reason}."
             )
         out = y.clone()
+        attention = {adapter: take_rows(adapter) for adapter in self._exact_readers()}
         for name in dict.fromkeys(names):
             rows = torch.tensor(
                 [i * repeats + j for i, n in enumerate(names) if n == name for j in range(repeats)], device=x.device
             )
             part_x, part_y = x[rows], y[rows]
-            for adapter in self._exact_readers():
-                if adapter.attention_rows is not None and adapter in set(self.adapters_named(name)):
-                    adapter.attention_rows = adapter.attention_rows.pick(rows)
             with self.call.using(self.call.values.rows(rows, x.shape[0])):
                 for adapter in self.adapters_named(name):
+                    if attention.get(adapter) is not None:
+                        leave_rows(adapter, attention[adapter].pick(rows))
                     part_y = adapter(part_x, part_y)
             out[rows] = part_y
         return out

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +20,7 @@ from bem_peft.kept import kept_weights
 from bem_peft.tuners.adapter import Adapter, SiteShape
 from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.attention_stats import require_interface, restore_attention, use_exact_attention
-from bem_peft.tuners.call_state import CallState, _ambient, attach_call_state, find_call_state
+from bem_peft.tuners.call_state import CHECKS, CallState, attach_call_state, batch_of, find_call_state
 from bem_peft.tuners.layer import AdapterLayer, AdapterLinear, projection_shape
 from bem_peft.tuners.loop import attach_to_trainers
 from bem_peft.tuners.sites import MLP_DOWN, SiteError, SiteTable, find_sites
@@ -251,7 +250,13 @@ class AdapterModel(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model, called as a module: peft < 0.21 goes past its hooks, which fill `call`."""
-        return self.model(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self.model(*args, **kwargs)
+        before = self.call.traced = self.call.frame()
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self.call.unwind(before)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `generate`; `retrieval_quality` (batch,), `retrieval_scores` (batch, K) hold for all steps.
@@ -263,7 +268,8 @@ class AdapterModel(BaseTuner):
         quality = given.get("retrieval_quality")
         if quality is not None and torch.as_tensor(quality).dim() != 1:
             raise ValueError("`retrieval_quality` in generate must have one value a sequence, shape (batch,).")
-        with kept_weights(self.model), _ambient(self.model, **given) if given else nullcontext():
+        given = {name: CHECKS[name](value, self.call.retrieval) for name, value in given.items()}
+        with kept_weights(self.model), self.call.using_ambient(**given, may_repeat=True):
             return self.model.generate(*args, **kwargs)
 
     @contextmanager
@@ -280,21 +286,11 @@ class AdapterModel(BaseTuner):
         unknown = {name for name in names if name != "__base__"} - set(self.peft_config)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        beams = kwargs.get("num_beams")
-        repeats = beams if isinstance(beams, int) and beams > 1 else 1
-        repeated = [name for name in names for _ in range(repeats)]
-        handles = [
-            module.register_forward_pre_hook(partial(_give_names, repeated), with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
-        ]
-        self.call.adapter_names = list(names)
-        try:
+        for module in self.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                _give_names_to(module, self.call)
+        with self.call.using_ambient(adapter_names=tuple(names)):
             yield
-        finally:
-            self.call.adapter_names = None
-            for handle in handles:
-                handle.remove()
 
     # loading
 
@@ -341,8 +337,26 @@ def _without_wrappers(key: str) -> str:
     return key.removeprefix("_fsdp_wrapped_module.").removeprefix("base_model.model.")
 
 
-def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
+class _GiveNames:
+    """Forward pre-hook of a module that is trained whole (`modules_to_save`): the adapter names of the call."""
+
+    def __init__(self, call: CallState) -> None:
+        self.call = call
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        names = self.call.values.adapter_names
+        if names is None or "adapter_names" in kwargs:
+            return args, kwargs
+        rows = batch_of(args, kwargs)
+        repeats = 1 if rows is None else max(1, rows // len(names))
+        return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeats)]}
+
+
+def _give_names_to(module: nn.Module, call: CallState) -> None:
+    """Put `_GiveNames` on the module, once: a hook a call would be seen by other calls."""
+    hooks: Any = module._forward_pre_hooks
+    if not any(isinstance(hook, _GiveNames) for hook in list(hooks.values())):
+        module.register_forward_pre_hook(_GiveNames(call), with_kwargs=True)
 
 
 def _some(names: tuple[str, ...] | list[str]) -> str:

@@ -7,12 +7,12 @@ and every sequence counts alike.
 
 A loss that somebody else computes from the logits (DPO, label smoothing) leaves no such trace. Then a is what the
 training loop is known to do: 1 / accumulation steps, times the float16 scale, as accelerate's shared state and
-transformers' Trainer tell (`LoopScale`); several calls before one backward pass share one penalty.
+transformers' Trainer tell (`LoopScale`). A call's penalty depends on that call alone: two calls whose losses are added
+carry two, as two losses with their penalties would, and a forward pass that is never used changes nothing.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,11 +115,9 @@ class PenaltyCall:
     """One forward pass in training: its sequences, and what its penalties are multiplied by."""
 
     stacks: Mapping[str, Sequences | str | None] = field(default_factory=dict)  # a str: why there are none
-    sequences: int = 1  # rows; the share of the call among those of one backward pass
     in_float16: bool = False  # the forward pass runs under float16 autocast
     step_share: torch.Tensor | None = None  # share of the optimizer step, where the call knows it
     loop: LoopScale = field(default_factory=LoopScale)
-    pending: weakref.WeakSet[PenaltyCall] = field(default_factory=weakref.WeakSet)
     loss_gradient: torch.Tensor | None = None
     factor: torch.Tensor | None = None
     owners: dict[object, object] = field(default_factory=dict)
@@ -138,22 +136,13 @@ class PenaltyCall:
         return self.factor
 
     def _settle(self) -> torch.Tensor:
+        if self.loss_gradient is None:
+            return torch.tensor(self.loop.factor(self.in_float16))
         share = torch.ones(()) if self.step_share is None else self.step_share
-        if self.loss_gradient is not None:
-            self.pending.discard(self)
-            return self.loss_gradient * share.to(self.loss_gradient.device)
-        group = list(self.pending)  # the calls whose graphs are alive
-        total = sum(call.sequences for call in group) or self.sequences
-        factor = self.loop.factor(self.in_float16)
-        for call in group:
-            call.factor = torch.tensor(factor * call.sequences / total)
-        self.pending.clear()
-        return torch.tensor(factor * self.sequences / total)
+        return self.loss_gradient * share.to(self.loss_gradient.device)
 
 
-def penalty_call(
-    given: Mapping[str, Any], config: Any, loop: LoopScale, pending: weakref.WeakSet[PenaltyCall]
-) -> PenaltyCall:
+def penalty_call(given: Mapping[str, Any], config: Any, loop: LoopScale) -> PenaltyCall:
     """The `PenaltyCall` of a forward pass with the arguments `given`, of a model with `config`."""
     labels, total = given.get("labels"), given.get("num_items_in_batch")
     is_seq2seq = bool(getattr(config, "is_encoder_decoder", False))
@@ -179,18 +168,10 @@ def penalty_call(
             "encoder": _stack(given.get("input_ids"), given.get("inputs_embeds"), mask, None, rows),
             "decoder": _stack(target, given.get("decoder_inputs_embeds"), decoder_mask, None, rows),
         }
-    rows_in_call = max((len(s.weight) if isinstance(s, Sequences) else 1) for s in stacks.values())
-    first = next((given[n] for n in ("input_ids", "inputs_embeds") if isinstance(given.get(n), torch.Tensor)), None)
-    call = PenaltyCall(
-        stacks,
-        rows_in_call if first is None else int(first.shape[0]),
-        any(torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) is torch.float16 for k in ("cuda", "cpu")),
-        share,
-        loop,
-        pending,
+    in_float16 = any(
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16 for kind in ("cuda", "cpu")
     )
-    pending.add(call)
-    return call
+    return PenaltyCall(stacks, in_float16, share, loop)
 
 
 def _items(labels: torch.Tensor, shifted: object, is_seq2seq: bool) -> torch.Tensor:

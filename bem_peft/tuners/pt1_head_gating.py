@@ -25,7 +25,8 @@ from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.attention_stats import AttentionRows, head_output_statistics
-from bem_peft.tuners.call_state import CallState, repeat_rows
+from bem_peft.tuners.call_frame import repeat_rows, take_rows
+from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.governance import LowRankAdapter
 from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.model import AdapterModel
@@ -197,7 +198,6 @@ class HeadGroupGatingAdapter(LowRankAdapter):
             self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))  # saved: a resumed run goes on
             self.is_watched = True
             watch(self)
-        self.attention_rows: AttentionRows | None = None
         self.A = nn.Parameter(torch.empty(sum(self.ranks), site.in_features // self.num_groups))
         self.B = nn.Parameter(torch.empty(site.out_features, sum(self.ranks)))
         self.gate_weight = nn.Parameter(torch.empty(self.num_groups, 2 * heads))
@@ -292,7 +292,7 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         """The two statistics of each head, (N, 2 heads), float32."""
         if not self.uses_exact_statistics:
             return head_output_statistics(x, self.num_heads)
-        rows, self.attention_rows = self.attention_rows, None
+        rows: AttentionRows | None = take_rows(self)
         if rows is None:
             raise RuntimeError(
                 f"attention_stats='exact': no attention row reached {self.site_name}; its attention did not go through "

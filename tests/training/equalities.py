@@ -158,7 +158,7 @@ def own_loss_of_logits(explicit: bool, *, scaler: bool = False) -> Gradients:
 
 
 def two_forwards(explicit: bool) -> Gradients:
-    """Two calls before one backward pass, as a preference loss makes them: one penalty."""
+    """Two calls before one backward pass, as a preference loss makes them: each carries its penalty."""
     model = penalised()
     with written_out() if explicit else _nothing() as written:
         outputs, penalties = [], []
@@ -170,7 +170,7 @@ def two_forwards(explicit: bool) -> Gradients:
                 penalties.append(written.take())
         loss = torch.sigmoid(outputs[0] / outputs[1])
         if penalties:
-            loss = loss + (penalties[0] + penalties[1]) / 2
+            loss = loss + penalties[0] + penalties[1]
         loss.backward()
     return gradients_of(model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -150,16 +151,32 @@ def test_evaluation_and_the_reported_loss_are_untouched() -> None:
     assert torch.equal(model.train()(**inputs).loss.detach(), base)
 
 
-def test_a_discarded_forward_pass_takes_no_share() -> None:
-    """A training-mode forward pass whose graph is thrown away is no part of the next backward pass."""
-    found = []
-    for discards in (False, True):
+@pytest.mark.parametrize("other", ["discarded", "held", "seven held", "used by itself", "of a copy"])
+def test_other_calls_take_no_share(other: str) -> None:
+    """A training-mode call carries its own penalty, whatever else was called and is still alive."""
+
+    def call(model: Any) -> torch.Tensor:
+        loss: torch.Tensor = model(input_ids=inputs["input_ids"]).logits.logsumexp(-1).mean()
+        return loss
+
+    inputs, found, held = collate(rows(4)), [], []
+    for disturbs in (False, True):
         model = penalised()
-        inputs = collate(rows(4))
-        del inputs["labels"]
-        if discards:
-            model(**inputs)
-        model(**inputs).logits.logsumexp(-1).mean().backward()
+        if disturbs and other == "discarded":
+            call(model)
+        elif disturbs and other in ("held", "seven held"):
+            held += [call(model) for _ in range(1 if other == "held" else 7)]
+        elif disturbs and other == "used by itself":
+            first = call(model)
+            second = call(model)
+            first.backward()
+            model.zero_grad()
+            second.backward()
+            found.append(gradients_of(model))
+            continue
+        elif disturbs:
+            held.append(call(copy.deepcopy(model)))
+        call(model).backward()
         found.append(gradients_of(model))
     assert deviation(found[1], found[0]) == 0.0
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import bem_peft
 from bem_peft import HeadGroupGatingConfig
-from bem_peft.tuners import attention_stats
+from bem_peft.tuners import attention_stats, pt1_head_gating
 from bem_peft.tuners.attention_stats import AttentionRows, attention_rows
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
 from bem_peft.upstream import cache_argument, cache_of
@@ -129,13 +129,13 @@ def test_exact_rows_equal_eager_probabilities(
     eager.load_state_dict(base.state_dict())
     base.set_attn_implementation(implementation)
     seen: list[AttentionRows] = []
-    take = HeadGroupGatingAdapter.statistics
+    take = pt1_head_gating.take_rows
 
-    def record(self: Any, x: torch.Tensor) -> torch.Tensor:
-        seen.append(self.attention_rows)
-        return take(self, x)
+    def record(reader: Any) -> Any:
+        seen.append(take(reader))
+        return seen[-1]
 
-    monkeypatch.setattr(HeadGroupGatingAdapter, "statistics", record)
+    monkeypatch.setattr(pt1_head_gating, "take_rows", record)
     config = HeadGroupGatingConfig(task_type="CAUSAL_LM", attention_stats="exact")
     model = get_peft_model(base, config, autocast_adapter_dtype=False).eval()
     ids = torch.randint(3, VOCABULARY, (2, 7))
