@@ -7,7 +7,7 @@ A fresh adapter returns y. Its parameters are direct attributes, so that a saved
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -278,11 +278,34 @@ class Adapter(nn.Module):
             )
         return found
 
-    def before_optimizer_step(self) -> None:
-        """Called before each step of an optimizer that holds one of the parameters, if `is_watched`."""
+    # around an optimizer step, if `is_watched`; see `optimizer_hooks`
 
-    def after_optimizer_step(self) -> None:
-        """Called after each such step."""
+    def judge(self, adapters: Sequence[Adapter], starting: Set[Adapter]) -> bool:
+        """Asked of one of `adapters`, all of its class, before each use of their gradients: is there an emergency?
+
+        `starting`: those of all adapters whose training step begins now.
+        """
+        return False
+
+    def before_optimizer_step(self) -> None:
+        """Called before each step of an optimizer that holds one of the parameters."""
+
+    def after_optimizer_step(self, is_first: bool) -> None:
+        """Called after each such step; `is_first`: the first one of a training step."""
+
+    def training_state(self) -> dict[str, dict[str, Any]]:
+        """What is remembered between steps, tensors like the parameter or numbers: parameter -> name -> value."""
+        return {}
+
+    def restore_training_state(self, name: str, state: dict[str, Any]) -> None:
+        """Remember again what `training_state` gave for the parameter `name`."""
+
+    obsolete_keys: ClassVar[tuple[str, ...]] = ()  # beginnings of keys that older files hold and nothing reads
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(tuple(prefix + old for old in self.obsolete_keys))]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -84,7 +84,7 @@ class LowRankAdapter(Adapter):
         exceeded = (keep < 1.0).any() | (shrink < 1.0)
         write(self.B, torch.where(exceeded, moved, left))
 
-    def after_optimizer_step(self) -> None:
+    def after_optimizer_step(self, is_first: bool) -> None:
         if self.max_singular_value is not None or self.fro_budget is not None:
             self.project(self.max_singular_value, self.fro_budget)
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from bem_peft.tuners.brake import emergency_count
 from bem_peft.tuners.call_state import CallState, find_call_state
 
 
@@ -51,12 +51,6 @@ def set_loss_scale(model: nn.Module, *, accumulation_steps: int | None = None, s
             return fixed
 
     state.loop.accumulation_steps, state.loop.scaler = steps, scaler
-
-
-def emergency_count(model: nn.Module) -> int:
-    """Emergencies of all FiLM adapters of the model so far."""
-    counts = [b for name, b in model.named_buffers() if name.endswith(".emergency_count")]
-    return int(torch.stack([count.cpu() for count in counts]).sum()) if counts else 0
 
 
 class AdapterCallback(TrainerCallback):

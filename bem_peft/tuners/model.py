@@ -314,15 +314,21 @@ def check_saved_keys(model: nn.Module, adapter_name: str, keys: Iterable[str]) -
     """
     expected: set[str] = set()
     containers: set[str] = set()
+    buffers: set[str] = set()  # counts of a training run; a file of parameters alone does without
+    obsolete: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, AdapterLayer):
             containers.update(f".{container}." for container in module.adapter_layer_names)
             for container in module.adapter_layer_names:
                 if adapter_name in getattr(module, container):
                     adapter = getattr(module, container)[adapter_name]
-                    expected |= {_without_wrappers(f"{name}.{container}.{key}") for key in adapter.state_dict()}
+                    place = _without_wrappers(f"{name}.{container}.")
+                    expected |= {place + key for key, _ in adapter.named_parameters()}
+                    buffers |= {place + key for key, _ in adapter.named_buffers()}
+                    obsolete |= {place + key for key in adapter.obsolete_keys}
     given = {_without_wrappers(key) for key in keys if any(container in key for container in containers)}
-    missing, unexpected = sorted(expected - given), sorted(given - expected)
+    unexpected = sorted(key for key in given - expected - buffers if not key.startswith(tuple(obsolete)))
+    missing = sorted(expected - given)
     if missing or unexpected:
         raise ValueError(
             f"the file does not hold the adapter {adapter_name!r} that the config describes: "

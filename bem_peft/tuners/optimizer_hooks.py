@@ -1,14 +1,25 @@
 """Work of adapters around an optimizer step, without a call that a user could forget.
 
-torch runs these two hooks at each step of every optimizer, so the HF Trainer, accelerate and a bare loop are served
-alike. They are registered with the first adapter that needs them, and look only at adapters whose parameters the
-optimizer holds.
+torch runs hooks at each step of every optimizer, so the HF Trainer, accelerate and a bare loop are served alike. They
+are registered with the first adapter that needs them, and look only at adapters whose parameters the optimizer holds.
+
+What adapters do, they do once a training step: an optimizer that steps another one inside counts once; several
+optimizers that each hold a part of an adapter take one step together, which ends when one of them steps again; a step
+that a GradScaler lets a fused optimizer skip is none. With `step(closure)` the gradients are judged after the closure.
+
+What adapters remember between steps is stored in the optimizer's `state_dict`, with the parameters' own states, and
+taken out of a state that was loaded.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
+import threading
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +34,33 @@ from bem_peft.tuners.sharded import own_part
 if TYPE_CHECKING:
     from bem_peft.tuners.adapter import Adapter
 
+STATE_PREFIX = "bem_peft_"  # of what stands in a parameter's optimizer state
+
 _watched: weakref.WeakSet[Adapter] = weakref.WeakSet()
+_stepped_by: weakref.WeakKeyDictionary[Adapter, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
+_storing: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers whose state_dict has our hook
 _order = itertools.count()
 _handles: list[Any] = []
+
+
+@dataclass
+class _Step:
+    """A `step` call that runs now."""
+
+    optimizer: Optimizer
+    frame: FrameType  # of torch's wrapper around `step`
+    concerned: list[Adapter] = field(default_factory=list)
+    starting: set[Adapter] = field(default_factory=set)  # adapters whose training step began with it
+    is_prepared: bool = False
+    is_skipped: bool = False
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.steps: list[_Step] = []
+
+
+_running = _Running()
 
 
 def watch(adapter: Adapter) -> None:
@@ -46,15 +81,85 @@ def watched_by(optimizer: Optimizer) -> list[Adapter]:
     return sorted(concerned, key=lambda adapter: adapter.watch_order)
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    from bem_peft.tuners.pt4_film import judge_stability
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    frame = sys._getframe(1)
+    running = _running.steps
+    while running and not _is_running(running[-1].frame, frame):  # it ended in an exception
+        for adapter in running.pop().starting:
+            _stepped_by.pop(adapter, None)
+    step = _Step(optimizer, frame)
+    running.append(step)
+    if len(running) > 1:  # inside another optimizer's step
+        return None
+    step.concerned = watched_by(optimizer)
+    if not step.concerned:
+        return None
+    _restore(optimizer, step.concerned)
+    if optimizer not in _storing:
+        optimizer.register_state_dict_post_hook(_store)
+        _storing.add(optimizer)
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        _prepare(step)
+        return None
+    judged = _judged(closure, step)
+    if len(args) > 1:
+        return (args[0], judged, *args[2:]), kwargs
+    return args, {**kwargs, "closure": judged}
 
-    concerned = watched_by(optimizer)
-    if concerned:
-        if judge_stability(concerned):
-            _drop_unsound_gradients(optimizer)
-        for adapter in concerned:
-            adapter.before_optimizer_step()
+
+def _is_running(frame: FrameType, current: FrameType) -> bool:
+    """Whether `frame` is `current` or one of its callers."""
+    caller: FrameType | None = current
+    while caller is not None:
+        if caller is frame:
+            return True
+        caller = caller.f_back
+    return False
+
+
+def _judged(closure: Callable[[], Any], step: _Step) -> Callable[[], Any]:
+    """`closure`, after which the gradients are judged; an optimizer may call it several times a step."""
+
+    def run() -> Any:
+        result = closure()
+        _prepare(step)
+        return result
+
+    return run
+
+
+@torch.no_grad()
+def _prepare(step: _Step) -> None:
+    """Judge the gradients as they are now, and let the adapters act before they are used."""
+    found_inf = getattr(step.optimizer, "found_inf", None)  # of a GradScaler, where the optimizer itself skips
+    step.is_skipped = found_inf is not None and bool(found_inf)
+    if step.is_skipped:
+        return
+    starting: set[Adapter] = set()
+    if not step.is_prepared:  # a closure may be called again within one step
+        starting = step.starting = {adapter for adapter in step.concerned if _begins_step(adapter, step.optimizer)}
+    step.is_prepared = True
+    is_emergency = False
+    for kind in dict.fromkeys(type(adapter) for adapter in step.concerned):
+        same = [adapter for adapter in step.concerned if type(adapter) is kind]
+        is_emergency |= same[0].judge(same, starting)
+    if is_emergency:
+        _drop_unsound_gradients(step.optimizer)
+    for adapter in step.concerned:
+        adapter.before_optimizer_step()
+
+
+def _begins_step(adapter: Adapter, optimizer: Optimizer) -> bool:
+    """Whether a training step of `adapter` begins with this step of `optimizer`: no other one has begun it, or
+    `optimizer` has taken its part of that one."""
+    seen = _stepped_by.get(adapter)
+    begins = seen is None or not len(seen) or optimizer in seen
+    if begins:
+        _stepped_by[adapter] = weakref.WeakSet((optimizer,))
+    elif seen is not None:
+        seen.add(optimizer)
+    return begins
 
 
 @torch.no_grad()
@@ -68,5 +173,54 @@ def _drop_unsound_gradients(optimizer: Optimizer) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for adapter in watched_by(optimizer):
-        adapter.after_optimizer_step()
+    running, frame = _running.steps, sys._getframe(1)
+    while running and running[-1].frame is not frame:
+        running.pop()
+    if not running:
+        return
+    step = running.pop()
+    if running or step.is_skipped:
+        return
+    if step.concerned and not step.is_prepared:  # it never called its closure
+        step.starting = {adapter for adapter in step.concerned if _begins_step(adapter, optimizer)}
+    for adapter in step.concerned:
+        adapter.after_optimizer_step(adapter in step.starting)
+
+
+# what is remembered, in the optimizer's state
+
+
+def _parameters(adapters: list[Adapter]) -> dict[int, tuple[Adapter, str]]:
+    return {id(p): (a, name) for a in adapters for name, p in a._parameters.items() if p is not None}
+
+
+def _store(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's `state_dict` with what its adapters remember beside the parameters' states."""
+    adapters = watched_by(optimizer)
+    states = {adapter: adapter.training_state() for adapter in adapters}
+    owners, index, states_out = _parameters(adapters), 0, dict(state_dict["state"])
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            adapter, name = owners.get(id(parameter), (None, ""))
+            remembered = {} if adapter is None else states[adapter].get(name, {})
+            if remembered:
+                ours = {STATE_PREFIX + key: value for key, value in remembered.items()}
+                states_out[index] = {**states_out.get(index, {}), **ours}
+            index += 1
+    return {**state_dict, "state": states_out}
+
+
+def _restore(optimizer: Optimizer, adapters: list[Adapter]) -> None:
+    """Take what was remembered out of a state that was loaded."""
+    owners = _parameters(adapters)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if not state or id(parameter) not in owners:
+                continue
+            ours = {key: state.pop(key) for key in list(state) if isinstance(key, str) and key.startswith(STATE_PREFIX)}
+            if ours:
+                adapter, name = owners[id(parameter)]
+                adapter.restore_training_state(name, {k.removeprefix(STATE_PREFIX): v for k, v in ours.items()})
+                if not state:  # an optimizer makes its state where it finds none
+                    del optimizer.state[parameter]

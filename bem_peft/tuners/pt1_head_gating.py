@@ -369,14 +369,12 @@ class HeadGroupGatingAdapter(LowRankAdapter):
 
     def annealing(self) -> float | torch.Tensor:
         """The share of `decorrelation_strength` that holds now, from 1 down to 0."""
-        if self.anneal_steps is None:
-            return 1.0
-        return (1.0 - self.steps_taken / self.anneal_steps).clamp_min(0.0)
+        return 1.0 if self.anneal_steps is None else (1.0 - self.steps_taken / self.anneal_steps).clamp_min(0.0)
 
-    def after_optimizer_step(self) -> None:
-        super().after_optimizer_step()
+    def after_optimizer_step(self, is_first: bool) -> None:
+        super().after_optimizer_step(is_first)
         if self.anneal_steps is not None:
-            self.steps_taken += 1
+            self.steps_taken += is_first
 
     def right_gram(self) -> torch.Tensor:
         start, blocks, rows = 0, [], whole(self.A).double()

@@ -5,35 +5,29 @@ bounded as a whole (`kernels.film`): |gamma| <= `clamp_range`, |beta| <= `max_be
 rho(y) is the token's root mean square of y (`beta_unit="rms"`) or 1 ("absolute"). Modes: "channel", G and T have a row
 a channel; "spatial", one row for all of them; "static", no controller (c = 1), which merges.
 
-A step whose output or gradient is not finite, or whose output exceeds `explosion_threshold`, is not taken:
-the adapter goes back to its last good values (kept as saved buffers), and the event is logged and counted.
+A step whose output or gradient is not finite, or whose output exceeds `explosion_threshold`, is not taken (`brake`).
 
 Source: Perez et al., FiLM, 2018, arXiv:1709.07871 (eq. 2); theirs is unbounded and conditioned on another input.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.film import bounded_rows, film_update, token_rms
 from bem_peft.tuners import field_checks as check
-from bem_peft.tuners.adapter import Adapter, SiteShape, transposed
+from bem_peft.tuners.adapter import SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig
+from bem_peft.tuners.brake import BrakedAdapter
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.model import AdapterModel
-from bem_peft.tuners.optimizer_hooks import watch
 from bem_peft.tuners.registry import register
-from bem_peft.tuners.sharded import is_distributed, own_part, whole, write
-
-logger = logging.getLogger("bem_peft")
 
 
 @dataclass
@@ -81,7 +75,7 @@ class ResidualFiLMConfig(AdapterConfig):
         super().__post_init__()
 
 
-class ResidualFiLMAdapter(Adapter):
+class ResidualFiLMAdapter(BrakedAdapter):
     """y' = y (1 + gamma(x)) + beta(x) rho(y)."""
 
     variant = "PT4"
@@ -92,8 +86,6 @@ class ResidualFiLMAdapter(Adapter):
         "beta": "beta",
     }
 
-    emergency_count: torch.Tensor
-    is_unstable: torch.Tensor
     gamma: nn.Parameter
     beta: nn.Parameter
     controller_weight: nn.Parameter
@@ -120,23 +112,6 @@ class ResidualFiLMAdapter(Adapter):
             self.gamma = nn.Parameter(torch.empty(rows, self.gamma_dim))
         if self.max_beta > 0:
             self.beta = nn.Parameter(torch.empty(rows, self.beta_dim))
-        self.explosion_threshold = float(config.explosion_threshold)
-        self.is_guarded = config.emergency_stabilization
-        self.is_reverting = False
-        if self.is_guarded:
-            for name, parameter in list(self.named_parameters()):
-                self.register_buffer(f"last_good_{name}", torch.empty_like(parameter, requires_grad=False))
-            self.register_buffer("emergency_count", torch.zeros((), dtype=torch.int64))
-            # no buffer: DistributedDataParallel would overwrite it with the first process's
-            self.is_unstable = torch.zeros((), dtype=torch.bool)
-            self.is_watched = True
-            watch(self)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        if self.is_guarded:
-            self.is_unstable = torch.zeros((), dtype=torch.bool, device=fn(self.is_unstable).device)
-        return self
 
     def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
         if not self.is_static:
@@ -172,11 +147,13 @@ class ResidualFiLMAdapter(Adapter):
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         gamma, beta = self.gamma if self.clamp_range > 0 else None, self.beta if self.max_beta > 0 else None
-        unstable = self.is_unstable if self.is_guarded and self.training else None
+        unstable = torch.zeros((), dtype=torch.bool) if self.is_watching_output() else None
         out: torch.Tensor = cpp.build().film_train(
             x, y, self.controller_weight, self.controller_bias, gamma, beta, self.scaling, self.clamp_range,
             self.max_beta, self.is_rms, unstable, self.explosion_threshold,
         )[0]  # fmt: skip
+        if unstable is not None:
+            self.flag_with_gradient(out, unstable)
         return out
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
@@ -191,8 +168,7 @@ class ResidualFiLMAdapter(Adapter):
             out = fused(y, c, gamma_t, beta_t, self.is_rms)
         else:
             out = film_update(y, c, gamma_t, beta_t, self.is_rms)
-        if self.is_guarded and self.training and out.numel():
-            self.is_unstable.logical_or_(~(out.detach().abs().amax() <= self.explosion_threshold))
+        self.watch_output(out)
         return out
 
     def broadcast_update(
@@ -250,131 +226,6 @@ class ResidualFiLMAdapter(Adapter):
         factor, beta = (part.detach() for part in self.static_vectors())
         plain = (weight / factor.unsqueeze(1)).to(weight.dtype)
         return plain, None if bias is None else ((bias - beta) / factor).to(bias.dtype)
-
-    # the emergency brake
-
-    def keep_as_good(self) -> None:
-        """Remember the present values as the last good ones."""
-        if self.is_guarded:
-            keep_as_good([self])
-
-    @torch.no_grad()
-    def revert(self) -> None:
-        """Go back to the last good values."""
-        for name, parameter in self.named_parameters():
-            write(parameter, self.get_buffer(f"last_good_{name}"))
-
-    @torch.no_grad()
-    def unstable_flag(self) -> torch.Tensor:
-        """A scalar bool tensor: an output since the last step, or a gradient or parameter now, is not sound."""
-        flag = self.is_unstable.clone()
-        for parameter in self.parameters():
-            flag |= ~torch.isfinite(own_part(parameter)).all()
-            if parameter.grad is not None:
-                flag |= ~torch.isfinite(own_part(parameter.grad)).all()
-        return flag
-
-    @torch.no_grad()
-    def before_optimizer_step(self) -> None:
-        if self.is_reverting:
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.zero_()  # so that no optimizer state is made of it
-
-    @torch.no_grad()
-    def after_optimizer_step(self) -> None:
-        if self.is_reverting:
-            self.revert()
-            self.emergency_count += 1
-            self.is_reverting = False
-            self.is_unstable.zero_()  # what is set is judged: nothing is set where no emergency was found
-
-
-@torch.no_grad()
-def keep_as_good(guarded: Sequence[ResidualFiLMAdapter]) -> None:
-    """Remember the present values of guarded adapters as their last good ones; all at once, at each step."""
-    kept, now = [], []
-    for adapter in guarded:
-        for name, parameter in adapter._parameters.items():
-            good = adapter._buffers.get(f"last_good_{name}")
-            if parameter is not None and good is not None:
-                kept.append(good)
-                now.append(whole(parameter))
-    if kept:
-        torch._foreach_copy_(kept, now)
-
-
-@torch.no_grad()
-def _may_be_unstable(guarded: Sequence[ResidualFiLMAdapter]) -> torch.Tensor:
-    """A scalar bool tensor: true wherever an `unstable_flag` is, by one norm over all parameters and gradients, at a
-    sixth of the time. (Squares overflow before the numbers do: then it is true, and the flags say no.)"""
-    held = [p for adapter in guarded for p in adapter._parameters.values() if p is not None]
-    parts = [own_part(tensor) for p in held for tensor in (p, p.grad) if tensor is not None]
-    norm = nn.utils.get_total_norm([part for part in parts if part.numel()])
-    device = guarded[0].is_unstable.device
-    seen = torch.stack([adapter.is_unstable.to(device) for adapter in guarded]).any()
-    return seen | ~torch.isfinite(norm.to(device))
-
-
-def any_process(flags: torch.Tensor) -> torch.Tensor:
-    """Boolean flags that are true where they are so in any process of the group."""
-    if not is_distributed():
-        return flags
-    as_int = flags.to(torch.int32)
-    distributed.all_reduce(as_int, op=distributed.ReduceOp.MAX)
-    return as_int.bool()
-
-
-def judge_stability(adapters: Sequence[Adapter]) -> bool:
-    """Decide for all guarded adapters at once whether the step that comes is taken: one host synchronisation a step
-    (two in an emergency, when it is asked which).
-
-    With several processes the verdict is the same in all of them.
-
-    Returns:
-        Whether there is an emergency.
-    """
-    guarded = [adapter for adapter in adapters if isinstance(adapter, ResidualFiLMAdapter) and adapter.is_guarded]
-    if not guarded:
-        return False
-    if not any_process(_may_be_unstable(guarded)).item():
-        keep_as_good(guarded)
-        return False
-    flags = torch.stack([adapter.unstable_flag().to(guarded[0].is_unstable.device) for adapter in guarded])
-    verdicts = any_process(flags).tolist()
-    for adapter, is_unstable in zip(guarded, verdicts, strict=True):
-        adapter.is_reverting = is_unstable
-    keep_as_good([adapter for adapter in guarded if not adapter.is_reverting])
-    if any(verdicts):
-        names = [adapter.site_name for adapter in guarded if adapter.is_reverting]
-        logger.warning(
-            "emergency stabilisation: %d of %d FiLM adapters had a non-finite or exploding output, gradient or weight "
-            "and go back to their last good values (first: %s)",
-            len(names),
-            len(guarded),
-            names[0],
-        )
-    return any(verdicts)
-
-
-def emergency_stabilize(model: nn.Module) -> dict[str, int]:
-    """Send every FiLM adapter of `model` that is unsound now back to its last good values, at once.
-
-    Training does this by itself at each optimizer step.
-
-    Returns:
-        For each guarded adapter, `<site>:<adapter name>` -> number of emergencies so far, this one included.
-    """
-    counts = {}
-    for name, module in model.named_modules():
-        if isinstance(module, ResidualFiLMAdapter) and module.is_guarded:
-            if bool(module.unstable_flag()):
-                module.revert()
-                module.emergency_count += 1
-                module.is_unstable.zero_()
-                logger.warning("emergency stabilisation of %s: back to its last good values", module.site_name)
-            counts[f"{module.site_name}:{name.rpartition('.')[2]}"] = int(module.emergency_count)
-    return counts
 
 
 class ResidualFiLMLinear(AdapterLinear):

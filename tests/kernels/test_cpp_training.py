@@ -225,10 +225,12 @@ def test_film_sees_an_explosion_in_any_number(value: float) -> None:
         adapter.train()
         use_kernels("cpp")
         y = torch.randn(rows, out)
-        adapter(torch.randn(rows, 6), y)
+        adapter(torch.randn(rows, 6), y).sum().backward()
         assert not adapter.is_unstable
         y[at] = value
-        adapter(torch.randn(rows, 6), y)
+        unused = adapter(torch.randn(rows, 6), y)
+        assert not adapter.is_unstable, "an output without a gradient is no part of a step"
+        unused.sum().backward()
         assert adapter.is_unstable
 
 

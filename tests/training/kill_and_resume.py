@@ -156,7 +156,11 @@ def differences(one: Path, other: Path) -> list[str]:
     found += [name for name in first.keys() | second.keys() if not torch.equal(first[name], second[name])]
     states = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in (one, other)]
     for key, values in states[0]["state"].items():
-        found += [f"optimizer {key} {n}" for n, v in values.items() if not torch.equal(v, states[1]["state"][key][n])]
+        other_values = states[1]["state"][key]
+        found += [f"optimizer {key} {n}" for n in values.keys() | other_values.keys() if n not in other_values]
+        for name, value in values.items():
+            is_same = torch.equal(value, other_values[name]) if torch.is_tensor(value) else value == other_values[name]
+            found += [] if is_same else [f"optimizer {key} {name}"]
     if states[0]["param_groups"] != states[1]["param_groups"]:
         found.append("optimizer groups")
     if (one / "losses.json").read_text() != (other / "losses.json").read_text():
@@ -183,7 +187,8 @@ def main(method: str, seed: int, folder: Path, plain: bool = False) -> dict[str,
     assert not is_complete(partial)
     assert in_a_process(lambda: train(method, killed, [], plain)) == 0
     weights = load_file(never / "final" / "adapter_model.safetensors")
-    emergencies = [int(value) for name, value in weights.items() if name.endswith("emergency_count")]
+    remembered = torch.load(never / "optimizer.pt", weights_only=True)["state"].values()
+    emergencies = [values.get("bem_peft_emergencies", 0) for values in remembered]
     return {
         "killed_after_step": step,
         "killed_in": f"{partial.name}/{file}",
