@@ -107,6 +107,8 @@ class Adapter(nn.Module):
         are computed in float32, with the rounded weights that longer inputs are computed with: setting up a product
         in half precision costs ten times the product there. `may_overwrite`: nobody else holds y.
         """
+        if self.is_watched and not is_compiling():
+            self.before_forward()
         kept = None if is_compiling() else kept_of(self)
         if kept and SITE in kept and backend.chosen.is_cpp and not self.training and self.observer is None:
             out: torch.Tensor | None = cpp.run_site(kept[SITE], self._parameters, x, y, may_overwrite)
@@ -277,6 +279,12 @@ class Adapter(nn.Module):
                 f"the penalty at {self.site_name} counts real tokens only, and cannot tell them: {found}."
             )
         return found
+
+    def on_added(self) -> None:
+        """Called when the adapter has been added to a model, whose `call` is known then."""
+
+    def before_forward(self) -> None:
+        """Called before each forward pass that is not compiled, if `is_watched`."""
 
     # around an optimizer step, if `is_watched`; see `optimizer_hooks`
 

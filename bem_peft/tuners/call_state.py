@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ from torch import nn
 
 from bem_peft.tuners.call_frame import CallFrames, CallValues
 from bem_peft.tuners.penalty_call import LoopScale, PenaltyLog, penalty_call
+
+
+@dataclass
+class Caps:
+    """Caps of a whole model, for adapters that come later; None: no cap."""
+
+    max_singular_value: float | None = None
+    fro_budget: float | None = None
 
 
 class CallState(CallFrames):
@@ -29,6 +38,7 @@ class CallState(CallFrames):
         self.watched: nn.Module | None = None  # an adapter that does something around an optimizer step
         self.loop = LoopScale()
         self.log = PenaltyLog()
+        self.caps = Caps()
         self.handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:

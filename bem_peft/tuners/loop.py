@@ -13,8 +13,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from bem_peft.tuners.adapter import Adapter
 from bem_peft.tuners.brake import emergency_count
-from bem_peft.tuners.call_state import CallState, find_call_state
+from bem_peft.tuners.call_state import CallState, Caps, find_call_state
 
 
 def penalty_values(model: nn.Module) -> dict[str, float]:
@@ -59,7 +60,11 @@ class AdapterCallback(TrainerCallback):
     def __init__(self) -> None:
         self.trainer: Any = None  # known to PTTrainer only; elsewhere the steps follow from the dataloader's length
         self._steps = 1
-        self._emergencies = 0
+        self._caps: Caps | None = None  # of the model that the Trainer was made with
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        call = self._call(kwargs)
+        self._caps = None if call is None else call.caps
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,6 +75,11 @@ class AdapterCallback(TrainerCallback):
             call.loop.accumulation_steps = self._accumulation_steps
             call.loop.scaler = getattr(kwargs.get("optimizer"), "scaler", None)
             call.log.entries.clear()
+            if self._caps is not None and call.caps == Caps() != self._caps:  # `model_init` made the model anew
+                call.caps = self._caps
+                for module in kwargs["model"].modules():
+                    if isinstance(module, Adapter):
+                        module.on_added()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

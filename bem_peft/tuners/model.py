@@ -6,6 +6,7 @@ Nothing is changed before everything is known to fit: each adapter is built once
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -201,14 +202,18 @@ class AdapterModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self.__dict__["_name"] = adapter_name
+        known = {m for m in model.modules() if isinstance(m, Adapter)}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         adapters = [m for m in model.modules() if isinstance(m, Adapter)]
+        for adapter in adapters:
+            if adapter not in known:
+                adapter.on_added()
         kinds = {getattr(adapter, "retrieval", "none") for adapter in adapters} - {"none"}
         self.call.retrieval |= kinds
         self.call.is_penalised |= any(adapter.is_penalised for adapter in adapters)
         self.call.watched = next((adapter for adapter in adapters if adapter.is_watched), None)
         attach_call_state(model, self.call)
-        if any(adapter.is_penalised or adapter.is_watched for adapter in adapters):
+        if "transformers.trainer" in sys.modules or any(a.is_penalised or a.is_watched for a in adapters):
             attach_to_trainers()
         if any(getattr(adapter, "uses_exact_statistics", False) for adapter in adapters):
             use_exact_attention(model)

@@ -27,7 +27,7 @@ from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.attention_stats import AttentionRows, head_output_statistics
 from bem_peft.tuners.call_frame import repeat_rows, take_rows
 from bem_peft.tuners.call_state import CallState
-from bem_peft.tuners.governance import LowRankAdapter
+from bem_peft.tuners.governance import LowRankAdapter, root_of
 from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.model import AdapterModel
 from bem_peft.tuners.optimizer_hooks import watch
@@ -376,13 +376,11 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         if self.anneal_steps is not None:
             self.steps_taken += is_first
 
-    def right_gram(self) -> torch.Tensor:
-        start, blocks, rows = 0, [], whole(self.A).double()
-        for rank in self.ranks:
-            a = rows[start : start + rank]
-            blocks.append(a @ a.t())
-            start += rank
-        return torch.block_diag(*blocks) * (2.0 * self.scaling) ** 2  # a gate is at most 2
+    def right_root(self) -> tuple[torch.Tensor, torch.Tensor]:
+        roots = [root_of(rows) for rows in whole(self.A).double().split(self.ranks)]
+        largest = 2.0 * self.scaling  # a gate is at most 2; groups read different inputs, so that none cancels another
+        root, inverse = (torch.block_diag(*parts) for parts in zip(*roots, strict=True))
+        return root * largest, inverse / largest
 
     def lora_factors(self, gate: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """A (sum r_g, in) and B (out, sum r_g) with s B A the update at constant gates (G,), all 1 by default."""

@@ -25,8 +25,9 @@ from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.call_state import CallState
-from bem_peft.tuners.governance import LowRankAdapter
+from bem_peft.tuners.governance import LowRankAdapter, root_of
 from bem_peft.tuners.layer import AdapterLinear
+from bem_peft.tuners.mask_bounds import RankMasks
 from bem_peft.tuners.model import AdapterModel
 from bem_peft.tuners.penalty import mask_balance
 from bem_peft.tuners.registry import register
@@ -220,13 +221,48 @@ class DynamicRankMaskAdapter(LowRankAdapter):
             return (soft - self.active_rank / soft.shape[1]).square().mean()
         return mask_balance(soft, self.active_rank, self.sequences(soft.shape[0]))
 
-    def right_gram(self) -> torch.Tensor:
-        largest = 2.0 if self.has_value_gate else 1.0  # every rank kept, every gate at its bound
-        if self.is_task_mask and not self.has_value_gate:
-            a = self.masked_a().double()
-        else:
-            a = whole(self.A).double()  # H is orthonormal: it leaves B A as it is
-        return (a @ a.t()) * (largest * self.scaling) ** 2
+    # caps: s B D A with D = diag(m (1 + tanh)); one D for all tokens, or any with k entries in [0, 2]
+
+    @property
+    def has_one_mask(self) -> bool:
+        """Whether every token meets the same update."""
+        is_whole = self.active_rank == self.A.shape[0]
+        return not self.has_value_gate and (self.is_task_mask or is_whole)
+
+    def right_root(self) -> tuple[torch.Tensor, torch.Tensor]:
+        root, inverse = root_of((self.masked_a() if self.is_task_mask else whole(self.A.detach())).double())
+        return root * self.scaling, inverse / self.scaling
+
+    def masks(self) -> RankMasks:
+        """The masks and gates that a token may meet, between B and A in the basis of the masks."""
+        a, kept = whole(self.A.detach()).double(), None
+        if self.hadamard:
+            a = hadamard_transform(a)
+        if self.is_task_mask:
+            kept = k_hot_mask(whole(self.mask_weight.detach()).float(), self.active_rank) > 0
+        return RankMasks(a * self.scaling, self.active_rank, 2.0 if self.has_value_gate else 1.0, kept)
+
+    def in_mask_basis(self, left: torch.Tensor) -> torch.Tensor:
+        """B (out, R) between its own basis and that of the masks; its own inverse."""
+        return hadamard_transform(left.t()).t() if self.hadamard else left
+
+    @torch.no_grad()
+    def singular_values(self) -> torch.Tensor:
+        return super().singular_values() if self.has_one_mask else self.B.new_tensor([self.norms()[0]]).double()
+
+    @torch.no_grad()
+    def norms(self) -> tuple[float, float, bool]:
+        if self.has_one_mask:
+            return super().norms()
+        return self.masks().largest_norms(self.in_mask_basis(whole(self.B.detach()).double()))
+
+    def bounds(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().bounds(left) if self.has_one_mask else self.masks().bounds(self.in_mask_basis(left))
+
+    def clipped(self, left: torch.Tensor, cap: float) -> torch.Tensor:
+        if self.has_one_mask:
+            return super().clipped(left, cap)
+        return self.in_mask_basis(self.masks().clipped(self.in_mask_basis(left), cap))
 
     def masked_a(self) -> torch.Tensor:
         """H (m * (H A)) for the task's mask, (R, in): the A of the update as it is applied."""

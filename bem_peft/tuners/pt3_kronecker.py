@@ -23,7 +23,7 @@ from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.call_state import CallState
-from bem_peft.tuners.governance import LowRankAdapter
+from bem_peft.tuners.governance import LowRankAdapter, root_of
 from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.model import AdapterModel
 from bem_peft.tuners.penalty import diversity, orthogonality
@@ -197,9 +197,9 @@ class KroneckerAdapter(LowRankAdapter):
             y = self.penalise(y, "diversity", self.diversity_strength, value, once=True)
         return y
 
-    def right_gram(self) -> torch.Tensor:
-        u, v = whole(self.U).double(), whole(self.V).double()
-        return torch.kron(u @ u.t(), v @ v.t()) * self.scaling**2
+    def right_root(self) -> tuple[torch.Tensor, torch.Tensor]:
+        (u, u_inverse), (v, v_inverse) = root_of(whole(self.U).double()), root_of(whole(self.V).double())
+        return torch.kron(u, v) * self.scaling, torch.kron(u_inverse, v_inverse) / self.scaling
 
     def lora_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A (R, in) and B (out, R) with s B A the update; exact."""
