@@ -463,3 +463,44 @@ def test_rollouts_between_steps_use_the_weights_of_now(method: str, form: str) -
         seen.append(answers(model))
         assert torch.equal(seen[-1], answers(copy.deepcopy(model)))
         assert not torch.equal(seen[-1], seen[-2])
+
+
+@forms
+@methods
+def test_a_grpo_rollout_uses_the_weights_of_now(method: str, form: str, tmp_path: Path) -> None:
+    """TRL's GRPOTrainer with its default optimizer: before each reward, the policy equals a deep copy of itself."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from tests.training.equalities import word_tokenizer
+
+    use_kernels(form)
+    model, seen = adapted(method, "llama"), []
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        policy = trainer.model
+        was_training = policy.training
+        policy.eval()
+        twin = copy.deepcopy(policy)
+        assert torch.equal(logits(policy), logits(twin))
+        assert torch.equal(answers(policy), answers(twin))
+        policy.train(was_training)
+        seen.append(logits(twin))
+        return [float(len(set(text.split()))) for text in completions]
+
+    data = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{i + 2}" for i in range(3, 27)]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's and transformers' own
+        arguments = GRPOConfig(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=4, num_generations=4, max_completion_length=4,
+            learning_rate=3e-2, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+            dataloader_pin_memory=False, logging_strategy="no", gradient_checkpointing=False,
+        )  # fmt: skip
+        assert arguments.optim == "adamw_torch_fused"
+        trainer = GRPOTrainer(
+            model, reward_funcs=reward, args=arguments, train_dataset=data, processing_class=word_tokenizer()
+        )
+        trainer.train()
+    assert len(seen) == 3
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
