@@ -23,8 +23,9 @@ def bounded_rows(weight: torch.Tensor, scaling: float, bound: float, dtype: torc
 
 
 def token_rms(y: torch.Tensor) -> torch.Tensor:
-    """Root mean square of each row of y (N, out), (N, 1), in y's dtype; accumulated in float32 by the norm's kernel."""
-    return torch.linalg.vector_norm(y, dim=1, keepdim=True) * y.shape[1] ** -0.5
+    """Root mean square of each row of y (N, out), (N, 1), in y's dtype; of a norm that float16 may not hold."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return (torch.linalg.vector_norm(y, dim=1, keepdim=True, dtype=wide) * y.shape[1] ** -0.5).to(y.dtype)
 
 
 def film_update(

@@ -36,6 +36,7 @@ class SiteShape:
 
 
 FEW_ROWS = 8
+HALF = (torch.bfloat16, torch.float16)
 grad_enabled, is_compiling = torch.is_grad_enabled, torch.compiler.is_compiling
 PLAIN_TENSORS = (nn.Parameter, torch.Tensor, FakeTensor)  # not sharded, not functional
 MANY, FEW, PACKED = "many rows", "few rows", "packed"  # how derived weights are laid out
@@ -49,6 +50,11 @@ def transposed(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     turned = weight.to(dtype).t()
     return turned if torch.is_grad_enabled() else turned.contiguous()
+
+
+def widened(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The weights, those in half precision as float32."""
+    return tuple(weight.float() if weight.dtype in HALF else weight for weight in weights)
 
 
 def is_few_rows(x: torch.Tensor) -> bool:
@@ -105,7 +111,8 @@ class Adapter(nn.Module):
         The dtype of y is the compute dtype; autocast would choose another one behind the formula's back. A few rows
         on a CPU (a decoding step) read the weights as `derive_few_rows` lays them out, and bfloat16 or float16 rows
         are computed in float32, with the rounded weights that longer inputs are computed with: setting up a product
-        in half precision costs ten times the product there. `may_overwrite`: nobody else holds y.
+        in half precision costs ten times the product there. float16 rows are so however many they are, as what stands
+        between two products may not fit in float16. `may_overwrite`: nobody else holds y.
         """
         if self.is_watched and not is_compiling():
             self.before_forward()
@@ -132,7 +139,9 @@ class Adapter(nn.Module):
         inputs, rows = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
         few_rows = kind == "cpu" and is_few_rows(inputs)
         weights = self.weights(dtype, FEW if few_rows else MANY)
-        if few_rows and dtype in (torch.bfloat16, torch.float16):
+        if dtype in HALF and (few_rows or (kind == "cpu" and dtype is torch.float16)):
+            if not few_rows:
+                weights = widened(weights)
             out = self.transform(inputs.float(), rows.float(), *weights).to(dtype)
         else:
             if inputs.dtype is not dtype:
@@ -202,8 +211,8 @@ class Adapter(nn.Module):
     def _derive_anew(self, dtype: torch.dtype, layout: str, kept: Kept | None) -> tuple[torch.Tensor, ...]:
         form = {MANY: self.derive, FEW: self.derive_few_rows, PACKED: self.pack}[layout]
         derived = form(dtype)
-        if layout == FEW and dtype in (torch.bfloat16, torch.float16):
-            derived = tuple(weight.float() for weight in derived)
+        if layout == FEW:
+            derived = widened(derived)
         parameters = [(name, p) for name, p in self._parameters.items() if p is not None]
         if kept is None or torch.is_grad_enabled():
             return derived

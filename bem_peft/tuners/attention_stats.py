@@ -32,9 +32,10 @@ SCORES_AT_ONCE = 1 << 22  # attention scores held at a time, in numbers
 def head_output_statistics(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     """energy and evenness of each head, (N, 2 heads) float32, from W_O's input x (N, heads * head_dim)."""
     heads = x.view(x.shape[0], num_heads, x.shape[1] // num_heads)
-    norm = torch.linalg.vector_norm(heads, dim=2).float().clamp_min(1e-20)
+    wide = torch.promote_types(x.dtype, torch.float32)  # float16 may not hold a norm or a sum
+    norm = torch.linalg.vector_norm(heads, dim=2, dtype=wide).float().clamp_min(1e-20)
     log_norm = norm.log()
-    cosine = heads.sum(dim=2).float() / norm
+    cosine = heads.sum(dim=2, dtype=wide).float() / norm
     return torch.cat((torch.log_softmax(log_norm + log_norm, dim=1), cosine * cosine), dim=1)
 
 
