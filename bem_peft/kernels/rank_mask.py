@@ -1,8 +1,66 @@
-r"""The k-hot mask:  m_i = 1 where fewer than k logits stand before l_i (value descending, index ascending)."""
+r"""The k-hot mask:  m_i = 1 where fewer than k logits stand before l_i (value descending, index ascending).
+
+A product of one row and one of many rows add in different orders, so that z = A x differs in its last bits between a
+decoding step and a prefill, and a mask with it where two logits are that close. z is therefore summed in a dtype whose
+last bits are far below those of x (`choice_dtype`), and no mask reads a z that was rounded to bfloat16 or float16.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+
+def choice_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of z and of the sums that make the logits, for rows of `dtype`.
+
+    float64 on a CPU: two orders of a sum differ by 1e-16 of it, so that a mask differs for less than one token in 1e12.
+    float32 elsewhere, where float64 costs up to 64 times as much or does not exist: for some tokens in 1e6.
+    """
+    return torch.float64 if device.type == "cpu" else torch.promote_types(dtype, torch.float32)
+
+
+def choice_projection(x: torch.Tensor, a_t: torch.Tensor) -> torch.Tensor:
+    """z = x A^T (N, R) in `choice_dtype`, from x (N, in) and A^T (in, R) in the dtype of x or in that of z.
+
+    Its gradients are products in the dtype of x, and nothing is kept for them but x and A^T.
+    """
+    plain = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if plain or not torch.is_grad_enabled():
+        return _wide_product(x, a_t)
+    z: torch.Tensor = _Projection.apply(x, a_t)
+    return z
+
+
+def _wide_product(x: torch.Tensor, a_t: torch.Tensor) -> torch.Tensor:
+    wide = choice_dtype(x.dtype, x.device)
+    return torch.mm(x.to(wide), a_t.to(wide))
+
+
+class _Projection(torch.autograd.Function):
+    @staticmethod
+    def forward(x: torch.Tensor, a_t: torch.Tensor) -> torch.Tensor:
+        return _wide_product(x, a_t)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        x, a_t = ctx.saved_tensors
+        of_z, (needs_x, needs_a) = gradients[0].to(x.dtype), ctx.needs_input_grad
+        return of_z @ a_t.to(x.dtype).t() if needs_x else None, (x.t() @ of_z).to(a_t.dtype) if needs_a else None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        x, a_t = ctx.saved_tensors
+        of_x, of_a = tangents
+        parts = [] if of_x is None else [_wide_product(of_x, a_t)]
+        parts += [] if of_a is None else [_wide_product(x, of_a)]
+        return torch.stack(parts).sum(0)
 
 
 def k_hot_mask(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -30,14 +88,17 @@ def drop_all_but_k(z: torch.Tensor, logits: torch.Tensor, k: int) -> torch.Tenso
 def straight_through_k_hot(logits: torch.Tensor, k: int, temperature: float) -> torch.Tensor:
     r"""`k_hot_mask` with the gradient of sigmoid((l - t) / temperature), t midway between k-th and next logit.
 
-    The value is the hard mask exactly (soft - soft = 0 in floating point).
+    The value is the hard mask exactly (soft - soft = 0 in floating point). With k = R nothing is chosen, and the
+    gradient is 0.
 
     Source: Bengio, Leonard, Courville, Estimating or propagating gradients through stochastic neurons, 2013
     (straight-through). Their threshold is fixed; ours moves with the token.
     """
     hard = k_hot_mask(logits.detach(), k)
-    top = logits.detach().topk(min(k + 1, logits.shape[-1]), dim=-1).values
-    threshold = (top[..., k - 1 : k] + top[..., -1:]) / 2
+    if k == logits.shape[-1]:
+        return hard + 0.0 * (logits - logits.detach())
+    top = logits.detach().topk(k + 1, dim=-1).values
+    threshold = (top[..., k - 1 : k] + top[..., k:]) / 2
     soft = torch.sigmoid((logits - threshold) / temperature)
     return hard + (soft - soft.detach())
 

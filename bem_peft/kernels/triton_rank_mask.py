@@ -3,7 +3,8 @@ r"""Triton form of the masked update:  y' = y + s (m * z * (1 + g)) B^T,  m the 
 m_i = 1 where fewer than k logits stand before l_i (value descending, index ascending): counted, not sorted, so that
 ties fall as in `rank_mask.k_hot_mask`; NaN stands with +inf. Forward: one kernel, a tile of y' a program, which counts
 its own masks; y is read once, y' written once, the mask never. Backward, with D = dy' B, the product over the whole of
-dy', left to `torch.mm`, and e = s D * z * (1 + g), soft = sigmoid((l - t) / T), t midway between k-th and next logit:
+dy', left to `torch.mm`, and e = s D * z * (1 + g), soft = sigmoid((l - t) / T), t midway between k-th and next logit
+(with k = R there is none, and dl = 0):
 
     dz = s D * m * (1 + g)    dg = s D * m * z    dl = e * soft (1 - soft) / T    dB^T = s (m * z * (1 + g))^T dy'
 
@@ -95,15 +96,14 @@ def _mask_gradients(
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     threshold = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    if IS_SOFT:
+    if IS_SOFT and K < R:
         for start in range(0, R, BLOCK_R):
             ranks = start + tl.arange(0, BLOCK_R)
             logit = _orderable(load_tile(logits, rows, ranks, stride_m0, stride_m1, N, R))
             before = _number_before(logits, logit, rows, ranks, stride_m0, stride_m1, N, R)
             inside = (ranks < R)[None, :]
-            last = K if K < R else R - 1  # the next logit; the k-th again where there is none
             threshold += tl.sum(tl.where(inside & (before == K - 1), logit, 0.0), axis=1) * 0.5
-            threshold += tl.sum(tl.where(inside & (before == last), logit, 0.0), axis=1) * 0.5
+            threshold += tl.sum(tl.where(inside & (before == K), logit, 0.0), axis=1) * 0.5
     for start in range(0, R, BLOCK_R):
         ranks = start + tl.arange(0, BLOCK_R)
         value, factor = _gated(z, gate, rows, ranks, stride_z0, stride_z1, stride_g0, stride_g1, N, R, HAS_GATE)
@@ -116,7 +116,8 @@ def _mask_gradients(
             store_tile(grad_gate, tl.where(is_kept, grad * value, 0.0), rows, ranks, R, 1, N, R)
         if IS_SOFT:
             soft = tl.sigmoid((logit - threshold[:, None]) / temperature)
-            slope = grad * value * factor * soft * (1.0 - soft) / temperature
+            soft_slope = soft * (1.0 - soft) / temperature if K < R else tl.zeros(soft.shape, tl.float32)
+            slope = grad * value * factor * soft_slope
             store_tile(grad_logits, slope, rows, ranks, R, 1, N, R)
 
 

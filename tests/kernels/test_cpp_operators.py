@@ -110,12 +110,10 @@ def formula(adapter: Adapter, x: torch.Tensor, y: torch.Tensor, weights: tuple[t
             kept = sorted(range(len(z)), key=lambda i, given=logits: (-float(given[i]), i))[: adapter.active_rank]
             mask = torch.zeros_like(z)
             mask[kept] = 1.0
-            if adapter.training:  # straight-through: the slope of a sigmoid around the middle of the k-th and the next
+            k = adapter.active_rank
+            if adapter.training and k < len(z):  # straight-through: a sigmoid's slope, midway between k-th and next
                 order = sorted((float(value) for value in logits), reverse=True)
-                k = adapter.active_rank
-                soft = torch.sigmoid(
-                    (logits - (order[k - 1] + order[min(k, len(order) - 1)]) / 2) / adapter.temperature
-                )
+                soft = torch.sigmoid((logits - (order[k - 1] + order[k]) / 2) / adapter.temperature)
                 mask = mask + (soft - soft.detach())
             gate = 1 + torch.tanh(unit @ w[2]) if adapter.has_value_gate else 1.0
             rows.append(base + s * (mask * gate * z) @ w[1])

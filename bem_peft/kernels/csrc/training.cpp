@@ -534,17 +534,20 @@ std::tuple<Tensor, Tensor> rank_mask_forward(const Tensor& x, const Tensor& y, c
 }
 
 // slope of the straight-through mask at each logit: that of sigmoid((l - t) / temperature), t midway between the k-th
-// and the next largest logit
+// and the next largest logit; 0 where all are kept
 inline void mask_slope(const float* logits, int64_t rank, int64_t active, float temperature, float* slope) {
+  if (active == rank) {
+    std::fill(slope, slope + rank, 0.0f);
+    return;
+  }
   float last = 0.0f, next = 0.0f;
-  bool has_next = false;
   for (int64_t i = 0; i < rank; ++i) {
     int64_t before = 0;
     for (int64_t j = 0; j < rank; ++j) before += logits[j] > logits[i] || (logits[j] == logits[i] && j < i);
     if (before == active - 1) last = logits[i];
-    if (before == active) next = logits[i], has_next = true;
+    if (before == active) next = logits[i];
   }
-  const float threshold = (last + (has_next ? next : last)) / 2.0f;
+  const float threshold = (last + next) / 2.0f;
   for (int64_t i = 0; i < rank; ++i) {
     const float soft = 1.0f / (1.0f + std::exp((threshold - logits[i]) / temperature));
     slope[i] = soft * (1.0f - soft) / temperature;
