@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bem_peft.tuners.call_frame import CallFrames, CallValues
 from bem_peft.tuners.penalty_call import LoopScale, PenaltyLog, penalty_call
@@ -78,6 +79,9 @@ def check_scores(scores: object, kinds: set[str]) -> torch.Tensor:
             f"`retrieval_scores` has shape {tuple(tensor.shape)} and dtype {tensor.dtype}: must be floating point, "
             "(batch, retrieved documents); fill short lists with -inf."
         )
+    can_be_read = not (tensor.is_meta or isinstance(tensor, FakeTensor) or torch.compiler.is_compiling())
+    if can_be_read and not (tensor < torch.inf).all():
+        raise ValueError("`retrieval_scores` holds NaN or +inf: must be finite numbers, and -inf where a list ends.")
     return tensor
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from peft import get_peft_model
 from torch import nn
@@ -13,8 +14,10 @@ from torch import nn
 import bem_peft
 from bem_peft import HeadGroupGatingConfig
 from bem_peft.tuners import attention_stats, pt1_head_gating
+from bem_peft.tuners.adapter import SiteShape
 from bem_peft.tuners.attention_stats import AttentionRows, attention_rows
-from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
+from bem_peft.tuners.call_state import CallState
+from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter, list_features
 from bem_peft.upstream import cache_argument, cache_of
 from tests.contract.invariants import assert_same_gradients, gradients
 from tests.contract.methods import adapted, adapter_parameters, randomize
@@ -72,10 +75,74 @@ def test_retriever_scores_are_scored_by_a_learned_scorer() -> None:
         assert torch.isfinite(parameter.grad).all(), name
     adapter = next(m for m in model.modules() if isinstance(m, HeadGroupGatingAdapter))
     w, b = adapter.scorer_weight.detach().numpy(), adapter.scorer_bias.item()
-    share = np.exp(scores[0].numpy() - 9) / np.exp(scores[0].numpy() - 9).sum()
-    features = np.array([9.0, 8.0, 1 + (share * np.log(share)).sum() / np.log(3)])
-    expected = 1 / (1 + np.exp(-(w @ features + b)))
-    np.testing.assert_allclose(adapter.score_quality(scores)[0].item(), expected, rtol=1e-4)
+    for row, quality in zip(scores.tolist(), adapter.score_quality(scores).tolist(), strict=True):
+        assert quality == pytest.approx(1 / (1 + np.exp(-(w @ features_of(row) + b))), rel=1e-5)
+
+
+def features_of(scores: list[float]) -> np.ndarray:
+    """`list_features` of one list, by numpy and scipy in float64, from the finite scores alone."""
+    s = np.sort([value for value in scores if value > -np.inf])[::-1]
+    if len(s) < 2 or s[0] - s[-1] <= 1e-6 * np.abs(s).max():
+        return np.zeros(3)
+    u = (s - s.mean()) / s.std()
+    concentration = 1 - scipy.stats.entropy(np.exp(u - u[0])) / np.log(len(s))
+    return np.array([u[0] / np.sqrt(len(s) - 1), (s[0] - s[1]) / (s[0] - s[-1]), concentration])
+
+
+LISTS = {
+    "bm25": [24.1, 18.7, 12.0], "cosines": [0.9, 0.8, 0.2], "two": [0.3, 0.2], "negative": [-3.0, -7.0, -1.0],
+    "one": [5.0], "equal": [2.0, 2.0, 2.0], "zeros": [0.0, 0.0], "one stands out": [1.0, *[0.0] * 40],
+    "gap": [-np.inf, 3.0, 1.0], "huge": [1e38, -1e38, 0.0], "tiny": [1e-38, 3e-38, 4e-38], "ties": [3.0, 3.0, 1.0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(LISTS))
+def test_features_of_a_list_are_its_shape_and_padding_changes_nothing(name: str) -> None:
+    row, expected = LISTS[name], features_of(LISTS[name])
+    plain = list_features(torch.tensor([row]))
+    np.testing.assert_allclose(plain[0].numpy(), expected, atol=2e-6)
+    assert ((plain >= 0) & (plain <= 1)).all()
+    for padding in (1, 8, 98):
+        padded = torch.tensor([row + [-np.inf] * padding, [0.5, 0.1] + [-np.inf] * (len(row) + padding - 2)])
+        assert torch.equal(list_features(padded)[:1], plain)
+    if np.abs(row).max() < 1e30:  # a shift and a positive factor
+        moved = torch.tensor([[2.5 * value + 7.0 for value in row]], dtype=torch.float64)
+        np.testing.assert_allclose(
+            list_features(moved)[0].numpy(), expected, atol=1e-5 if min(np.abs(row)) > 0.05 else 1
+        )
+
+
+def test_the_scorer_is_not_saturated_by_any_retrievers_scale() -> None:
+    adapter = HeadGroupGatingAdapter(HeadGroupGatingConfig(retrieval="scores"), SiteShape("s", 12, 8), CallState())
+    adapter.reset_parameters(True, SiteShape("s", 12, 8))
+    for factor in (1e-3, 1.0, 30.0, 1e4):
+        scores = factor * torch.tensor([[0.9, 0.8, 0.2, -np.inf]])
+        quality = adapter.score_quality(scores)
+        assert 0.55 < float(quality.detach()) < 0.9
+        gradients = torch.autograd.grad(quality.sum(), [adapter.scorer_weight, adapter.scorer_bias])
+        assert all((gradient > 0.01).all() for gradient in gradients)
+    none = adapter.score_quality(torch.full((1, 4), -np.inf))
+    assert none.tolist() == [0.5], "a list of no documents is as no list"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_refused(value: float) -> None:
+    model, ids = gated(retrieval="scores"), tokens()
+    scores = torch.tensor([[0.3, 0.2], [value, 0.1]])
+    with pytest.raises(ValueError, match=r"`retrieval_scores` holds NaN or \+inf"):
+        model(input_ids=ids, retrieval_scores=scores)
+    with pytest.raises(ValueError, match=r"`retrieval_scores`"), bem_peft.retrieval_scores(model, scores):
+        pass
+
+
+def test_a_list_reads_the_same_alone_and_beside_a_longer_one() -> None:
+    model, ids = gated(retrieval="scores"), tokens()
+    short = torch.tensor([[24.1, 18.7]])
+    alone = logits(model, input_ids=ids[:1], retrieval_scores=short)
+    batch = torch.tensor([[24.1, 18.7, -np.inf, -np.inf], [0.5, 0.4, 0.3, 0.2]])
+    torch.testing.assert_close(logits(model, input_ids=ids, retrieval_scores=batch)[:1], alone, rtol=1e-5, atol=1e-5)
+    empty = torch.full((2, 3), -np.inf)
+    torch.testing.assert_close(logits(model, input_ids=ids, retrieval_scores=empty), logits(model, input_ids=ids))
 
 
 @pytest.mark.parametrize(("retrieval", "name"), [("quality", "retrieval_quality"), ("scores", "retrieval_scores")])
