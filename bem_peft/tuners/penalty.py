@@ -62,27 +62,40 @@ def decorrelation(gates: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     return sequences.average(off_diagonal / (groups * (groups - 1)))
 
 
-def gate_entropy(half_gates: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-    """Mean binary entropy, in nats, of gate/2 in (0, 1), (N, G), over the tokens of each sequence; at most log 2."""
-    entropy = torch.special.entr(half_gates) + torch.special.entr(1.0 - half_gates)
+def gate_entropy(logits: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """Mean binary entropy, in nats, of gate/2 = sigmoid(z), z (N, G), over the tokens of each sequence; at most log 2.
+
+    H = log(1 + e^-a) + a sigmoid(-a),  a = |z|:  from the gate itself, log(0) would come in once it rounds to 0 or 2.
+    """
+    size = logits.abs().clamp_max(1e4)  # e^-1e4 is 0 in every dtype
+    entropy = torch.nn.functional.softplus(-size) + size * torch.sigmoid(-size)
     return sequences.average(sequences.means(entropy).mean(1))
 
 
-def mask_balance(probabilities: torch.Tensor, k: int, sequences: Sequences) -> torch.Tensor:
-    """Mean squared deviation of each rank's mean soft mask, (N, R), from k / R over the tokens of each sequence."""
-    usage = sequences.means(probabilities)
-    return sequences.average((usage - k / probabilities.shape[1]).square().mean(1))
+def mask_balance(masks: torch.Tensor, k: int, sequences: Sequences) -> torch.Tensor:
+    """Mean squared deviation of each rank's use, the mean of masks (N, R), from k / R over the tokens of each sequence.
+
+    Of hard masks with a straight-through gradient: 0, and without a gradient, where each rank is kept for k / R of the
+    tokens, however sharp the logits are.
+    """
+    usage = sequences.means(masks)
+    return sequences.average((usage - k / masks.shape[1]).square().mean(1))
+
+
+def _at_least_float32(factor: torch.Tensor) -> torch.Tensor:
+    return factor.to(torch.promote_types(factor.dtype, torch.float32))
 
 
 def orthogonality(factor: torch.Tensor) -> torch.Tensor:
     """Mean squared entry of F F^T - I for F (rank, dim): 0 where the rows are orthonormal."""
+    factor = _at_least_float32(factor)
     gram = factor @ factor.t()
     return (gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)).square().mean()
 
 
 def diversity(factor: torch.Tensor) -> torch.Tensor:
     """Mean squared cosine between different rows of F (rank, dim): 0 where they are orthogonal, 1 where parallel."""
-    rank = factor.shape[0]
+    factor, rank = _at_least_float32(factor), factor.shape[0]
     if rank == 1:
         return factor.sum() * 0.0
     cosine = torch.nn.functional.normalize(factor, dim=1) @ torch.nn.functional.normalize(factor, dim=1).t()

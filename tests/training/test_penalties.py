@@ -90,7 +90,46 @@ def test_gate_entropy_is_scipys() -> None:
         np.mean([scipy.stats.entropy([p, 1 - p]) for p in row[real == 1].ravel()])
         for row, real in zip(values.numpy(), mask.numpy(), strict=True)
     ]
-    assert float(gate_entropy(values.flatten(0, 1), sequences)) == pytest.approx(np.mean(expected), rel=1e-9)
+    logits = torch.logit(values).flatten(0, 1)
+    assert float(gate_entropy(logits, sequences)) == pytest.approx(np.mean(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gate_entropy_and_its_gradient_are_right_for_saturated_gates(dtype: torch.dtype) -> None:
+    """H = log(1 + e^-a) + a / (1 + e^a) with a = |z|, and dH/dz = -z e^-a / (1 + e^-a)^2, by numpy in float64."""
+    sizes = np.array([0.0, 1e-6, 0.5, 3.0, 16.0, 17.5, 20.0, 50.0, 110.0, 800.0, 1e30, np.inf])
+    for z in np.concatenate((sizes, -sizes)):
+        logits = torch.tensor([[z]], dtype=dtype, requires_grad=True)
+        one = sequences_of(torch.Size((1, 1)), logits.device, None, None, None)
+        value = gate_entropy(logits, one)
+        value.backward()
+        a = min(abs(z), 700.0)
+        assert float(value.detach()) == pytest.approx(np.log1p(np.exp(-a)) + a / (1 + np.exp(a)), rel=1e-5, abs=1e-40)
+        slope = -np.clip(z, -700, 700) * np.exp(-a) / (1 + np.exp(-a)) ** 2
+        assert logits.grad is not None
+        assert float(logits.grad) == pytest.approx(slope, rel=1e-5, abs=torch.finfo(dtype).eps if a < 1.0 else 1e-40)
+
+
+def test_a_saturated_gate_trains_on() -> None:
+    for strength in (0.5, -0.5):
+        for bias in (17.5, 110.0, -50.0, -110.0):
+            model = penalised_gates(strength, bias)
+            model(input_ids=tokens(), labels=tokens()).loss.backward()
+            for name, parameter in adapter_parameters(model).items():
+                assert torch.isfinite(parameter.grad).all(), (strength, bias, name)
+
+
+def penalised_gates(strength: float, bias: float) -> Any:
+    from peft import get_peft_model
+
+    config = HeadGroupGatingConfig(gate_entropy_strength=strength, decorrelation_strength=1.0, task_type="CAUSAL_LM")
+    model = get_peft_model(build("llama"), config).train()
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model).items():
+            parameter.copy_(
+                torch.full_like(parameter, bias) if "gate_bias" in name else torch.randn_like(parameter) * 0.1
+            )
+    return model
 
 
 def test_mask_balance_is_the_deviation_of_the_mean_use() -> None:
@@ -256,10 +295,13 @@ def test_what_cannot_be_told_is_refused() -> None:
     assert LoopScale(lambda: 4).factor(False) == 0.25
 
 
-def test_a_task_mask_has_a_penalty_of_parameters_alone() -> None:
+def test_a_task_mask_has_no_balance_but_in_old_files() -> None:
     from peft import get_peft_model
 
-    config = DynamicRankMaskConfig(mask_scope="task", balance_strength=2.0, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"`balance_strength` = 2.0: one mask for all tokens"):
+        DynamicRankMaskConfig(mask_scope="task", balance_strength=2.0)
+    config = DynamicRankMaskConfig(mask_scope="task", balance_strength=2.0, task_type="CAUSAL_LM", inference_mode=True)
+    config.inference_mode = False  # as PeftModel.from_pretrained(..., is_trainable=True) does
     model = get_peft_model(build("llama"), config).train()
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     masks = {n: p for n, p in adapter_parameters(model).items() if "mask_weight" in n}
