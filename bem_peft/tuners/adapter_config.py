@@ -44,12 +44,15 @@ class AdapterConfig(PeftConfig):
         default_factory=dict,
         metadata={
             "help": "Sizes that differ from the defaults, by module name or regular expression: an int for the "
-            "method's rank, or a mapping from field to value."
+            "method's rank, or a mapping from field to value. A key that fits no adapted module is an error."
         },
     )
     sites: list[str] | None = field(
         default=None,
-        metadata={"help": "Which of the method's sites to adapt: 'attention_output' (W_O), 'mlp_down' (W_down)."},
+        metadata={
+            "help": "Which of the method's sites to adapt: 'attention_output' (W_O), 'mlp_down' (W_down). Beside "
+            "`target_modules`: what all of these must be."
+        },
     )
     fused_experts: str = field(
         default="error",
@@ -70,7 +73,12 @@ class AdapterConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # PEFT saves a config with `inference_mode`; adapters that exist load with fields that are refused in new ones
+        self.is_from_file = bool(self.inference_mode)
+        given = self.__dict__["peft_type"]
         self.peft_type = extend_peft_type(self.method.upper())
+        if given is not None and given != self.peft_type:
+            raise check.field_error("peft_type", given, f"is {self.method.upper()!r} here", "leave it out")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list):
@@ -93,6 +101,19 @@ class AdapterConfig(PeftConfig):
         self._check_layers()
         self._check_sites()
         self._check_rank_pattern()
+        self._check_inert()
+
+    def inert_fields(self) -> dict[str, str]:
+        """Fields that have no effect beside the values of the others -> why. Set to a value of one's own they raise."""
+        return {}
+
+    def _check_inert(self) -> None:
+        if self.is_from_file:
+            return
+        for name, why in self.inert_fields().items():
+            default = default_of(self, name)
+            if getattr(self, name) != default:
+                raise check.field_error(name, getattr(self, name), why, f"leave it at {default!r}")
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
@@ -124,25 +145,45 @@ class AdapterConfig(PeftConfig):
         key = module_name if exact else get_pattern_key(list(self.rank_pattern), module_name)
         if key not in self.rank_pattern:
             return self
-        sizes = self.rank_pattern[key]
-        if not isinstance(sizes, dict):
-            sizes = {self.rank_fields[0]: sizes}
+        sizes = self.pattern_sizes(self.rank_pattern[key])
         unknown = set(sizes) - set(self.rank_fields)
         if unknown:
             raise check.field_error(
                 "rank_pattern", {key: sizes}, f"may set {', '.join(self.rank_fields)}", f"remove {sorted(unknown)}"
             )
-        return dataclasses.replace(self, rank_pattern={}, **sizes)
+        if exact and not self.is_from_file:
+            return dataclasses.replace(self, rank_pattern={}, **self.implied(sizes))
+        return self._resized({**sizes, "rank_pattern": {}})
+
+    def pattern_sizes(self, sizes: Any) -> dict[str, Any]:
+        """A value of `rank_pattern` as field -> value."""
+        return sizes if isinstance(sizes, dict) else {self.rank_fields[0]: sizes}
+
+    def implied(self, sizes: dict[str, Any]) -> dict[str, Any]:
+        """`sizes`, and the fields that giving them sets aside."""
+        return sizes
+
+    def _resized(self, changes: dict[str, Any]) -> AdapterConfig:
+        """As `dataclasses.replace`, for a config whose other fields have been accepted: they may be without effect."""
+        changes = {**changes, "inference_mode": True}
+        changed = dataclasses.replace(self, **changes)
+        changed.inference_mode, changed.is_from_file = self.inference_mode, self.is_from_file
+        return changed
 
     def with_sizes(self, **sizes: int) -> AdapterConfig:
         """This config with other values of `size_fields`; sizes that follow them keep their ratio."""
-        changed: dict[str, Any] = {**sizes}
-        return dataclasses.replace(self, **changed)
+        return self._resized({**sizes})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config; if the folder has a model card, add how to load the adapter to it."""
         super().save_pretrained(save_directory, **kwargs)
         add_loading_section(save_directory, self)
+
+
+def default_of(config: Any, name: str) -> Any:
+    """The default of a config's field."""
+    field_ = next(f for f in dataclasses.fields(config) if f.name == name)
+    return field_.default if field_.default_factory is dataclasses.MISSING else field_.default_factory()
 
 
 def add_loading_section(folder: str, config: AdapterConfig) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 
 from bem_peft.tuners import field_checks as check
-from bem_peft.tuners.adapter_config import AdapterConfig
+from bem_peft.tuners.adapter_config import AdapterConfig, default_of
 from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.model import AdapterModel
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter, HeadGroupGatingConfig
@@ -35,6 +36,8 @@ METHODS = {config_cls.method.upper(): config_cls for config_cls, _ in PARTS.valu
 INHERITED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fused_experts")
 # a method's own; in the composite they would have no meaning
 OWN = ("rank_pattern", "sites", "scaling")
+# the composite's; in a method they would have no meaning
+WHOLE = (*(f.name for f in dataclasses.fields(PeftConfig) if f.name != "peft_type"), "modules_to_save")
 
 
 @dataclass(init=False)
@@ -42,7 +45,8 @@ class CompositeConfig(AdapterConfig):
     """Config of several methods in one adapter: `CompositeConfig([HeadGroupGatingConfig(), KroneckerConfig()])`.
 
     Sizes, scaling and sites are each method's own. `target_modules`, `exclude_modules`, `layers_to_transform`,
-    `layers_pattern` and `fused_experts` given here hold for the methods that leave theirs at the default.
+    `layers_pattern` and `fused_experts` given here hold for the methods that leave theirs at the default;
+    `init_weights=False` holds for all. What PEFT itself reads (`task_type`, `inference_mode`, ...) stands here alone.
     """
 
     methods: list[Any] = field(
@@ -98,11 +102,24 @@ class CompositeConfig(AdapterConfig):
         kinds = [config.method for config in self.methods]
         if len(set(kinds)) != len(kinds):
             raise check.field_error("methods", kinds, "must be different methods")
-        for config in self.methods:
-            for name in INHERITED:
-                unset = "error" if name == "fused_experts" else None
-                if getattr(config, name) == unset and getattr(self, name) != unset:
-                    setattr(config, name, getattr(self, name))
+        for name in INHERITED:
+            self._hand_down(name)
+
+    def _hand_down(self, name: str) -> None:
+        """Give the composite's value of a field to the methods that have none of their own."""
+        value = getattr(self, name)
+        unset = default_of(self, name)
+        if value == unset:
+            return
+        takers = [config for config in self.methods if getattr(config, name) == unset]
+        for config in takers:
+            setattr(config, name, value)
+        is_read = name == "exclude_modules" or any(getattr(config, name) == value for config in self.methods)
+        is_joined = name == "target_modules" and value == joined_targets(self.methods)
+        if not (is_read or is_joined or self.is_from_file):
+            raise check.field_error(
+                name, value, "every method has its own", "set it in the composite or in each method"
+            )
 
     @property
     def size_fields(self) -> tuple[str, ...]:
@@ -119,8 +136,8 @@ class CompositeConfig(AdapterConfig):
         changed.methods = methods
         return changed
 
-    @staticmethod
-    def _method_config(given: Any) -> AdapterConfig:
+    def _method_config(self, given: Any) -> AdapterConfig:
+        """A copy of one method's config (the composite fills in names), checked to set nothing that is the whole's."""
         if isinstance(given, dict):
             kind = str(given.get("peft_type"))
             if kind not in METHODS:
@@ -129,17 +146,24 @@ class CompositeConfig(AdapterConfig):
             unknown = set(given) - {f.name for f in dataclasses.fields(cls)}
             if unknown:
                 raise check.field_error("methods", kind, f"has no field {sorted(unknown)}", "remove it")
-            return cls(**given)
-        if type(given) not in METHODS.values():
+            values = dict(given)
+        elif type(given) not in METHODS.values():
             raise TypeError(
                 f"`methods` holds a {type(given).__name__}: must be configs of "
                 f"{', '.join(cls.__name__ for cls in METHODS.values())}."
             )
-        if given.modules_to_save is not None:
-            raise check.field_error(
-                "modules_to_save", given.modules_to_save, "stands in the composite, not in a method"
-            )
-        return dataclasses.replace(given)  # the composite fills in names; the caller's config stays as it is
+        else:
+            cls, values = type(given), {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
+        for name in WHOLE:
+            default = None if name == "peft_version" else default_of(self, name)
+            value = values.pop(name, default)
+            is_stamp = name == "peft_version"  # PEFT's own, of the version that wrote it
+            if value not in (default, getattr(self, name)) and not (is_stamp or self.is_from_file):
+                raise check.field_error(name, value, "stands in the composite, not in a method", "set it there")
+        was_accepted = self.is_from_file or (not isinstance(given, dict) and given.is_from_file)
+        method = cls(**values, inference_mode=was_accepted)
+        method.inference_mode = self.inference_mode
+        return method
 
     def to_dict(self) -> dict[str, Any]:
         """As of any config; the methods as dictionaries."""
@@ -149,6 +173,19 @@ class CompositeConfig(AdapterConfig):
                 if isinstance(value, set):
                     part[name] = sorted(value)
         return whole
+
+
+def joined_targets(methods: list[AdapterConfig]) -> set[str] | str | None:
+    """The methods' `target_modules` as one: names, or a pattern where one of them is one; None: not all are known."""
+    named = [config.target_modules for config in methods]
+    if any(targets is None for targets in named):
+        return None
+    if all(isinstance(targets, set) for targets in named):
+        return set().union(*named)  # type: ignore[arg-type]
+    return "|".join(
+        f"({t})" if isinstance(t, str) else "|".join(rf"(.*\.)?{re.escape(n)}" for n in sorted(t))  # type: ignore[arg-type]
+        for t in named
+    )
 
 
 def matches(config: AdapterConfig, key: str) -> bool | re.Match[str] | None:
@@ -174,18 +211,15 @@ class CompositeModel(AdapterModel):
         for container, (config_cls, _) in PARTS.items():
             for method in config.methods:
                 if isinstance(method, config_cls):
+                    method.inference_mode = config.inference_mode  # PEFT sets the composite's when it loads
                     yield container, method
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         super()._prepare_adapter_config(peft_config, model_config)
-        named = [config.target_modules for config in peft_config.methods]
-        if all(isinstance(targets, set) for targets in named):
-            peft_config.target_modules = set().union(*named)
-        elif peft_config.target_modules is None:  # a regular expression among them: `matches` decides
-            peft_config.target_modules = "|".join(
-                f"({t})" if isinstance(t, str) else "|".join(rf"(.*\.)?{re.escape(n)}" for n in sorted(t))
-                for t in named
-            )
+        joined = joined_targets(peft_config.methods)
+        # a regular expression among them, beside the composite's own names: `matches` decides
+        if isinstance(joined, set) or peft_config.target_modules is None:
+            peft_config.target_modules = joined
         return peft_config
 
     @staticmethod

@@ -62,11 +62,16 @@ class AdapterLayer(BaseTunerLayer):
         return SiteShape(name, self.in_features, self.out_features, num_heads, self.base_weight)
 
     def update_layer(
-        self, adapter_name: str, adapters: dict[str, Adapter], inference_mode: bool, init_weights: bool, site: SiteShape
+        self,
+        adapter_name: str,
+        adapters: dict[str, Adapter],
+        inference_mode: bool,
+        init_weights: dict[str, bool],
+        site: SiteShape,
     ) -> None:
-        """Add one adapter: container name -> its maths."""
+        """Add one adapter: container name -> its maths, and whether that starts as the identity."""
         for container, adapter in adapters.items():
-            adapter.reset_parameters(init_weights, site)
+            adapter.reset_parameters(init_weights[container], site)
             getattr(self, container)[adapter_name] = adapter
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)

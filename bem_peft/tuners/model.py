@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from bem_peft import upstream
@@ -71,6 +71,12 @@ class AdapterModel(BaseTuner):
             )
         layers = config.layers_to_transform
         indices = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
+        beyond = sorted(i for i in indices or () if i >= table.blocks)
+        if beyond and not config.is_from_file:
+            raise SiteError(
+                f"`layers_to_transform` = {layers!r}: {type(self.model).__name__} has {table.blocks} blocks, from 0 to "
+                f"{table.blocks - 1}; leave {beyond} out."
+            )
         names = [s.name for s in table.sites if s.role in roles and (indices is None or s.block_index in indices)]
         if not names:
             where = "" if indices is None else f" in the blocks {sorted(indices)} (`layers_to_transform`)"
@@ -102,9 +108,11 @@ class AdapterModel(BaseTuner):
                     raise ValueError("`minimal_overhead` cannot be checked for target_modules='all-linear'; name them.")
                 continue
             self._check_targets(config, names)
+            sites = []
             for name in names:
                 matched = super()._check_target_module_exists(config, name)
                 if matched and not isinstance(matched, _ExcludedModule):
+                    sites.append(name)
                     with torch.device("meta"):
                         adapter = self._build(container, config, name, modules[name])
                     if adapter.token_penalties and "experts" in name.split("."):
@@ -116,10 +124,34 @@ class AdapterModel(BaseTuner):
                     key_parts.update(adapter.state_dict())
                     if getattr(adapter, "uses_exact_statistics", False):
                         require_interface(modules[name.rpartition(".")[0]], name)
+            self._check_choice_of_sites(config, sites)
             if getattr(config, "minimal_overhead", False):
                 self._check_overhead(planned, model)
         classes = [self.adapter_classes[container][1] for container, _ in self.parts(peft_config)]
         self._check_name(key_parts.union(*(cls.lr_groups for cls in classes)))
+
+    def _check_choice_of_sites(self, config: AdapterConfig, names: list[str]) -> None:
+        """`sites` and the keys of `rank_pattern` must say something of the modules `names` that are adapted.
+
+        In files of older versions they may not, without effect.
+        """
+        if config.is_from_file or not names:
+            return
+        if config.sites is not None:
+            wanted = {site.name for site in find_sites(self.model).sites if site.role in config.sites}
+            others = sorted(set(names) - wanted)
+            if others:
+                raise ValueError(
+                    f"`sites` = {config.sites}: `target_modules` names {_some(others)}, which is no such site; leave "
+                    "one of the two out."
+                )
+        keys = list(config.rank_pattern)
+        idle = sorted(set(keys) - {get_pattern_key(keys, name) for name in names})
+        if idle:
+            raise ValueError(
+                f"`rank_pattern` has the keys {idle}, which fit no adapted module that an earlier key does not fit: "
+                f"remove them, or name modules such as {_some(names)}."
+            )
 
     def _check_name(self, key_parts: set[str]) -> None:
         """An adapter's name must be no part of a saved key: PEFT drops each key with another adapter's name in it."""
@@ -185,13 +217,11 @@ class AdapterModel(BaseTuner):
             layer.is_token_routed = "experts" in current_key.split(".")
             base: Any = layer.get_base_layer()  # type: ignore[operator]
             layer.quantization_backend = upstream.quantization_backend(base, self.model)
-        adapters = {
-            container: self._build(container, config, current_key, layer)
-            for container, config in self.parts(peft_config)
-            if self._part_matches(config, peft_config, current_key)
-        }
+        parts = {c: p for c, p in self.parts(peft_config) if self._part_matches(p, peft_config, current_key)}
+        adapters = {container: self._build(container, part, current_key, layer) for container, part in parts.items()}
+        starts = {container: part.init_weights and peft_config.init_weights for container, part in parts.items()}
         site = layer.shape_at(current_key, self.__dict__["_heads"].get(current_key))
-        layer.update_layer(adapter_name, adapters, peft_config.inference_mode, peft_config.init_weights, site)
+        layer.update_layer(adapter_name, adapters, peft_config.inference_mode, starts, site)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)

@@ -11,7 +11,6 @@ transfer learning, 2022, arXiv:2110.04366 (multi-head parallel adapter); theirs 
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -23,7 +22,7 @@ from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.gate import gated_update
 from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import SiteShape, transposed
-from bem_peft.tuners.adapter_config import AdapterConfig
+from bem_peft.tuners.adapter_config import AdapterConfig, default_of
 from bem_peft.tuners.attention_stats import AttentionRows, head_output_statistics
 from bem_peft.tuners.call_frame import repeat_rows, take_rows
 from bem_peft.tuners.call_state import CallState
@@ -128,6 +127,31 @@ class HeadGroupGatingConfig(AdapterConfig):
         check.check_choice(self, "retrieval", ("none", "quality", "scores"))
         check.check_low_rank(self)
         super().__post_init__()
+        if not self.is_from_file:
+            self._say_pattern_in_full()
+
+    def _say_pattern_in_full(self) -> None:
+        """A `rank_per_group` beside `total_rank` unsets it; in files of older versions, which do not say so, it does not."""
+        if self.total_rank is not None:
+            self.rank_pattern = {key: self.implied(self.pattern_sizes(s)) for key, s in self.rank_pattern.items()}
+
+    def inert_fields(self) -> dict[str, str]:
+        return {} if self.total_rank is None else {"rank_per_group": "`total_rank` takes its place"}
+
+    def implied(self, sizes: dict[str, Any]) -> dict[str, Any]:
+        """Where one of `rank_per_group` and `total_rank` is given, the other is not."""
+        if "rank_per_group" in sizes and "total_rank" not in sizes:
+            return {**sizes, "total_rank": None}
+        if "total_rank" in sizes and "rank_per_group" not in sizes:
+            return {**sizes, "rank_per_group": default_of(self, "rank_per_group")}
+        return sizes
+
+    def with_sizes(self, **sizes: int) -> AdapterConfig:
+        """Where `total_rank` alone changes, it takes the place of `rank_per_group`."""
+        resized = super().with_sizes(**self.implied(sizes))
+        if isinstance(resized, HeadGroupGatingConfig) and not self.is_from_file:
+            resized._say_pattern_in_full()
+        return resized
 
 
 def resolve_groups(heads: int, num_groups: int, strict: bool, site: str) -> int:
@@ -140,6 +164,45 @@ def resolve_groups(heads: int, num_groups: int, strict: bool, site: str) -> int:
             "num_groups", num_groups, f"must divide the {heads} heads of {site}", f"choose one of {divisors}"
         )
     return min(divisors, key=lambda d: (abs(d - num_groups), d))
+
+
+def list_features(scores: torch.Tensor) -> torch.Tensor:
+    r"""What the scorer reads of a retriever's scores: (B, 3) float32 in [0, 1], from (B, K), -inf where none.
+
+    With s_1 >= ... >= s_n the finite scores of a list and u_i = (s_i - mean) / deviation:
+        u_1 / sqrt(n - 1)               how far the first stands out; 1: it alone differs
+        (s_1 - s_2) / (s_1 - s_n)       its margin, in ranges of the list
+        1 - H(softmax(u)) / log n       how concentrated the list is
+    All three are 0 for one document, and where the scores are equal (to 1e-6 of the largest |s|).
+
+    Retrievers score on scales of their own (BM25 up to some 30, cosines below 1), so that features of the scores
+    themselves would saturate the scorer with one and not move it with another. These do not change with a shift or a
+    positive factor of the list's scores, nor with how far it is padded. The level of the scores is not read.
+
+    Source: u is the zero-mean, unit-variance normalisation of Montague and Aslam, Relevance score normalization for
+    metasearch, CIKM 2001; that the deviation within a list tells a query's quality: Shtok et al., Predicting query
+    performance by query-drift estimation, TOIS 2012.
+    """
+    scores = scores.to(torch.float64 if scores.device.type == "cpu" else torch.float32)
+    found = scores > -torch.inf
+    largest = scores.abs().masked_fill(~found, 0.0).amax(1, keepdim=True)
+    scaled = scores / largest.clamp_min(torch.finfo(scores.dtype).tiny)  # no difference can overflow
+    ordered = scaled.sort(dim=1, descending=True).values
+    real = ordered > -torch.inf
+    below = (ordered[:, :1] - ordered).masked_fill(~real, 0.0)  # s_1 - s_i
+    width = below.amax(1, keepdim=True)
+    varies = width > 1e-6
+    below = torch.where(varies, below / width.clamp_min(1e-6), 0.0)  # in [0, 1]
+    n = found.sum(1, keepdim=True).clamp_min(1).to(scores.dtype)
+    mean = below.sum(1, keepdim=True) / n
+    deviation = ((below - mean).masked_fill(~real, 0.0).square().sum(1, keepdim=True) / n).sqrt()
+    u = (mean - below) / torch.where(varies, deviation, 1.0)
+    share = torch.where(real, (u - u[:, :1]).exp(), 0.0)
+    share = share / share.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    entropy = torch.special.entr(share).sum(1, keepdim=True)
+    margin = below[:, 1:2] if below.shape[1] > 1 else below
+    features = (u[:, :1] / (n - 1.0).clamp_min(1.0).sqrt(), margin, 1.0 - entropy / n.clamp_min(2.0).log())
+    return torch.where(varies, torch.cat(features, dim=1), 0.0).float()
 
 
 class HeadGroupGatingAdapter(LowRankAdapter):
@@ -267,9 +330,10 @@ class HeadGroupGatingAdapter(LowRankAdapter):
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         a, b_t, gate_weight, gate_bias = weights
-        gate = torch.sigmoid(self.logits(self.statistics(x), gate_weight, gate_bias))  # half the gate, (N, G), float32
+        logits = self.logits(self.statistics(x), gate_weight, gate_bias)
+        gate = torch.sigmoid(logits)  # half the gate, (N, G), float32
         if self.carries_penalties(y):
-            y = self.carry_penalties(y, gate)
+            y = self.carry_penalties(y, logits, gate)
         if self.gate_dropout and self.training:
             gate = torch.nn.functional.dropout(gate, self.gate_dropout)
         if self.dropout:
@@ -322,7 +386,7 @@ class HeadGroupGatingAdapter(LowRankAdapter):
             if values.retrieval_scores is None:
                 self.warn_of_no_retrieval("retrieval_scores")
                 return used
-            quality = self.score_quality(values.retrieval_scores.to(device).float())
+            quality = self.score_quality(values.retrieval_scores.to(device))
         elif values.retrieval_quality is None:
             self.warn_of_no_retrieval("retrieval_quality")
             return torch.zeros(1, 1, device=device)
@@ -349,22 +413,19 @@ class HeadGroupGatingAdapter(LowRankAdapter):
             )
 
     def score_quality(self, scores: torch.Tensor) -> torch.Tensor:
-        """sigmoid(w . (top score, margin, 1 - entropy of the list) + b), (B,), from scores (B, K), -inf where none."""
-        top = scores.topk(min(2, scores.shape[1]), dim=1).values.nan_to_num(neginf=0.0)
-        margin = top[:, 0] - top[:, 1] if top.shape[1] == 2 else torch.zeros_like(top[:, 0])
-        share = scores.nan_to_num(neginf=torch.finfo(scores.dtype).min).softmax(1)
-        entropy = torch.special.entr(share).sum(1) / max(1e-9, math.log(scores.shape[1]))
-        features = torch.stack((top[:, 0], margin, 1.0 - entropy), dim=1)
-        return torch.sigmoid(features @ self.scorer_weight.float() + self.scorer_bias.float())
+        """sigmoid(w . `list_features` + b), (B,), from scores (B, K), -inf where none; 1/2 for a list of none."""
+        features = list_features(scores)
+        quality = torch.sigmoid(features @ self.scorer_weight.float() + self.scorer_bias.float())
+        return torch.where((scores > -torch.inf).any(1), quality, 0.5)
 
-    def carry_penalties(self, y: torch.Tensor, half_gates: torch.Tensor) -> torch.Tensor:
-        """y with the penalties of the gates, (N, G), halved."""
+    def carry_penalties(self, y: torch.Tensor, logits: torch.Tensor, half_gates: torch.Tensor) -> torch.Tensor:
+        """y with the penalties of the gates 2 sigmoid(logits), (N, G)."""
         sequences = self.sequences(half_gates.shape[0])
         if self.decorrelation_strength:
             strength = self.decorrelation_strength * self.annealing()
             y = self.penalise(y, "decorrelation", strength, decorrelation(half_gates, sequences))
         if self.gate_entropy_strength:
-            y = self.penalise(y, "gate_entropy", self.gate_entropy_strength, gate_entropy(half_gates, sequences))
+            y = self.penalise(y, "gate_entropy", self.gate_entropy_strength, gate_entropy(logits, sequences))
         return y
 
     def annealing(self) -> float | torch.Tensor:

@@ -2,8 +2,10 @@ r"""PT2, dynamic rank mask at W_O and W_down:  y' = y + s B (m(x) * (1 + tanh(C 
 
 A (R, in), B (out, R), zero at the start; C (R, R), zero at the start (`value_gate`); s = `scaling`; m(x) in {0, 1}^R
 with exactly k ones a token: the k largest of the logits W z, W (R, R). The order of the logits does not depend on the
-length of z. `use_hadamard_path`: A and B are read as H A and B H with the orthonormal Walsh-Hadamard matrix H, so that
-a mask drops a direction, not a column. Every token executes the full R; k are active.
+length of z, nor, by the dtype in which z and they are computed (`kernels.rank_mask`), on what else is in the batch.
+`use_hadamard_path`: A and B are read as H A and B H with the orthonormal Walsh-Hadamard matrix H, so that a mask drops
+a direction, not a column. Every token executes the full R; k are active. With k = R nothing is chosen: a LoRA, gated by
+its own values if `value_gate`.
 
 Source: Valipour et al., DyLoRA, 2023, arXiv:2210.07558 and Zhang et al., AdaLoRA, 2023, arXiv:2303.10512 choose ranks
 for the whole run; ours chooses them for each token.
@@ -20,7 +22,13 @@ from torch import nn
 
 from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.hadamard import hadamard_transform, is_power_of_two
-from bem_peft.kernels.rank_mask import drop_all_but_k, k_hot_mask, straight_through_k_hot
+from bem_peft.kernels.rank_mask import (
+    choice_dtype,
+    choice_projection,
+    drop_all_but_k,
+    k_hot_mask,
+    straight_through_k_hot,
+)
 from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig
@@ -51,7 +59,8 @@ class DynamicRankMaskConfig(AdapterConfig):
         default=1.0, metadata={"help": "Width of the sigmoid whose gradient stands in for the mask's, > 0."}
     )
     balance_strength: float = field(
-        default=0.0, metadata={"help": "Weight of the squared deviation of each rank's use from k / R."}
+        default=0.0,
+        metadata={"help": "Weight of the squared deviation of each rank's use, by a sequence's tokens, from k / R."},
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
     max_singular_value: float | None = field(default=None, metadata={"help": "Cap on sigma_1 of each update."})
@@ -78,6 +87,14 @@ class DynamicRankMaskConfig(AdapterConfig):
         check.check_number(self, "balance_strength", 0.0)
         check.check_low_rank(self)
         super().__post_init__()
+
+    def inert_fields(self) -> dict[str, str]:
+        if self.active_rank == self.total_rank:
+            why = "`active_rank` = `total_rank` keeps every rank, so that there is no mask"
+            return {"mask_temperature": why, "balance_strength": why}
+        if self.mask_scope == "task":
+            return {"balance_strength": "one mask for all tokens keeps a rank for all of them or none"}
+        return {}
 
     def with_sizes(self, **sizes: int) -> AdapterConfig:
         """Where `total_rank` alone changes, `active_rank` keeps its share of it."""
@@ -136,11 +153,13 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         b: torch.Tensor = self.B
         if self.hadamard:  # H z = (H A) x and B H h = (B H) h
             a, b = hadamard_transform(a), hadamard_transform(b.t()).t()
-        weights = [a.to(dtype).t(), transposed(b, dtype)]
+        wide = choice_dtype(dtype, a.device)
+        a = a.to(dtype)
+        weights = [(a if torch.is_grad_enabled() else a.to(wide)).t(), transposed(b, dtype)]
         if self.has_value_gate:
-            weights.append(transposed(self.C.float() * rank_root(a), torch.float32))
+            weights.append(transposed(self.C.to(wide) * rank_root(a), wide))
         if not self.is_task_mask:
-            weights.append(transposed(self.mask_weight.float() * rank_root(a), torch.float32))
+            weights.append(transposed(self.mask_weight.to(wide) * rank_root(a), wide))
         return tuple(weights)
 
     has_operator = True
@@ -152,7 +171,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         a, b_t, *control = self.derive(dtype)
         gate = control[0] if self.has_value_gate else a.new_zeros(0, b_t.shape[0])
         mask = self.mask_weight.unsqueeze(0) if self.is_task_mask else control[-1]
-        return a.t().contiguous(), b_t.contiguous(), cpp.padded(gate), cpp.padded(mask)
+        return a.t().to(dtype).contiguous(), b_t.contiguous(), cpp.padded(gate), cpp.padded(mask)
 
     def operator_call(self) -> tuple[str, tuple[Any, ...]]:
         return "rank_mask", (self.active_rank, self.is_task_mask, self.scaling)
@@ -170,8 +189,9 @@ class DynamicRankMaskAdapter(LowRankAdapter):
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         if self.dropout:
             x = self.drop(x)
-        z = torch.mm(x, weights[0])  # (N, R)
-        logits, gate = self.control(z.float(), *weights[2:])
+        z = choice_projection(x, weights[0])  # (N, R)
+        logits, gate = self.control(z, *weights[2:])
+        z = z.to(y.dtype)
         if self.carries_penalties(y):
             y = self.penalise(y, "balance", self.balance_strength, self.imbalance(logits), once=self.is_task_mask)
         if backend.chosen.is_triton and self.observer is None and backend.uses_triton(y):
@@ -184,14 +204,14 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         return torch.addmm(y, self.masked(z, logits), weights[1], alpha=self.scaling)
 
     def control(self, z: torch.Tensor, *control: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits W z/rms(z), (N, R), or (1, R) for a task's mask, and tanh(C z/rms(z)), from z (N, R) float32."""
+        """Logits W z/rms(z), (N, R), or (1, R) of a task's mask, float32, and tanh(C z/rms(z)), from z (N, R)."""
         if not control:
             return self.mask_weight.float().unsqueeze(0), None
         unit = z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1e-20)
         gate = torch.tanh(torch.mm(unit, control[0])) if self.has_value_gate else None
         if self.is_task_mask:
             return self.mask_weight.float().unsqueeze(0), gate
-        return torch.mm(unit, control[-1]), gate
+        return torch.mm(unit, control[-1]).float(), gate  # rounded: what is equal but for its sum's order is a tie
 
     def masked(self, z: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """m * z with exactly k ones a row; straight-through where a gradient is asked for in training."""
@@ -209,17 +229,16 @@ class DynamicRankMaskAdapter(LowRankAdapter):
     def rank_factors(self, x: torch.Tensor) -> torch.Tensor:
         """What each rank is multiplied by for inputs x (N, in): m * (1 + tanh(C z/rms(z))), (N, R)."""
         weights = self.derive(x.dtype)
-        logits, gate = self.control((x @ weights[0]).float(), *weights[2:])
+        logits, gate = self.control(choice_projection(x, weights[0]), *weights[2:])
         mask = k_hot_mask(logits, self.active_rank)
         return (mask if gate is None else mask * (1.0 + gate)).expand(x.shape[0], -1)
 
     def imbalance(self, logits: torch.Tensor) -> torch.Tensor:
-        """Deviation of each rank's soft use from k / R, for logits (N, R), or (1, R) of a task's mask; a scalar."""
-        threshold = logits.detach().topk(self.active_rank, dim=1).values[:, -1:]
-        soft = torch.sigmoid((logits - threshold) / self.temperature)
-        if self.is_task_mask:
-            return (soft - self.active_rank / soft.shape[1]).square().mean()
-        return mask_balance(soft, self.active_rank, self.sequences(soft.shape[0]))
+        """Squared deviation of each rank's use from k / R, for logits (N, R), or (1, R) of a task's mask; a scalar."""
+        mask = straight_through_k_hot(logits, self.active_rank, self.temperature)
+        if self.is_task_mask:  # of an old file: its use is 0 or 1
+            return (mask - self.active_rank / mask.shape[1]).square().mean()
+        return mask_balance(mask, self.active_rank, self.sequences(mask.shape[0]))
 
     # caps: s B D A with D = diag(m (1 + tanh)); one D for all tokens, or any with k entries in [0, 2]
 

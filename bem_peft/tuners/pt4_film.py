@@ -51,10 +51,16 @@ class ResidualFiLMConfig(AdapterConfig):
     explosion_threshold: float = field(
         default=1e6, metadata={"help": "Largest |output| of a site that still counts as stable, > 0."}
     )
+    scaling: float = field(
+        default=2.0,
+        metadata={
+            "help": "Not to be set: `clamp_range` and `max_beta` are the size of the update. Inside these bounds it is "
+            "what the weights are multiplied by; files of adapters made with another value load."
+        },
+    )
 
     method: ClassVar[str] = "bem_film"
     rank_fields: ClassVar[tuple[str, ...]] = ("gamma_dim", "beta_dim")
-    size_fields: ClassVar[tuple[str, ...]] = ("gamma_dim", "beta_dim")  # what a budget search may change
 
     def __post_init__(self) -> None:
         check.check_int(self, "gamma_dim")
@@ -73,6 +79,23 @@ class ResidualFiLMConfig(AdapterConfig):
         check.check_bool(self, "emergency_stabilization")
         check.check_number(self, "explosion_threshold", 0.0, exclusive=True)
         super().__post_init__()
+
+    @property
+    def size_fields(self) -> tuple[str, ...]:
+        """What a budget search may change."""
+        return tuple(name for name in self.rank_fields if name not in self.inert_fields())
+
+    def inert_fields(self) -> dict[str, str]:
+        inert = {"scaling": "is no factor of a bounded update, whose size is `clamp_range` and `max_beta`"}
+        if self.clamp_range == 0.0:
+            inert["gamma_dim"] = "there is no gamma where `clamp_range` is 0"
+        if self.max_beta == 0.0:
+            inert["beta_dim"] = inert["beta_unit"] = "there is no beta where `max_beta` is 0"
+        if self.mode == "static":
+            inert["gamma_dim"] = inert["beta_dim"] = "mode='static' has no controller whose units could be read"
+        if not self.emergency_stabilization:
+            inert["explosion_threshold"] = "nothing is looked at where `emergency_stabilization` is off"
+        return inert
 
 
 class ResidualFiLMAdapter(BrakedAdapter):

@@ -144,8 +144,9 @@ def test_higher_order_svd_spans_the_leading_singular_vectors_of_the_unfoldings()
 @pytest.mark.parametrize("unit", ["rms", "absolute"])
 @pytest.mark.parametrize("mode", ["channel", "spatial", "static"])
 def test_film_formula(mode: str, unit: str) -> None:
-    config = ResidualFiLMConfig(mode=mode, beta_unit=unit, gamma_dim=3, beta_dim=2, max_beta=0.8, scaling=1.1)
-    adapter, (x, y) = make(ResidualFiLMAdapter, config), data()
+    sizes = {} if mode == "static" else {"gamma_dim": 3, "beta_dim": 2}
+    config = ResidualFiLMConfig(mode=mode, beta_unit=unit, max_beta=0.8, scaling=1.1, inference_mode=True, **sizes)
+    adapter, (x, y) = make(ResidualFiLMAdapter, config), data()  # a file's, whose scaling is its own
     p = numbers(adapter)
 
     def bounded(w: np.ndarray, bound: float) -> np.ndarray:
