@@ -131,7 +131,7 @@ class HeadGroupGatingConfig(AdapterConfig):
             self._say_pattern_in_full()
 
     def _say_pattern_in_full(self) -> None:
-        """A `rank_per_group` beside `total_rank` unsets it; in files of older versions, which do not say so, it does not."""
+        """A `rank_per_group` beside `total_rank` unsets it, which is said: files of older versions do not say it."""
         if self.total_rank is not None:
             self.rank_pattern = {key: self.implied(self.pattern_sizes(s)) for key, s in self.rank_pattern.items()}
 
