@@ -139,7 +139,7 @@ class CompositeConfig(AdapterConfig):
     def _method_config(self, given: Any) -> AdapterConfig:
         """A copy of one method's config (the composite fills in names), checked to set nothing that is the whole's."""
         if isinstance(given, dict):
-            kind = str(given.get("peft_type"))
+            kind = str(getattr(given.get("peft_type"), "value", given.get("peft_type")))
             if kind not in METHODS:
                 raise check.field_error("methods", kind, f"`peft_type` must be one of {sorted(METHODS)}")
             cls = METHODS[kind]

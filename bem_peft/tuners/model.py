@@ -71,6 +71,11 @@ class AdapterModel(BaseTuner):
             )
         layers = config.layers_to_transform
         indices = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
+        if config.layers_pattern is not None and not config.is_from_file:
+            raise ValueError(
+                f"`layers_pattern` = {config.layers_pattern!r} is of use beside `target_modules` alone: without the "
+                "names the blocks are found from the model's structure; leave it out."
+            )
         beyond = sorted(i for i in indices or () if i >= table.blocks)
         if beyond and not config.is_from_file:
             raise SiteError(
@@ -131,12 +136,22 @@ class AdapterModel(BaseTuner):
         self._check_name(key_parts.union(*(cls.lr_groups for cls in classes)))
 
     def _check_choice_of_sites(self, config: AdapterConfig, names: list[str]) -> None:
-        """`sites` and the keys of `rank_pattern` must say something of the modules `names` that are adapted.
+        """`sites`, `layers_to_transform` and the keys of `rank_pattern` must hold for the adapted modules `names`.
 
         In files of older versions they may not, without effect.
         """
         if config.is_from_file or not names:
             return
+        layers = config.layers_to_transform
+        if layers is not None:  # PEFT asks no further where a name is given in full
+            wanted_layers = {layers} if isinstance(layers, int) else set(layers)
+            given = config.target_modules if isinstance(config.target_modules, set) else set()
+            outside = [n for n in names if n in given and not wanted_layers & {int(i) for i in re.findall(r"\d+", n)}]
+            if outside:
+                raise ValueError(
+                    f"`layers_to_transform` = {layers!r}: `target_modules` names {_some(outside)} in full, which is in "
+                    "no such block; leave one of the two out."
+                )
         if config.sites is not None:
             wanted = {site.name for site in find_sites(self.model).sites if site.role in config.sites}
             others = sorted(set(names) - wanted)
