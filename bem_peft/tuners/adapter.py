@@ -147,7 +147,12 @@ class Adapter(nn.Module):
             if inputs.dtype is not dtype:
                 inputs = inputs.to(dtype)
             out = self.transform(inputs, rows, *weights)
+        if self.training:
+            self.watch_output(out)
         return out.view(y.shape)
+
+    def watch_output(self, out: torch.Tensor) -> None:
+        """What a method has to see of its output (N, out), in the dtype of y, in training."""
 
     def fits_operator(self, y: torch.Tensor) -> bool:
         """Whether the C++ operator of `kernels.cpp` can take this call: inference on a CPU."""

@@ -55,7 +55,8 @@ class BrakedAdapter(Adapter):
     def watch_output(self, out: torch.Tensor) -> None:
         """Judge the output (N, out) of a forward pass in training. No host synchronisation."""
         if self.is_watching_output() and out.numel():
-            self.flag_with_gradient(out, ~(out.detach().abs().amax() <= self.explosion_threshold))
+            largest = out.detach().abs().amax().float()  # in float16 the threshold itself may be infinite
+            self.flag_with_gradient(out, ~(largest <= self.explosion_threshold))
 
     def flag_with_gradient(self, out: torch.Tensor, flag: torch.Tensor) -> None:
         """Let `is_unstable` become `flag` once the gradient of `out` arrives."""

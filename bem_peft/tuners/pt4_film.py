@@ -191,7 +191,6 @@ class ResidualFiLMAdapter(BrakedAdapter):
             out = fused(y, c, gamma_t, beta_t, self.is_rms)
         else:
             out = film_update(y, c, gamma_t, beta_t, self.is_rms)
-        self.watch_output(out)
         return out
 
     def broadcast_update(
