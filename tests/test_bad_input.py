@@ -101,7 +101,7 @@ BUILDS: dict[str, tuple[str, Callable[[], Any], type[Exception], str]] = {
         "llama",
         lambda: PT3(layers_to_transform=[7]),
         ValueError,
-        r"\[7\].*layers_to_transform",
+        r"`layers_to_transform` = \[7\].*2 blocks",
     ),
     "fused experts": ("qwen2_moe", lambda: PT3(), ValueError, "experts.down_proj.*fused_experts='skip'"),
     "embedding": ("llama", lambda: PT3(target_modules=["embed_tokens"]), TypeError, "Embedding.*target_modules"),

@@ -26,8 +26,8 @@ def choice_projection(x: torch.Tensor, a_t: torch.Tensor) -> torch.Tensor:
 
     Its gradients are products in the dtype of x, and nothing is kept for them but x and A^T.
     """
-    plain = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    if plain or not torch.is_grad_enabled():
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if is_traced or not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
         return _wide_product(x, a_t)
     z: torch.Tensor = _Projection.apply(x, a_t)
     return z

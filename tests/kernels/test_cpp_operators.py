@@ -111,7 +111,9 @@ def formula(adapter: Adapter, x: torch.Tensor, y: torch.Tensor, weights: tuple[t
             mask = torch.zeros_like(z)
             mask[kept] = 1.0
             k = adapter.active_rank
-            if adapter.training and k < len(z):  # straight-through: a sigmoid's slope, midway between k-th and next
+            if adapter.training and k == len(z):  # nothing is chosen: no slope
+                mask = mask + 0.0 * logits
+            elif adapter.training:  # straight-through: a sigmoid's slope, midway between k-th and next
                 order = sorted((float(value) for value in logits), reverse=True)
                 soft = torch.sigmoid((logits - (order[k - 1] + order[k]) / 2) / adapter.temperature)
                 mask = mask + (soft - soft.detach())
