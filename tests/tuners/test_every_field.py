@@ -69,6 +69,16 @@ def stepped(config: Any) -> Any:
     return {name: p.detach() for name, p in adapter_parameters(model).items()}
 
 
+def unsound(config: Any) -> Any:
+    """Whether the weights are finite after a step whose gradients are not."""
+    model, _ = trained(config)
+    parameters = adapter_parameters(model)
+    for parameter in parameters.values():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    torch.optim.SGD(parameters.values(), lr=0.1).step()
+    return {name: bool(torch.isfinite(p).all()) for name, p in parameters.items()}
+
+
 def file(config: Any, tmp: Path) -> Any:
     config.save_pretrained(str(tmp))
     return json.loads((tmp / "adapter_config.json").read_text())
@@ -86,6 +96,7 @@ LOOKS: dict[str, Callable[[Any], Any]] = {
     "loss in training": lambda config: {"": trained(config)[1].detach()},
     "gradients": lambda config: {n: p.grad for n, p in adapter_parameters(trained(config)[0]).items()},
     "a step": stepped,
+    "a step of infinite gradients": unsound,
 }
 
 
@@ -194,7 +205,7 @@ TABLE: dict[type, dict[str, Sets]] = {
         "max_beta": Sets(0.3, "output"),
         "beta_unit": Sets("absolute", "output"),
         "minimal_overhead": Sets(True, error="`minimal_overhead`"),
-        "emergency_stabilization": Sets(False, "shapes"),
+        "emergency_stabilization": Sets(False, "a step of infinite gradients"),
         "explosion_threshold": Sets(1e-3, "a step"),
     },
     CompositeConfig: {
