@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from bem_peft.budget.check import adapted_copy, check_positive
@@ -311,6 +312,12 @@ class ModelCost:
             return None
 
 
+def _own_size(config: PeftConfig, name: str) -> Any:
+    """What `rank_pattern` gives to the module `name`, or None."""
+    sizes = getattr(config, "rank_pattern", None) or {}
+    return sizes.get(get_pattern_key(list(sizes), name)) if sizes else None
+
+
 class MethodCost:
     """`ModelCost` of one method."""
 
@@ -324,9 +331,15 @@ class MethodCost:
                 inner = module.get_base_layer()
                 count = next((m.num_heads for m in module.modules() if hasattr(m, "num_heads")), 0)
                 shape = tuple(inner.weight.shape)
-                kinds.setdefault((type(inner), shape, inner.bias is not None, count, name.split(".")[-1]), []).append(
-                    name
+                kind = (
+                    type(inner),
+                    shape,
+                    inner.bias is not None,
+                    count,
+                    name.split(".")[-1],
+                    str(_own_size(config, name)),
                 )
+                kinds.setdefault(kind, []).append(name)
                 heads[name] = count or None
         self.counts = {names[0]: len(names) for names in kinds.values()}
         self.heads = {name: heads[name] for name in self.counts}
@@ -345,9 +358,14 @@ class MethodCost:
         site = _Site(copy.deepcopy(self.modules[name]))
         changed = copy.deepcopy(config)
         changed.target_modules, changed.task_type = {"site"}, None
-        for field_name in ("layers_to_transform", "exclude_modules", "modules_to_save"):
+        for field_name in ("layers_to_transform", "exclude_modules", "modules_to_save", "sites"):
             if hasattr(changed, field_name):
                 setattr(changed, field_name, None)
+        for field_name in ("rank_pattern", "alpha_pattern"):
+            if getattr(changed, field_name, None):
+                setattr(changed, field_name, {})
+        if _own_size(config, name) is not None:
+            changed.rank_pattern = {"site": _own_size(config, name)}
         if hasattr(changed, "num_heads") and changed.num_heads is None and self.heads[name]:
             changed.num_heads = self.heads[name]
         adapted = get_peft_model(site, changed)

@@ -161,3 +161,20 @@ def test_a_composite_is_matched_by_the_sizes_of_its_methods() -> None:
     budget = BudgetConstraints.from_anchor(build("llama"), anchor, quantities=["params"])
     line = BudgetValidator(budget).validate_parameters(adapted_copy(build("llama"), match.config))
     assert line.deviation_ratio == pytest.approx(match.deviation_ratio["params"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=BOTH, rank_pattern={r"layers\.0\.mlp\.down_proj": 7}),
+        DynamicRankMaskConfig(total_rank=8, active_rank=4, rank_pattern={r"layers\.1\..*": 16}, sites=["mlp_down"]),
+        KroneckerConfig(u_rank=4, v_rank=3, rank_pattern={r"layers\.0\..*": {"v_rank": 1}}),
+        CompositeConfig([HeadGroupGatingConfig(rank_pattern={r"layers\.0\..*": 2}), ResidualFiLMConfig(mode="static")]),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_module_with_sizes_of_its_own_costs_what_they_cost(config: LoraConfig) -> None:
+    adapted = adapted_copy(build("llama"), config)
+    with torch.device("meta"):
+        found = ModelCost(build("llama"), config)(config)
+    assert found["params"] == sum(p.numel() for p in adapted.parameters() if p.requires_grad)

@@ -22,7 +22,10 @@ IN, OUT, TOKENS = 24, 10, 17
 
 
 def make(cls: type[Adapter], config: Any, **site: Any) -> Any:
-    adapter = cls(config, SiteShape("site", IN, OUT, **site), CallState()).double().eval()
+    shape = SiteShape("site", IN, OUT, **site)
+    adapter = cls(config, shape, CallState())
+    adapter.reset_parameters(True, shape)
+    adapter = adapter.double().eval()
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.7)
@@ -167,7 +170,9 @@ def test_film_formula(mode: str, unit: str) -> None:
 @pytest.mark.parametrize("weight", [1.0, 1e4, 1e30])
 def test_film_keeps_its_bounds_for_extreme_weights_and_inputs(weight: float, size: float, dtype: torch.dtype) -> None:
     config = ResidualFiLMConfig(gamma_dim=5, beta_dim=5)
-    adapter = ResidualFiLMAdapter(config, SiteShape("s", IN, OUT), CallState()).eval()
+    adapter = ResidualFiLMAdapter(config, SiteShape("s", IN, OUT), CallState())
+    adapter.reset_parameters(True, SiteShape("s", IN, OUT))
+    adapter.eval()
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.copy_(torch.randn_like(parameter) * weight)
