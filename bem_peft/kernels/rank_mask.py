@@ -15,8 +15,8 @@ import torch
 def choice_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of z and of the sums that make the logits, for rows of `dtype`.
 
-    float64 on a CPU: two orders of a sum differ by 1e-16 of it, so that a mask differs for less than one token in 1e12.
-    float32 elsewhere, where float64 costs up to 64 times as much or does not exist: for some tokens in 1e6.
+    Two orders of a sum differ by some 1e-16 of it in float64, by 1e-7 in float32, and a mask only where two logits are
+    that close. float64 on a CPU; float32 elsewhere, where float64 costs up to 64 times as much or does not exist.
     """
     return torch.float64 if device.type == "cpu" else torch.promote_types(dtype, torch.float32)
 
