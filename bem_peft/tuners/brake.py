@@ -125,7 +125,7 @@ class BrakedAdapter(Adapter):
     def settle(self) -> None:
         """Undo an update that has overflowed, before anyone reads or saves the parameters. A shard is judged with its
         group at the next step."""
-        if not self.is_guarded or any(isinstance(p, DTensor) or p.is_meta for p in self.parameters()):
+        if not self.last_good or any(isinstance(p, DTensor) or p.is_meta for p in self.parameters()):
             return
         if all(bool(torch.isfinite(p).all()) for p in self.parameters()):
             return
