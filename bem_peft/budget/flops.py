@@ -78,6 +78,8 @@ class FlopCount:
 class _Uncounted(TorchDispatchMode):
     """Output elements of the operators that no formula covers."""
 
+    only_counts = True  # operators of one's own stay as they are
+
     def __init__(self) -> None:
         super().__init__()
         self.elements: dict[str, int] = {}

@@ -46,6 +46,8 @@ class MemoryCount:
 class LiveBytes(TorchDispatchMode):
     """Follows the storages that operators read and write; `peak` is the highest sum of the live ones."""
 
+    only_counts = True  # operators of one's own stay as they are
+
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0

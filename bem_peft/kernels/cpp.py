@@ -7,49 +7,102 @@ Inference (`film`): wide weights come in the dtype of the rows, small ones in fl
 form that writes into y (`film_`), for a y that nobody else holds.
 
 Training (`film_train`): the masters come as they are, float32; they are rounded to the dtype of the rows and folded
-inside. The backward is one operator (`film_backward`) and gives float32 gradients; a second derivative is refused.
+inside. The backward is one operator (`film_backward`) and gives float32 gradients; one that is differentiated again
+goes through the torch form of the adapter that called (`name_caller`).
 
 Building takes half a minute, a C++ compiler (g++ or clang++) and ninja, once; torch keeps the result in its folder of
-extensions (`TORCH_EXTENSIONS_DIR`).
+extensions (`TORCH_EXTENSIONS_DIR`). Who finds another process building waits for it, `WAIT_SECONDS` at most.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 import platform
+import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.file_baton import FileBaton
 from torch.utils.flop_counter import register_flop_formula
 
-SOURCES = [Path(__file__).with_name("csrc") / name for name in ("operators.cpp", "training.cpp")]
+FOLDER = Path(__file__).with_name("csrc")
+SOURCES = [FOLDER / name for name in ("operators.cpp", "training.cpp")]
+WAIT_SECONDS = 600.0  # for another process that builds
 LANES = 16
 # set by `build`: make_site(kind, module._parameters, packed, options), and run_site(site, module._parameters, x, y,
 # may_overwrite), the operator without the dispatcher, or None where that is needed or a master has changed
 make_site: Any = None
 run_site: Any = None
+_name_caller: Any = None  # name_caller(number, is_training), of the next training operator of this thread
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@functools.cache
+class BuildError(RuntimeError):
+    """The C++ operators could not be built or loaded."""
+
+
+_building = threading.RLock()
+
+
 def build() -> Any:
     """The operators, `torch.ops.bem_peft_cpu`, built if they are not yet.
 
     Raises:
-        RuntimeError: no compiler or no ninja, or the compiler's own error.
+        BuildError: no compiler or no ninja, the compiler's own error, or a lock that another build left behind.
     """
-    from torch.utils.cpp_extension import load
+    with _building:
+        return _built()
 
-    module = load(
-        name=f"bem_peft_cpu_{processor_key()}",
-        sources=[str(source) for source in SOURCES],
-        extra_cflags=["-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"],
-    )
-    global make_site, run_site
-    make_site, run_site = module.site, module.run
+
+class _Baton(FileBaton):
+    """torch's lock on a folder of extensions, which waits for ever where the process that took it was killed."""
+
+    def wait(self) -> None:
+        end = time.monotonic() + WAIT_SECONDS
+        while Path(self.lock_file_path).exists():
+            if time.monotonic() > end:
+                raise BuildError(
+                    f"waited {WAIT_SECONDS:g} s for another process to build the C++ operators: its lock "
+                    f"{self.lock_file_path} is still there. If no other process is building now, one was killed while "
+                    f"it did: delete that file and start again; or choose BEM_PEFT_KERNELS=torch."
+                )
+            time.sleep(self.wait_seconds)
+
+
+def _load() -> Any:
+    from torch.utils import cpp_extension
+
+    original, cpp_extension.FileBaton = cpp_extension.FileBaton, _Baton  # type: ignore[misc]
+    try:
+        return cpp_extension.load(
+            name=f"bem_peft_cpu_{processor_key()}_{source_key()}",
+            sources=[str(source) for source in SOURCES],
+            extra_cflags=["-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"],
+        )
+    except BuildError:
+        raise
+    except (RuntimeError, ImportError, OSError) as error:
+        raise BuildError(
+            f"the C++ operators could not be built: {error}\nThey need a C++ compiler (g++ or clang++), ninja, Python's "
+            "headers and a folder that can be written (TORCH_EXTENSIONS_DIR); or choose BEM_PEFT_KERNELS=torch."
+        ) from error
+    finally:
+        cpp_extension.FileBaton = original  # type: ignore[misc]
+
+
+@functools.cache
+def _built() -> Any:
+    module = _load()
+    global make_site, run_site, _name_caller
+    make_site, run_site, _name_caller = module.site, module.run, module.name_caller
+    module.set_torch_form(_torch_gradients)
     formulas = {
         "film": _film_flops, "kronecker": _kronecker_flops, "rank_mask": _rank_mask_flops,
         "head_gating": _head_gating_flops,
@@ -62,6 +115,46 @@ def build() -> Any:
         torch.library.register_fake(f"bem_peft_cpu::{name}", TRAINING_FAKES[name])
         register_flop_formula(getattr(torch.ops.bem_peft_cpu, name))(formula)
     return torch.ops.bem_peft_cpu
+
+
+_callers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_next_number = itertools.count(1)
+
+
+def name_caller(adapter: Any) -> None:
+    """Say whose training operator runs next in this thread: its `torch_gradients` is asked where the operator's
+    backward is differentiated again."""
+    number = _numbers.get(adapter)
+    if number is None:
+        number = _numbers[adapter] = next(_next_number)
+        _callers[number] = adapter
+    _name_caller(number, adapter.training)
+
+
+def _torch_gradients(
+    number: int, is_training: bool, inputs: list[torch.Tensor | None], gradient: torch.Tensor
+) -> list[torch.Tensor | None] | None:
+    """The gradients of inputs (x, y, masters) by the torch form; None: the operator knows this gradient."""
+    if type(gradient) is FakeTensor and not torch.is_grad_enabled():
+        return None
+    adapter = _callers.get(number)
+    if adapter is None:
+        raise RuntimeError(
+            "a C++ operator by itself has no second derivative (create_graph=True) and no vmap of its backward; its "
+            "adapter has, as long as the model is alive: keep it until the gradients are computed, or choose "
+            "BEM_PEFT_KERNELS=torch."
+        )
+    found: list[torch.Tensor | None] = adapter.torch_gradients(is_training, inputs, gradient)
+    return found
+
+
+def source_key() -> str:
+    """Eight hexadecimal digits of the operators' source and torch's version: each has a library of its own."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for source in sorted(FOLDER.iterdir()):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def processor_key() -> str:

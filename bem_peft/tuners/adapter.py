@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from bem_peft.kept import Kept, kept_of
 from bem_peft.kernels import backend, cpp
+from bem_peft.kernels.plain_call import is_plain_call, is_plain_thread
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.optimizer_hooks import watch
 from bem_peft.tuners.penalty import carry
@@ -38,7 +39,6 @@ class SiteShape:
 FEW_ROWS = 8
 HALF = (torch.bfloat16, torch.float16)
 grad_enabled, is_compiling = torch.is_grad_enabled, torch.compiler.is_compiling
-PLAIN_TENSORS = (nn.Parameter, torch.Tensor, FakeTensor)  # not sharded, not functional
 MANY, FEW, PACKED = "many rows", "few rows", "packed"  # how derived weights are laid out
 SITE = "site"  # what else a scope keeps: the operator of `kernels.cpp` for these weights, called past the dispatcher
 
@@ -73,6 +73,7 @@ class Adapter(nn.Module):
     lr_groups: ClassVar[dict[str, str]] = {}  # parameter -> group of the optimizer
     is_mergeable: bool = False
     has_operator: bool = False  # one of `kernels.cpp` computes it as it is configured
+    masters: tuple[str, ...] = ()  # the parameters that its training operator takes, in that order
     traced_rows: Any = None  # exact rows of the attention that runs now, in a compiled region: see call_frame
     watch_order: int = 0
     observer: Any = None  # a list that takes PT2's masks
@@ -121,14 +122,16 @@ class Adapter(nn.Module):
             out: torch.Tensor | None = cpp.run_site(kept[SITE], self._parameters, x, y, may_overwrite)
             if out is not None:
                 return out
-        if self.has_operator and backend.chosen.is_cpp and self.fits_operator(y):
-            packed = self.weights(y.dtype, PACKED)
-            if kept is not None and (y.dtype, PACKED) in kept:
-                name, options = self.operator_call()
-                kept[SITE] = cpp.make_site(name, self._parameters, packed, options)
-            return self.operator(x, y, *packed, overwrite=may_overwrite and y.is_contiguous())
-        if self.has_operator and backend.chosen.is_cpp and self.fits_training(y):
-            return self.training_operator(x.to(y.dtype).contiguous(), y.contiguous())
+        if self.has_operator and backend.chosen.is_cpp and self.is_plain_call(x, y):
+            if self.fits_operator(y):
+                packed = self.weights(y.dtype, PACKED)
+                if kept is not None and (y.dtype, PACKED) in kept:
+                    name, options = self.operator_call()
+                    kept[SITE] = cpp.make_site(name, self._parameters, packed, options)
+                return self.operator(x, y, *packed, overwrite=may_overwrite and y.is_contiguous())
+            if self.fits_training(y):
+                cpp.name_caller(self)
+                return self.training_operator(x.to(y.dtype).contiguous(), y.contiguous())
         kind = y.device.type
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
@@ -153,6 +156,10 @@ class Adapter(nn.Module):
 
     def watch_output(self, out: torch.Tensor) -> None:
         """What a method has to see of its output (N, out), in the dtype of y, in training."""
+
+    def is_plain_call(self, x: torch.Tensor, y: torch.Tensor) -> bool:
+        """Whether a C++ operator sees all that there is to this call; a parametrised adapter is a module of modules."""
+        return not self._modules and is_plain_call(x, y, *self._parameters.values())
 
     def fits_operator(self, y: torch.Tensor) -> bool:
         """Whether the C++ operator of `kernels.cpp` can take this call: inference on a CPU."""
@@ -183,17 +190,37 @@ class Adapter(nn.Module):
             return False
         if torch.compiler.is_compiling() or self.carries_penalties(y):
             return False
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, grad, jvp
-            return False
-        return all(
-            type(p) in PLAIN_TENSORS and p.dtype is torch.float32 and p.is_contiguous()
-            for p in self._parameters.values()
-            if p is not None
-        )
+        return all(p.dtype is torch.float32 and p.is_contiguous() for p in self._parameters.values() if p is not None)
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """`transform` by an operator that autograd knows; x (..., in) and y (..., out) contiguous, of one dtype."""
         raise NotImplementedError
+
+    def torch_gradients(
+        self, is_training: bool, inputs: list[torch.Tensor | None], gradient: torch.Tensor
+    ) -> list[torch.Tensor | None]:
+        """Gradients of `inputs`, what a training operator was given (x, y and the `masters`), by the torch form.
+
+        None where an input has none. With gradients enabled they can be differentiated again.
+        """
+        is_differentiated = torch.is_grad_enabled()
+        twin = object.__new__(type(self))  # this adapter's formula on the operator's own masters, without its state
+        twin.__dict__.update(self.__dict__)
+        twin.__dict__.update(training=is_training, dropout=0.0, observer=None, is_guarded=False, is_penalised=False)
+        with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
+            given = [
+                None if t is None else t.view_as(t) if is_differentiated else t.detach().requires_grad_(t.requires_grad)
+                for t in inputs
+            ]
+            x, y, *masters = given
+            assert x is not None
+            assert y is not None
+            twin.__dict__["_parameters"] = dict(zip(self.masters, masters, strict=True))
+            rows, weights = y.reshape(-1, self.out_features), twin.derive(y.dtype)
+            out = twin.transform(x.reshape(-1, self.in_features), rows, *weights).view_as(y)
+            wanted = [t for t in given if t is not None and t.requires_grad]
+            found = iter(torch.autograd.grad(out, wanted, gradient, create_graph=is_differentiated, allow_unused=True))
+        return [next(found) if t is not None and t.requires_grad else None for t in given]
 
     def derive_few_rows(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """`derive(dtype)` for a decoding step on a CPU; a subclass may lay the weights out for fewer operations."""
@@ -202,6 +229,8 @@ class Adapter(nn.Module):
     def weights(self, dtype: torch.dtype, layout: str = MANY) -> tuple[torch.Tensor, ...]:
         """The derived weights as `layout` wants them: derived anew, unless a scope of `bem_peft.kept` is open."""
         kept = None if is_compiling() else kept_of(self)
+        if kept is not None and not is_plain_thread():
+            kept = None  # what a tracer, a transform or a mode saw being derived is theirs
         found = None if kept is None else kept.get((dtype, layout))
         if kept is None or found is None or grad_enabled():
             return self._derive_anew(dtype, layout, kept)

@@ -10,15 +10,36 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import transpose
 from torch import nn
-from torch.nn.modules.module import _global_forward_hooks
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from bem_peft.kernels.plain_call import is_plain_thread
 from bem_peft.tuners.adapter import Adapter, SiteShape
 from bem_peft.tuners.attention_stats import AttentionRows
 from bem_peft.tuners.call_frame import leave_rows, take_rows
 from bem_peft.tuners.call_state import CallState
 
-PLAIN = (nn.Linear, Conv1D)  # they return a tensor of their own
+# projections that return a tensor of their own, as long as nobody has put another forward or __call__ in their place
+PRISTINE = {cls: (cls.forward, cls.__call__) for cls in (nn.Linear, Conv1D)}
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether somebody beside the caller sees what `module` takes and returns: a hook, another forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def returns_its_own(base: nn.Module) -> bool:
+    """Whether nobody else holds what the projection `base` returns, so that it may be written into."""
+    cls = type(base)
+    return cls in PRISTINE and (cls.forward, cls.__call__) == PRISTINE[cls] and not is_observed(base)
 
 
 def projection_shape(base_layer: nn.Module) -> tuple[int, int]:
@@ -188,9 +209,8 @@ class AdapterLinear(nn.Module, AdapterLayer):
         if self.merged_adapters:
             return y
         active = self._active_adapter
-        base = modules["base_layer"]
-        # what a plain projection returned is ours alone, unless a hook has seen it
-        is_ours = type(base) in PLAIN and not base._forward_hooks and not _global_forward_hooks
+        is_compiling = torch.compiler.is_compiling()
+        is_ours = not is_compiling and is_plain_thread() and returns_its_own(modules["base_layer"])
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         for name in (active,) if isinstance(active, str) else active:
@@ -198,9 +218,10 @@ class AdapterLinear(nn.Module, AdapterLayer):
                 adapters = modules[container]._modules
                 if name in adapters:
                     adapter = adapters[name]
-                    # nn.Module.__call__ is for hooks
-                    has_hooks = adapter._forward_hooks or adapter._forward_pre_hooks or _global_forward_hooks
-                    y = adapter(x, y, is_ours) if has_hooks else adapter.forward(x, y, is_ours)
+                    if is_compiling or is_observed(adapter):
+                        y, is_ours = adapter(x, y), False  # who sees y may keep it
+                    else:  # nn.Module.__call__ is for hooks
+                        y = adapter.forward(x, y, is_ours)
         return y
 
     def _mixed_batch(self, x: torch.Tensor, y: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:

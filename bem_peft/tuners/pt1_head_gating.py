@@ -219,6 +219,7 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         "scorer_bias": "controller",
     }
 
+    masters = ("A", "B", "gate_weight", "gate_bias")
     steps_taken: torch.Tensor
 
     def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
@@ -322,7 +323,7 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         return not is_dropping and super().fits_training(y)
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        masters = self.A, self.B, self.gate_weight, self.gate_bias
+        masters = (getattr(self, name) for name in self.masters)
         out: torch.Tensor = cpp.build().head_gating_train(
             x, y, *masters, self.num_heads, self.ranks, self.temperature, self.scaling
         )[0]

@@ -163,6 +163,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         return tuple(weights)
 
     has_operator = True
+    masters = ("A", "B", "C", "mask_weight")
 
     def fits_operator(self, y: torch.Tensor) -> bool:
         return self.observer is None and super().fits_operator(y)
@@ -180,7 +181,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         return self.observer is None and super().fits_training(y)
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        masters = self.A, self.B, self.C if self.has_value_gate else None, self.mask_weight
+        masters = (self._parameters.get(name) for name in self.masters)
         temperature = self.temperature if self.training else math.inf  # no slope: the mask has no gradient
         choice = self.active_rank, self.is_task_mask, self.hadamard, temperature, self.scaling
         out: torch.Tensor = cpp.build().rank_mask_train(self.drop(x), y, *masters, *choice)[0]

@@ -163,6 +163,7 @@ class KroneckerAdapter(LowRankAdapter):
         return self.U.to(dtype), self.V.to(dtype), transposed(self.B, dtype)
 
     has_operator = True
+    masters = ("U", "V", "B")
 
     def pack(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         u, v, b_t = self.derive(dtype)
@@ -172,7 +173,8 @@ class KroneckerAdapter(LowRankAdapter):
         return "kronecker", (self.v_rank, self.scaling)
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = cpp.build().kronecker_train(self.drop(x), y, self.U, self.V, self.B, self.scaling)[0]
+        masters = (getattr(self, name) for name in self.masters)
+        out: torch.Tensor = cpp.build().kronecker_train(self.drop(x), y, *masters, self.scaling)[0]
         return out
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:

@@ -109,6 +109,7 @@ class ResidualFiLMAdapter(BrakedAdapter):
         "beta": "beta",
     }
 
+    masters = ("controller_weight", "controller_bias", "gamma", "beta")
     gamma: nn.Parameter
     beta: nn.Parameter
     controller_weight: nn.Parameter
@@ -169,11 +170,11 @@ class ResidualFiLMAdapter(BrakedAdapter):
         return "film", (self.is_rms,)
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        gamma, beta = self.gamma if self.clamp_range > 0 else None, self.beta if self.max_beta > 0 else None
+        masters = (self._parameters.get(name) for name in self.masters)
         unstable = torch.zeros((), dtype=torch.bool) if self.is_watching_output() else None
         out: torch.Tensor = cpp.build().film_train(
-            x, y, self.controller_weight, self.controller_bias, gamma, beta, self.scaling, self.clamp_range,
-            self.max_beta, self.is_rms, unstable, self.explosion_threshold,
+            x, y, *masters, self.scaling, self.clamp_range, self.max_beta, self.is_rms, unstable,
+            self.explosion_threshold,
         )[0]  # fmt: skip
         if unstable is not None:
             self.flag_with_gradient(out, unstable)

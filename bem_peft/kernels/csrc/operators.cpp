@@ -9,8 +9,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <ATen/record_function.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 
+#include "plain.h"
 #include "rows.h"
 
 #include <functional>
@@ -226,13 +226,7 @@ struct Site {
 constexpr const char* kSite = "bem_peft.Site";
 void end_site(PyObject* capsule) { delete static_cast<Site*>(PyCapsule_GetPointer(capsule, kSite)); }
 
-bool is_plain(PyObject* object) {
-  if (!THPVariable_CheckExact(object)) return false;
-  const auto keys = THPVariable_Unpack(object).key_set();
-  return keys.has(c10::DispatchKey::CPU) && !keys.has(c10::DispatchKey::Python) &&
-         !keys.has(c10::DispatchKey::FuncTorchBatched) && !keys.has(c10::DispatchKey::FuncTorchGradWrapper) &&
-         !keys.has(c10::DispatchKey::Functionalize);
-}
+bool is_plain_object(PyObject* object) { return THPVariable_CheckExact(object) && is_plain(THPVariable_Unpack(object)); }
 
 // site(kind, module._parameters, packed, options): what `run` wants, for the masters as they are now
 PyObject* make_site(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -302,9 +296,8 @@ PyObject* run_site(PyObject*, PyObject* const* args, Py_ssize_t count) {
   TORCH_CHECK(count == 5, "run(site, parameters, x, y, may_overwrite)");
   const auto* site = static_cast<const Site*>(PyCapsule_GetPointer(args[0], kSite));
   if (site == nullptr) return nullptr;
-  if (at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() || at::hasCallbacks() ||
-      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) || !is_plain(args[2]) ||
-      !is_plain(args[3]) || !site->is_current(args[1]))
+  if (at::GradMode::is_enabled() || !is_plain_thread() || at::hasCallbacks() || !is_plain_object(args[2]) ||
+      !is_plain_object(args[3]) || !site->is_current(args[1]))
     Py_RETURN_NONE;
   const at::Tensor &x = THPVariable_Unpack(args[2]), &y = THPVariable_Unpack(args[3]);
   if (y.scalar_type() != site->dtype || PyErr_Occurred()) Py_RETURN_NONE;
@@ -313,9 +306,20 @@ PyObject* run_site(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+}  // namespace
+
+namespace bem {
+PyObject* name_caller(PyObject*, PyObject* const*, Py_ssize_t);
+PyObject* set_torch_form(PyObject*, PyObject* const*, Py_ssize_t);
+}  // namespace bem
+
+namespace {
+
 PyMethodDef methods[] = {
     {"site", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(make_site)), METH_FASTCALL, nullptr},
     {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_site)), METH_FASTCALL, nullptr},
+    {"name_caller", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(bem::name_caller)), METH_FASTCALL, nullptr},
+    {"set_torch_form", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(bem::set_torch_form)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "bem_peft_cpu", nullptr, -1, methods};
 

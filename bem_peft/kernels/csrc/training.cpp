@@ -3,12 +3,16 @@
 // They read the masters (float32, as they are saved) and round them to the dtype of the rows, so that nothing in Python
 // folds a weight. Kept for the backward: the inputs and a few float32 coefficients a token; gates, masks and what stands
 // between the factors are computed again. Gradients of weights sum over 64 rows at a time, in an order that does not
-// depend on the number of threads. There is no second derivative: it is refused.
+// depend on the number of threads. A backward that is differentiated again, or whose gradient is no plain tensor, goes
+// through the torch form (`by_torch_form`).
 
-#include "rows.h"
-
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
+
+#include "plain.h"
+#include "rows.h"
 
 #include <atomic>
 #include <optional>
@@ -182,11 +186,6 @@ void check_rows(const Tensor& x, const Tensor& y) {
                   x.numel() / std::max<int64_t>(1, x.size(-1)) == rows_of(y),
               "x ", x.scalar_type(), " ", x.sizes(), " and y ", y.scalar_type(), " ", y.sizes(),
               " must be contiguous, of one dtype, and have the same rows");
-}
-
-void refuse_second_derivative(const char* name) {
-  TORCH_CHECK(!at::GradMode::is_enabled(), name,
-              ": the C++ operator has no second derivative (create_graph=True); choose BEM_PEFT_KERNELS=torch");
 }
 
 // ---- PT4: y' = y (1 + gamma) + beta rho
@@ -811,6 +810,59 @@ auto operation(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// Who calls: a number that Python knows an adapter by, and whether the adapter is in training. Python names the caller
+// just before the call (`name_caller`); a call without one has no torch form.
+struct Caller {
+  int64_t number = 0;
+  bool is_training = false;
+};
+thread_local Caller next_caller;
+PyObject* torch_form = nullptr;  // (number, is_training, [x, y, masters], gradient) -> their gradients, or None
+
+void remember_caller(AutogradContext* ctx) {
+  ctx->saved_data["caller"] = next_caller.number;
+  ctx->saved_data["is_training"] = next_caller.is_training;
+  next_caller = Caller{};
+}
+
+// The gradients of x, y and the masters (undefined where there is none) by autograd through the torch form: where this
+// backward is differentiated again (create_graph), or runs under vmap, in a dual level or on tensors of a subclass.
+// `options` undefined ones follow. Empty: the operator may compute it.
+variable_list by_torch_form(AutogradContext* ctx, const variable_list& inputs, const Tensor& gradient, int options) {
+  if (!at::GradMode::is_enabled() && is_plain(gradient)) return {};
+  variable_list gradients;
+  const PyGILState_STATE state = PyGILState_Ensure();
+  PyObject* given = PyList_New(0);
+  for (const Tensor& input : inputs) {
+    PyObject* item = input.defined() ? THPVariable_Wrap(input) : Py_NewRef(Py_None);
+    PyList_Append(given, item);
+    Py_DECREF(item);
+  }
+  PyObject* found = PyObject_CallFunction(
+      torch_form, "LONN", static_cast<long long>(ctx->saved_data["caller"].toInt()),
+      ctx->saved_data["is_training"].toBool() ? Py_True : Py_False, given, THPVariable_Wrap(gradient));
+  if (found == nullptr) {
+    python_error error;
+    error.persist();
+    PyGILState_Release(state);
+    throw std::move(error);
+  }
+  if (found != Py_None) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(found); ++i) {
+      PyObject* item = PyList_GET_ITEM(found, i);
+      gradients.push_back(item == Py_None ? Tensor() : THPVariable_Unpack(item));
+    }
+    if (!inputs[1].requires_grad()) gradients[1] = gradient;  // y that was not kept: it is added, or wants no gradient
+    gradients.resize(gradients.size() + options);
+  }
+  Py_DECREF(found);
+  PyGILState_Release(state);
+  return gradients;
+}
+
+// stands for a y that is added and was not kept
+Tensor like_output(const Tensor& x, const Tensor& gradient) { return at::zeros(gradient.sizes(), x.options()); }
+
 Tensor or_nothing(const Maybe& tensor) { return tensor.has_value() ? *tensor : Tensor(); }
 Maybe or_none(const Tensor& tensor) { return tensor.defined() ? Maybe(tensor) : std::nullopt; }
 
@@ -822,18 +874,20 @@ struct Film : torch::autograd::Function<Film> {
     static const auto op = operation<decltype(film_forward)>("bem_peft_cpu::film_train");
     auto [out, c, rms] = op.call(x, y, w, bias, gamma, beta, scaling, clamp_range, max_beta, is_rms,
                                  unstable, threshold);
-    ctx->save_for_backward({x, y, w, or_nothing(gamma), or_nothing(beta), c, rms});
+    remember_caller(ctx);
+    ctx->save_for_backward({x, y, w, bias, or_nothing(gamma), or_nothing(beta), c, rms});
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["clamp_range"] = clamp_range;
     ctx->saved_data["max_beta"] = max_beta;
     return out;
   }
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
-    refuse_second_derivative("film");
     const auto saved = ctx->get_saved_variables();
+    const variable_list inputs{saved[0], saved[1], saved[2], saved[3], saved[4], saved[5]};
+    if (variable_list found = by_torch_form(ctx, inputs, gradients[0], 6); !found.empty()) return found;
     static const auto op = operation<decltype(film_backward)>("bem_peft_cpu::film_backward");
     auto [gx, gy, gw, gbias, ggamma, gbeta] = op.call(
-        gradients[0], saved[0], saved[1], saved[2], or_none(saved[3]), or_none(saved[4]), saved[5], saved[6],
+        gradients[0], saved[0], saved[1], saved[2], or_none(saved[4]), or_none(saved[5]), saved[6], saved[7],
         ctx->saved_data["scaling"].toDouble(), ctx->saved_data["clamp_range"].toDouble(),
         ctx->saved_data["max_beta"].toDouble(), ctx->needs_input_grad(0));
     return {gx, gy, gw, gbias, ggamma, gbeta, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
@@ -846,13 +900,15 @@ struct Kronecker : torch::autograd::Function<Kronecker> {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const auto op = operation<decltype(kronecker_forward)>("bem_peft_cpu::kronecker_train");
     auto [out, z] = op.call(x, y, u, v, b, scaling);
+    remember_caller(ctx);
     ctx->save_for_backward({x, u, v, b, z});
     ctx->saved_data["scaling"] = scaling;
     return out;
   }
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
-    refuse_second_derivative("kronecker");
     const auto saved = ctx->get_saved_variables();
+    const variable_list inputs{saved[0], like_output(saved[0], gradients[0]), saved[1], saved[2], saved[3]};
+    if (variable_list found = by_torch_form(ctx, inputs, gradients[0], 1); !found.empty()) return found;
     static const auto op = operation<decltype(kronecker_backward)>("bem_peft_cpu::kronecker_backward");
     auto [gx, gu, gv, gb] = op.call(gradients[0], saved[0], saved[1], saved[2], saved[3], saved[4],
                                     ctx->saved_data["scaling"].toDouble(), ctx->needs_input_grad(0));
@@ -867,6 +923,7 @@ struct RankMasking : torch::autograd::Function<RankMasking> {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const auto op = operation<decltype(rank_mask_forward)>("bem_peft_cpu::rank_mask_train");
     auto [out, z] = op.call(x, y, a, b, c, m, active, is_task_mask, has_hadamard, temperature, scaling);
+    remember_caller(ctx);
     ctx->save_for_backward({x, a, b, or_nothing(c), m, z});
     ctx->saved_data["active"] = active;
     ctx->saved_data["is_task_mask"] = is_task_mask;
@@ -876,8 +933,9 @@ struct RankMasking : torch::autograd::Function<RankMasking> {
     return out;
   }
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
-    refuse_second_derivative("rank_mask");
     const auto saved = ctx->get_saved_variables();
+    const variable_list inputs{saved[0], like_output(saved[0], gradients[0]), saved[1], saved[2], saved[3], saved[4]};
+    if (variable_list found = by_torch_form(ctx, inputs, gradients[0], 5); !found.empty()) return found;
     static const auto op = operation<decltype(rank_mask_backward)>("bem_peft_cpu::rank_mask_backward");
     auto [gx, ga, gb, gc, gm] = op.call(
         gradients[0], saved[0], saved[1], saved[2], or_none(saved[3]), saved[4], saved[5], ctx->saved_data["active"].toInt(),
@@ -894,6 +952,7 @@ struct HeadGates : torch::autograd::Function<HeadGates> {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const auto op = operation<decltype(head_gating_forward)>("bem_peft_cpu::head_gating_train");
     auto [out, low, half] = op.call(x, y, a, b, gate_w, gate_bias, heads, ranks, temperature, scaling);
+    remember_caller(ctx);
     ctx->save_for_backward({x, a, b, gate_w, gate_bias, low, half});
     ctx->saved_data["heads"] = heads;
     ctx->saved_data["ranks"] = ranks.vec();
@@ -902,8 +961,9 @@ struct HeadGates : torch::autograd::Function<HeadGates> {
     return out;
   }
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
-    refuse_second_derivative("head_gating");
     const auto saved = ctx->get_saved_variables();
+    const variable_list inputs{saved[0], like_output(saved[0], gradients[0]), saved[1], saved[2], saved[3], saved[4]};
+    if (variable_list found = by_torch_form(ctx, inputs, gradients[0], 4); !found.empty()) return found;
     static const auto op = operation<decltype(head_gating_backward)>("bem_peft_cpu::head_gating_backward");
     const auto ranks = ctx->saved_data["ranks"].toIntVector();
     auto [gx, ga, gb, ggate, gbias] = op.call(
@@ -938,6 +998,29 @@ std::tuple<Tensor, Tensor, Tensor> head_gating_autograd(const Tensor& x, const T
 }
 
 }  // namespace
+
+namespace bem {
+
+// name_caller(number, is_training)
+PyObject* name_caller(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 2, "name_caller(number, is_training)");
+  next_caller = Caller{PyLong_AsLongLong(args[0]), args[1] == Py_True};
+  if (PyErr_Occurred()) return nullptr;
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// set_torch_form(function)
+PyObject* set_torch_form(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 1, "set_torch_form(function)");
+  Py_XSETREF(torch_form, Py_NewRef(args[0]));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace bem
 
 TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
   m.def("film_train(Tensor x, Tensor y, Tensor w, Tensor bias, Tensor? gamma, Tensor? beta, float scaling, "
