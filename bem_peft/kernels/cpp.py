@@ -76,25 +76,29 @@ class _Baton(FileBaton):
             time.sleep(self.wait_seconds)
 
 
-def _load() -> Any:
+def _load(may_retry: bool = True) -> Any:
     from torch.utils import cpp_extension
 
+    name = f"bem_peft_cpu_{processor_key()}_{source_key()}"
     original, cpp_extension.FileBaton = cpp_extension.FileBaton, _Baton  # type: ignore[misc]
     try:
         return cpp_extension.load(
-            name=f"bem_peft_cpu_{processor_key()}_{source_key()}",
+            name=name,
             sources=[str(source) for source in SOURCES],
             extra_cflags=["-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"],
         )
-    except BuildError:
-        raise
     except (RuntimeError, ImportError, OSError) as error:
-        raise BuildError(
-            f"the C++ operators could not be built: {error}\nThey need a C++ compiler (g++ or clang++), ninja, Python's "
-            "headers and a folder that can be written (TORCH_EXTENSIONS_DIR); or choose BEM_PEFT_KERNELS=torch."
-        ) from error
+        cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(name, None)  # or torch never builds it again in this process
+        if isinstance(error, BuildError):
+            raise
+        if not (isinstance(error, ImportError) and may_retry):
+            raise BuildError(
+                f"the C++ operators could not be built: {error}\nThey need a C++ compiler (g++ or clang++), ninja, the "
+                "headers of Python, and a folder to write to (TORCH_EXTENSIONS_DIR); or choose BEM_PEFT_KERNELS=torch."
+            ) from error
     finally:
         cpp_extension.FileBaton = original  # type: ignore[misc]
+    return _load(may_retry=False)  # the process that was waited for has built nothing
 
 
 @functools.cache

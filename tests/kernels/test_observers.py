@@ -248,6 +248,7 @@ def backward_hooks(kind: str, modules: list[nn.Module], seen: Seen) -> list[Any]
 @pytest.mark.parametrize("place", ["adapter", "layer", "base"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # at the embedding, whose input is ids
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called:UserWarning")  # at transformers' outputs
 def test_backward_hooks_are_called_with_the_gradients(method: str, place: str, kind: str) -> None:
     model: Any = adapted(method, "llama").train()
     model.enable_input_require_grads()

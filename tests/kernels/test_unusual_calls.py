@@ -379,8 +379,8 @@ CALLS: list[Callable[[Adapter, torch.Tensor, torch.Tensor], Tensors]] = [
 ]  # fmt: skip
 WITHOUT_GRADIENTS = {
     "jvp", "jvp_of_masters", "dual_numbers", "vmap", "ensemble", "functional_call", "jit_trace", "fx_of_operators",
-    "exported", "dispatch_mode", "function_mode", "default_device", "autocast", "subclass", "wrapped", "masters_of_a_subclass",
-    "laid_out", "negative_views", "zero_tensors", "x_of_another_kind", "half_a_model",
+    "exported", "dispatch_mode", "function_mode", "default_device", "autocast", "subclass", "wrapped",
+    "masters_of_a_subclass", "laid_out", "negative_views", "zero_tensors", "x_of_another_kind", "half_a_model",
 }  # fmt: skip
 OLD = r"ignore:.*(torch\.jit|trace|Anomaly Detection|vmap|performance drop).*"
 
