@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import (
     AutoPeftModelForCausalLM,
-    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -24,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import bem_peft
-from bem_peft import DeadSiteError, KroneckerConfig, export_lora, probe
+from bem_peft import DeadSiteError, KroneckerConfig, probe
 from bem_peft.tuners import pt3_kronecker, registry
 from bem_peft.upstream import RefusedByTransformersError, refused_by_transformers
 from tests.contract.invariants import assert_close, logits
@@ -119,48 +118,6 @@ def test_beam_search_with_mixed_adapters() -> None:
     assert torch.equal(mixed[:1], model.generate(input_ids=ids[:1], **options))
     with model.disable_adapter():
         assert torch.equal(mixed[1:], model.generate(input_ids=ids[1:], **options))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bart"])
-def test_exported_lora_gives_the_same_logits(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    changes = {"rank_pattern": {r"layers\.0\.mlp\.down_proj": {"u_rank": 2}}} if architecture == "llama" else {}
-    model = get_peft_model(
-        build(architecture, dtype),
-        KroneckerConfig(u_rank=3, v_rank=2, task_type=None if architecture == "bart" else "CAUSAL_LM", **changes),
-    ).eval()
-    randomize(model)
-    report = export_lora(model, tmp_path)
-    assert report.is_exact
-    lora = PeftModel.from_pretrained(build(architecture, dtype), tmp_path).eval()
-    assert isinstance(lora.peft_config["default"], LoraConfig)
-    inputs = call(architecture, tokens())
-    assert_close(logits(lora, **inputs), logits(model, **inputs))
-
-
-@pytest.mark.parametrize("method", ["head_gating", "rank_mask"])
-def test_lossy_export_reports_its_error(method: str, tmp_path: Path) -> None:
-    model = adapted(method, "llama")
-    report = export_lora(model, tmp_path, calibration=[{"input_ids": tokens(batch=4)}])
-    assert not report.is_exact
-    assert len(report.relative_error) == len(report.ranks)
-    assert all(0 < error < 1 for error in report.relative_error.values())
-    constant = get_peft_model(build("llama"), CONFIGS[method](task_type="CAUSAL_LM"))
-    assert all(
-        e == 0 for e in export_lora(constant, tmp_path, calibration=[{"input_ids": tokens()}]).relative_error.values()
-    )
-    lora = PeftModel.from_pretrained(build("llama"), tmp_path)
-    assert isinstance(lora.peft_config["default"], LoraConfig)
-
-
-def test_export_refuses_what_a_lora_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = CONFIGS["kronecker"](task_type="CAUSAL_LM", modules_to_save=["lm_head"])
-    with pytest.raises(ValueError, match=r"modules_to_save` = \['lm_head'\].*merge_and_unload"):
-        export_lora(get_peft_model(build("llama"), config), tmp_path / "lora")
-    monkeypatch.setattr(pt3_kronecker.KroneckerAdapter, "is_mergeable", False)  # as a method of one's own that is gated
-    with pytest.raises(ValueError, match=r"KroneckerAdapter at .* depends on the token"):
-        export_lora(adapted("kronecker", "llama"), tmp_path / "lora", calibration=[{"input_ids": tokens()}])
-    assert not (tmp_path / "lora").exists()
 
 
 def test_loading_for_inference_does_no_decomposition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 r"""Export to a LoRA checkpoint that any LoRA runtime loads:  s B K  with  A = K, lora_B = s B, lora_alpha = r.
 
 Exact where the update is linear in x (PT3, and PT2 with a task mask). A gated method is linear only at fixed gates:
-with `calibration` batches its gates are fixed at their mean, and the report says what that loses.
+with `calibration` batches its gates are fixed at their mean over the real tokens, and the report says what that loses,
+at each site and in the logits of the whole model.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrize
 
+from bem_peft.tuners.adapter import Adapter
 from bem_peft.tuners.governance import LowRankAdapter
 from bem_peft.tuners.layer import AdapterLinear
+from bem_peft.tuners.lora_calibration import LogitsReport, mean_gates, measure
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
 from bem_peft.tuners.pt2_rank_mask import DynamicRankMaskAdapter
 
@@ -26,12 +32,18 @@ PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class LoraExportReport:
-    """What was written. `relative_error` is |update - exported| / |update| over the calibration tokens of a site."""
+    """What was written, and what it loses.
+
+    relative_error: |update - exported| / |update| over the calibration's real tokens, a gated site.
+    logits: the whole model with the exported LoRA against the adapter itself, on the calibration; None without one, or
+        where the model returns no logits.
+    """
 
     folder: str
     ranks: dict[str, int]
     is_exact: bool
     relative_error: dict[str, float]
+    logits: LogitsReport | None = None
 
 
 def export_lora(
@@ -44,16 +56,19 @@ def export_lora(
 
     Args:
         model: a model with adapters of bem_peft.
-        calibration: keyword arguments of calls, e.g. tokenised batches; for gated methods only.
+        calibration: keyword arguments of calls, e.g. tokenised batches; gated methods need them. Padding, as their
+            `attention_mask` tells it, changes nothing.
 
     Returns:
-        ranks, exactness and, for gated methods, the error a site.
+        ranks, exactness and, with `calibration`, the error of gated sites and of the model's logits.
 
     Raises:
         ValueError: no such adapter; the method is multiplicative (FiLM), or depends on the token by more than gates; it
-            is gated and `calibration` is None; or it has `modules_to_save`, which a LoRA file does not hold.
+            is gated and `calibration` is None; or there is something that a LoRA file does not hold: modules or
+            embeddings saved with the adapter, a trained or merged base, a wrapped or parametrised base layer, a second
+            active adapter. Nothing is written then.
     """
-    layers = {
+    layers: dict[str, tuple[AdapterLinear, list[Any]]] = {
         name.removeprefix(PEFT_PREFIX): (module, list(module.adapters_named(adapter_name)))
         for name, module in model.named_modules()
         if isinstance(module, AdapterLinear)
@@ -61,46 +76,112 @@ def export_lora(
     layers = {name: pair for name, pair in layers.items() if pair[1]}
     if not layers:
         raise ValueError(f"`adapter_name` = {adapter_name!r}: the model has no bem_peft adapter of that name.")
-    adapters = [adapter for _, pair in layers.values() for adapter in pair]
+    adapters: list[Any] = [adapter for _, pair in layers.values() for adapter in pair]
+    gated = _refuse_methods(adapters)
+    _refuse_what_a_lora_does_not_hold(model, adapter_name)
+    if gated and calibration is None:
+        raise ValueError(
+            f"{type(gated[0]).__name__} at {gated[0].site_name} has gates that depend on the token: pass `calibration` "
+            "batches to fix them at their mean; the export then is an approximation whose error is reported."
+        )
+    batches = [] if calibration is None else list(calibration)
+    gates = mean_gates(model, adapter_name, gated, batches) if gated else {}
+    factors: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+    for adapter in adapters:
+        a, b = adapter.lora_factors(gates[adapter]) if adapter in gates else adapter.lora_factors()
+        factors[adapter] = a, b * adapter.scaling
+    stacked = {
+        layer: (torch.cat([factors[a][0] for a in own]), torch.cat([factors[a][1] for a in own], dim=1))
+        for layer, own in layers.values()
+    }
+    errors, logits = measure(model, adapter_name, {a: factors[a] for a in gated}, stacked, batches)
+    tensors, ranks = {}, {}
+    for name, (layer, _) in layers.items():
+        a, b = stacked[layer]
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.contiguous().cpu()
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.contiguous().cpu()
+        ranks[name] = a.shape[0]
+    _write(model, save_directory, adapter_name, tensors, ranks, layers)
+    return LoraExportReport(os.fspath(save_directory), ranks, not gated, errors, logits)
+
+
+def _refuse_methods(adapters: list[Any]) -> list[Any]:
+    """The gated ones of `adapters`. Raises ValueError where no LoRA is near a method."""
     for adapter in adapters:
         if not isinstance(adapter, LowRankAdapter):
             raise ValueError(
                 f"{type(adapter).__name__} at {adapter.site_name} multiplies the base output; no LoRA equals it."
             )
-    configs: Any = model.peft_config
-    further = getattr(configs[adapter_name], "modules_to_save", None)
-    if further:
-        raise ValueError(
-            f"`modules_to_save` = {sorted(further)}: a LoRA file holds no whole modules, so the export would not be "
-            "the adapter; export one without them, or merge (`merge_and_unload`) and save the model."
-        )
-    gated = [a for a in adapters if not a.is_mergeable]
+    gated = [adapter for adapter in adapters if not adapter.is_mergeable]
     for adapter in gated:
         if not isinstance(adapter, (HeadGroupGatingAdapter, DynamicRankMaskAdapter)):
             raise ValueError(
                 f"{type(adapter).__name__} at {adapter.site_name} depends on the token, and has no gates that could be "
                 "fixed at their mean: no LoRA equals it."
             )
-    if gated and calibration is None:
-        raise ValueError(
-            f"{type(gated[0]).__name__} at {gated[0].site_name} has gates that depend on the token: pass `calibration` "
-            "batches to fix them at their mean; the export then is an approximation whose error is reported."
+        reads_x_alone = isinstance(adapter, DynamicRankMaskAdapter) or (
+            not adapter.uses_exact_statistics and adapter.retrieval == "none"
         )
-    means = _mean_gates(model, gated, calibration) if gated and calibration is not None else {}
-    tensors, ranks = {}, {}
-    for name, (_, stacked) in layers.items():
-        pairs = []
-        for adapter in stacked:
-            gate = means[adapter][0] if adapter in means else None
-            a, b = adapter.lora_factors(gate) if gate is not None else adapter.lora_factors()  # type: ignore[operator]
-            pairs.append((a, b * adapter.scaling))
-        a, b = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs], dim=1)
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.contiguous().cpu()
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.contiguous().cpu()
-        ranks[name] = a.shape[0]
-    _write(model, save_directory, adapter_name, tensors, ranks, layers)
-    errors = {adapter.site_name: means[adapter][1] for adapter in means}
-    return LoraExportReport(os.fspath(save_directory), ranks, not gated, errors)
+        if not reads_x_alone:
+            raise ValueError(
+                f"{adapter.site_name}: gates that read exact attention rows or retrieval cannot be fixed from W_O's "
+                "input; export works with attention_stats='output' and retrieval='none'."
+            )
+    return gated
+
+
+def _refuse_what_a_lora_does_not_hold(model: Any, adapter_name: str) -> None:
+    further = getattr(model.peft_config[adapter_name], "modules_to_save", None)
+    if further:
+        raise ValueError(
+            f"`modules_to_save` = {sorted(further)}: a LoRA file holds no whole modules, so the export would not be "
+            "the adapter; export one without them, or merge (`merge_and_unload`) and save the model."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterLinear):
+            if module.merged_adapters:
+                raise ValueError(
+                    f"{module.merged_adapters} are merged into {name}: the LoRA would stand on a base that has them "
+                    "already; call `unmerge_adapter` first."
+                )
+            active: Any = module.active_adapters
+            if adapter_name in active and len(active) > 1:
+                raise ValueError(
+                    f"{list(active)} are active together, and the file would hold {adapter_name!r} "
+                    f"alone: call `set_adapter({adapter_name!r})` first, and export each one."
+                )
+            base: Any = module.base_layer
+            if parametrize.is_parametrized(base):
+                raise ValueError(
+                    f"the base layer of {name} is parametrised, which a LoRA file does not hold: remove the "
+                    "parametrisation (`torch.nn.utils.parametrize.remove_parametrizations`), and save the base too."
+                )
+        if isinstance(module, BaseTunerLayer) and (
+            not isinstance(module, AdapterLinear) or isinstance(module.base_layer, BaseTunerLayer)
+        ):
+            raise ValueError(
+                f"{name} is adapted by {type(module).__name__} over or under the adapter, and the file would hold "
+                f"{adapter_name!r} alone: unload the other one, or merge it and save the base."
+            )
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            raise ValueError(
+                f"{name} is trained with {adapter_name!r} ({type(module).__name__}): no LoRA file holds it."
+            )
+    own = {id(p) for m in model.modules() if isinstance(m, (Adapter, AuxiliaryTrainingWrapper)) for p in m.parameters()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    if trained:
+        raise ValueError(
+            f"{trained[0]} and {len(trained) - 1} further parameters of the base are trainable: a LoRA file does not "
+            "hold them; freeze them (`requires_grad_(False)`) if they are as loaded, else save the whole model."
+        )
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    containers = {name for m in model.modules() if isinstance(m, AdapterLinear) for name in m.adapter_layer_names}
+    beside = [key for key in saved if not any(f".{container}." in key for container in containers)]
+    if beside:
+        raise ValueError(
+            f"the adapter is saved with {beside[0]} and {len(beside) - 1} further tensors of the base (embeddings that "
+            "were resized, for instance): a LoRA runtime would not load them; merge and save the whole model."
+        )
 
 
 def _write(
@@ -129,50 +210,3 @@ def _write(
     os.makedirs(folder, exist_ok=True)
     save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
     config.save_pretrained(os.fspath(folder))
-
-
-@torch.no_grad()
-def _mean_gates(
-    model: nn.Module, adapters: list[Any], calibration: Iterable[dict[str, Any]]
-) -> dict[Any, tuple[torch.Tensor, float]]:
-    """For each gated adapter the mean of its gates and the relative error of the update at that mean."""
-    seen: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {adapter: [] for adapter in adapters}
-
-    def watch(adapter: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        x = args[0].reshape(-1, adapter.in_features)
-        seen[adapter].append((x.float(), (out - args[1]).reshape(-1, adapter.out_features).float()))
-
-    handles = [adapter.register_forward_hook(watch) for adapter in adapters]
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in calibration:
-            model(**batch)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    result = {}
-    for adapter in adapters:
-        if not seen[adapter]:
-            raise ValueError(f"`calibration` brought no token to {adapter.site_name}: pass at least one batch.")
-        x = torch.cat([pair[0] for pair in seen[adapter]])
-        update = torch.cat([pair[1] for pair in seen[adapter]])
-        gate = _gate_values(adapter, x).mean(0)
-        a, b = adapter.lora_factors(gate)
-        exported = x @ a.float().t() @ (b.float() * adapter.scaling).t()
-        size = update.norm()
-        result[adapter] = (gate, float((update - exported).norm() / size) if size > 0 else 0.0)
-    return result
-
-
-def _gate_values(adapter: Any, x: torch.Tensor) -> torch.Tensor:
-    """The factors that an adapter puts on its ranks (or groups) for inputs x (N, in): (N, R) or (N, G)."""
-    if isinstance(adapter, HeadGroupGatingAdapter):
-        if adapter.uses_exact_statistics or adapter.retrieval != "none":
-            raise ValueError(
-                f"{adapter.site_name}: gates that read exact attention rows or retrieval cannot be fixed from W_O's "
-                "input; export works with attention_stats='output' and retrieval='none'."
-            )
-        return adapter.gates(adapter.statistics(x))
-    return adapter.rank_factors(x)
