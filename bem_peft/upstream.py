@@ -264,6 +264,7 @@ NEEDED = (
     Needed(_TUNER + "BaseTunerLayer.set_adapter", ("adapter_names", "inference_mode")),
     Needed(_TUNER + "BaseTunerLayer.get_base_layer"),
     Needed(_TUNER + "_ExcludedModule"),
+    Needed(_TUNER + "_maybe_include_all_linear_layers", ("peft_config", "model")),
     Needed(_TUNER + "check_adapters_to_merge", ("module", "adapter_names")),
     Needed("peft.utils.other:AuxiliaryTrainingWrapper"),
     Needed("peft.utils.other:get_pattern_key"),

@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 
 from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter_config import AdapterConfig, default_of
@@ -143,10 +144,17 @@ class CompositeConfig(AdapterConfig):
             if kind not in METHODS:
                 raise check.field_error("methods", kind, f"`peft_type` must be one of {sorted(METHODS)}")
             cls = METHODS[kind]
-            unknown = set(given) - {f.name for f in dataclasses.fields(cls)}
+            known = {f.name for f in dataclasses.fields(cls)}
+            unknown = sorted(set(given) - known)
+            if unknown and "auto_mapping" not in given:  # which a saved config has, and a written one has not
+                raise check.field_error("methods", kind, f"has no field {unknown}", "remove it")
             if unknown:
-                raise check.field_error("methods", kind, f"has no field {sorted(unknown)}", "remove it")
-            values = dict(given)
+                warnings.warn(
+                    f"Unexpected keyword arguments {unknown} for class {cls.__name__} in `methods`, these are ignored. "
+                    "The file was probably saved by a newer bem_peft: pip install -U bem_peft",
+                    stacklevel=2,
+                )
+            values = {name: value for name, value in given.items() if name in known}
         elif type(given) not in METHODS.values():
             raise TypeError(
                 f"`methods` holds a {type(given).__name__}: must be configs of "
@@ -215,6 +223,9 @@ class CompositeModel(AdapterModel):
                     yield container, method
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        for _, config in self.parts(peft_config):
+            config.task_type = config.task_type or peft_config.task_type
+            _maybe_include_all_linear_layers(config, self.model)
         super()._prepare_adapter_config(peft_config, model_config)
         joined = joined_targets(peft_config.methods)
         # a regular expression among them, beside the composite's own names: `matches` decides

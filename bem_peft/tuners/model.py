@@ -54,10 +54,23 @@ class AdapterModel(BaseTuner):
     # preparation
 
     def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> AdapterConfig:
+        self._drop_base_prefix(peft_config)
         for _, config in self.parts(peft_config):
+            self._drop_base_prefix(config)
             if config.target_modules is None:
                 config.target_modules = set(self._found_targets(config))
         return peft_config
+
+    def _drop_base_prefix(self, config: AdapterConfig) -> None:
+        """Full names that were made on a model with a head (`model.layers.0 ...`), for the model without one."""
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        if prefix == "." or hasattr(self.model, prefix[:-1]):
+            return
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(config, name)
+            if isinstance(value, set):
+                setattr(config, name, {module.removeprefix(prefix) for module in value})
+        config.rank_pattern = {key.removeprefix(prefix): sizes for key, sizes in config.rank_pattern.items()}
 
     def _found_targets(self, config: AdapterConfig) -> list[str]:
         """Names of the sites that `config` adapts by default. Raises SiteError where one could not be placed."""

@@ -144,7 +144,6 @@ class KroneckerAdapter(LowRankAdapter):
             nn.init.normal_(self.B, std=self.B.shape[1] ** -0.5)
         if self.U.device.type == "meta":  # filled by the checkpoint that is being loaded
             return
-        # an adapter that is loaded for inference gets its factors from the file: no decomposition for nothing
         if self.init_method == "svd" and not self.inference_mode and site.weight is not None:
             weight = site.weight()
             if weight.device.type != "meta":
@@ -154,7 +153,8 @@ class KroneckerAdapter(LowRankAdapter):
                     self.V.copy_(v)
                 return
         for factor in (self.U, self.V):
-            if self.init_method == "random":
+            # an adapter that is loaded for inference gets its factors from the file: no decomposition for nothing
+            if self.init_method == "random" or self.inference_mode:
                 nn.init.normal_(factor, std=factor.shape[1] ** -0.5)
             else:
                 nn.init.orthogonal_(factor)
