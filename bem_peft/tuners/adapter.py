@@ -135,7 +135,7 @@ class Adapter(nn.Module):
         kind = y.device.type
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                return self.forward(x, y)
+                return Adapter.forward(self, x, y)
         dtype = y.dtype
         if self.reads_call:
             self.call.lead = x.shape[:-1]
@@ -159,7 +159,11 @@ class Adapter(nn.Module):
 
     def is_plain_call(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         """Whether a C++ operator sees all that there is to this call; a parametrised adapter is a module of modules."""
-        return not self._modules and is_plain_call(x, y, *self._parameters.values())
+        return not self._modules and is_plain_call(x, y, *self.held_masters())
+
+    def held_masters(self) -> list[torch.Tensor | None]:
+        """The `masters`, None where the config leaves one out; a replica of DataParallel holds them as attributes."""
+        return [getattr(self, name, None) for name in self.masters]
 
     def fits_operator(self, y: torch.Tensor) -> bool:
         """Whether the C++ operator of `kernels.cpp` can take this call: inference on a CPU."""
@@ -190,7 +194,7 @@ class Adapter(nn.Module):
             return False
         if torch.compiler.is_compiling() or self.carries_penalties(y):
             return False
-        return all(p.dtype is torch.float32 and p.is_contiguous() for p in self._parameters.values() if p is not None)
+        return all(p.dtype is torch.float32 and p.is_contiguous() for p in self.held_masters() if p is not None)
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """`transform` by an operator that autograd knows; x (..., in) and y (..., out) contiguous, of one dtype."""
@@ -215,7 +219,7 @@ class Adapter(nn.Module):
             x, y, *masters = given
             assert x is not None
             assert y is not None
-            twin.__dict__["_parameters"] = dict(zip(self.masters, masters, strict=True))
+            twin.__dict__.update(zip(self.masters, masters, strict=True))
             rows, weights = y.reshape(-1, self.out_features), twin.derive(y.dtype)
             out = twin.transform(x.reshape(-1, self.in_features), rows, *weights).view_as(y)
             wanted = [t for t in given if t is not None and t.requires_grad]

@@ -133,14 +133,17 @@ def require_interface(attention: nn.Module, site: str) -> None:
         )
 
 
-def use_exact_attention(model: nn.Module) -> None:
-    """Let every attention module of `model` hand its rows to its W_O, whatever its implementation is."""
+def use_exact_attention(model: nn.Module) -> set[str]:
+    """Let every attention module of `model` hand its rows to its W_O; the implementations that were found."""
+    found = set()
     for module in model.modules():
         config = getattr(module, "config", None)
         name = getattr(config, "_attn_implementation", None)
         if isinstance(name, str) and not name.startswith(EXACT_PREFIX):
-            _register_exact(name)
+            register_exact(name)
             config._attn_implementation = EXACT_PREFIX + name  # type: ignore[union-attr]
+            found.add(name)
+    return found
 
 
 def restore_attention(model: nn.Module) -> None:
@@ -152,7 +155,12 @@ def restore_attention(model: nn.Module) -> None:
             config._attn_implementation = name.removeprefix(EXACT_PREFIX)  # type: ignore[union-attr]
 
 
-def _register_exact(name: str) -> None:
+def register_exact(name: str) -> None:
+    """Make the attention implementation `name`, with rows handed to W_O, known to transformers in this process.
+
+    Raises:
+        ValueError: an implementation whose rows cannot be had.
+    """
     if name == "flex_attention" or name.startswith("paged"):
         raise ValueError(
             f"attention_stats='exact' does not support attn_implementation={name!r}: use 'sdpa', 'eager' or a "

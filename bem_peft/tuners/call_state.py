@@ -36,7 +36,8 @@ class CallState(CallFrames):
         super().__init__()
         self.retrieval: set[str] = set()  # kinds that some adapter of the model reads: "quality", "scores"
         self.is_penalised = False  # some adapter of the model carries a penalty
-        self.watched: nn.Module | None = None  # an adapter that does something around an optimizer step
+        self.is_watched = False  # some adapter of the model does something around an optimizer step
+        self.exact_attention: set[str] = set()  # attention implementations of the model that hand on their rows
         self.loop = LoopScale()
         self.log = PenaltyLog()
         self.caps = Caps()
@@ -96,6 +97,17 @@ def attach_call_state(model: nn.Module, state: CallState) -> None:
         state.handles.extend((pre, post))
 
 
+def detach_call_state(model: nn.Module, state: CallState) -> None:
+    """Take the hooks off again, and what a call in training has put on blocks under gradient checkpointing."""
+    for handle in state.handles:
+        handle.remove()
+    state.handles.clear()
+    for block in model.modules():
+        function = block.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(function, _BoundCheckpoint):
+            block.__dict__["_gradient_checkpointing_func"] = function.function
+
+
 class _ReceiveCall:
     def __init__(self, state: CallState) -> None:
         self.state = state
@@ -108,8 +120,8 @@ class _ReceiveCall:
             scores = check_scores(kwargs["retrieval_scores"], state.retrieval)
         if "retrieval_quality" in kwargs or "retrieval_scores" in kwargs:
             kwargs = {k: v for k, v in kwargs.items() if k not in ("retrieval_quality", "retrieval_scores")}
-        if state.watched is not None and model.training and torch.is_grad_enabled():
-            refuse_partitioned(state.watched)
+        if state.is_watched and model.training and torch.is_grad_enabled():
+            refuse_partitioned(model)
         penalty = None
         if state.is_penalised and model.training and torch.is_grad_enabled():
             given = inspect.signature(model.forward).bind_partial(*args).arguments if args else {}
@@ -138,13 +150,14 @@ def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     return None if found is None else int(found.shape[0])
 
 
-def refuse_partitioned(adapter: nn.Module) -> None:
+def refuse_partitioned(model: nn.Module) -> None:
     """Raise where DeepSpeed's ZeRO keeps the parameters' masters, which no hook of an optimizer step would reach.
 
     Raises:
-        RuntimeError: the adapter is in the hands of ZeRO.
+        RuntimeError: the adapters of `model` that are watched are in the hands of ZeRO.
     """
-    parameter = next(adapter.parameters())
+    adapter = next((module for module in model.modules() if getattr(module, "is_watched", False)), None)
+    parameter = None if adapter is None else next(adapter.parameters(), None)
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         raise RuntimeError(
             "under DeepSpeed's ZeRO nothing can be done around an optimizer step, because ZeRO keeps copies of the "

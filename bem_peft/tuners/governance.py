@@ -147,7 +147,7 @@ class LowRankAdapter(Adapter):
         self.fro_budget = self.fro_budget or caps.fro_budget
         if self.is_capped:
             self.is_watched = True
-            self.call.watched = self
+            self.call.is_watched = True
             watch(self)
 
     def after_optimizer_step(self, is_first: bool) -> None:

@@ -21,7 +21,14 @@ from bem_peft.kept import kept_weights
 from bem_peft.tuners.adapter import Adapter, SiteShape
 from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.attention_stats import require_interface, restore_attention, use_exact_attention
-from bem_peft.tuners.call_state import CHECKS, CallState, attach_call_state, batch_of, find_call_state
+from bem_peft.tuners.call_state import (
+    CHECKS,
+    CallState,
+    attach_call_state,
+    batch_of,
+    detach_call_state,
+    find_call_state,
+)
 from bem_peft.tuners.layer import AdapterLayer, AdapterLinear, projection_shape
 from bem_peft.tuners.loop import attach_to_trainers
 from bem_peft.tuners.sites import MLP_DOWN, SiteError, SiteTable, find_sites
@@ -262,19 +269,28 @@ class AdapterModel(BaseTuner):
         self.__dict__["_name"] = adapter_name
         known = {m for m in model.modules() if isinstance(m, Adapter)}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        adapters = [m for m in model.modules() if isinstance(m, Adapter)]
-        for adapter in adapters:
+        for adapter in [m for m in model.modules() if isinstance(m, Adapter)]:
             if adapter not in known:
                 adapter.on_added()
-        kinds = {getattr(adapter, "retrieval", "none") for adapter in adapters} - {"none"}
-        self.call.retrieval |= kinds
-        self.call.is_penalised |= any(adapter.is_penalised for adapter in adapters)
-        self.call.watched = next((adapter for adapter in adapters if adapter.is_watched), None)
         attach_call_state(model, self.call)
-        if "transformers.trainer" in sys.modules or any(a.is_penalised or a.is_watched for a in adapters):
+        self._tell_call_state(model)
+        if "transformers.trainer" in sys.modules or self.call.is_penalised or self.call.is_watched:
             attach_to_trainers()
+
+    def _tell_call_state(self, model: nn.Module) -> None:
+        """What the adapters that are in `model` now need of a call."""
+        adapters, call = [m for m in model.modules() if isinstance(m, Adapter)], self.call
+        call.retrieval = {getattr(adapter, "retrieval", "none") for adapter in adapters} - {"none"}
+        call.is_penalised = any(adapter.is_penalised for adapter in adapters)
+        call.is_watched = any(adapter.is_watched for adapter in adapters)
         if any(getattr(adapter, "uses_exact_statistics", False) for adapter in adapters):
-            use_exact_attention(model)
+            call.exact_attention |= use_exact_attention(model)
+        else:
+            restore_attention(model)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._tell_call_state(self.model)
 
     # merging and unloading
 
@@ -303,9 +319,9 @@ class AdapterModel(BaseTuner):
         if merge:
             self._refuse_unmergeable(kwargs.get("adapter_names"))
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        for handle in self.call.handles:
-            handle.remove()
-        self.call.handles.clear()
+        detach_call_state(model, self.call)
+        for module in model.modules():
+            _take_names_from(module)
         restore_attention(model)
         return model
 
@@ -376,12 +392,11 @@ def check_saved_keys(model: nn.Module, adapter_name: str, keys: Iterable[str]) -
         ValueError: a key is missing, or the model has no place for it.
     """
     expected: set[str] = set()
-    containers: set[str] = set()
+    prefixes = tuple(f"{config.method}_" for config in AdapterConfig.__subclasses__())
     buffers: set[str] = set()  # counts of a training run; a file of parameters alone does without
     obsolete: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, AdapterLayer):
-            containers.update(f".{container}." for container in module.adapter_layer_names)
             for container in module.adapter_layer_names:
                 if adapter_name in getattr(module, container):
                     adapter = getattr(module, container)[adapter_name]
@@ -389,7 +404,7 @@ def check_saved_keys(model: nn.Module, adapter_name: str, keys: Iterable[str]) -
                     expected |= {place + key for key, _ in adapter.named_parameters()}
                     buffers |= {place + key for key, _ in adapter.named_buffers()}
                     obsolete |= {place + key for key in adapter.obsolete_keys}
-    given = {_without_wrappers(key) for key in keys if any(container in key for container in containers)}
+    given = {_without_wrappers(key) for key in keys if any(part.startswith(prefixes) for part in key.split("."))}
     unexpected = sorted(key for key in given - expected - buffers if not key.startswith(tuple(obsolete)))
     missing = sorted(expected - given)
     if missing or unexpected:
@@ -426,6 +441,13 @@ def _give_names_to(module: nn.Module, call: CallState) -> None:
     hooks: Any = module._forward_pre_hooks
     if not any(isinstance(hook, _GiveNames) for hook in list(hooks.values())):
         module.register_forward_pre_hook(_GiveNames(call), with_kwargs=True)
+
+
+def _take_names_from(module: nn.Module) -> None:
+    hooks: Any = module._forward_pre_hooks
+    for number in [number for number, hook in hooks.items() if isinstance(hook, _GiveNames)]:
+        del hooks[number]
+        module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def _some(names: tuple[str, ...] | list[str]) -> str:

@@ -26,13 +26,14 @@ class _Carrier(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, penalty: torch.Tensor, call: PenaltyCall, owner: object) -> torch.Tensor:
         ctx.call, ctx.owner = call, owner
+        ctx.mark = object()  # stands for this node: the node itself would hold the call that holds it, and its graph
         ctx.penalty_like = (penalty.dtype, penalty.device)
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         dtype, device = ctx.penalty_like
-        factor = ctx.call.factor_for(ctx, ctx.owner)
+        factor = ctx.call.factor_for(ctx.mark, ctx.owner)
         return gradients[0], factor.to(device=device, dtype=dtype), None, None
 
 

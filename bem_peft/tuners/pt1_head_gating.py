@@ -23,7 +23,7 @@ from bem_peft.kernels.gate import gated_update
 from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig, default_of
-from bem_peft.tuners.attention_stats import AttentionRows, head_output_statistics
+from bem_peft.tuners.attention_stats import AttentionRows, head_output_statistics, register_exact
 from bem_peft.tuners.call_frame import repeat_rows, take_rows
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.governance import LowRankAdapter, root_of
@@ -276,6 +276,11 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         # where the ranks differ, A is padded to the widest group: row i of A stands at slot[i]
         self.slots = [g * widest + i for g, rank in enumerate(self.ranks) for i in range(rank)]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in self.call.exact_attention:  # unpickled where no model has registered it yet
+            register_exact(name)
+
     def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
         nn.init.normal_(self.A, std=self.A.shape[1] ** -0.5)
         nn.init.zeros_(self.gate_weight)
@@ -323,9 +328,8 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         return not is_dropping and super().fits_training(y)
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        masters = (getattr(self, name) for name in self.masters)
         out: torch.Tensor = cpp.build().head_gating_train(
-            x, y, *masters, self.num_heads, self.ranks, self.temperature, self.scaling
+            x, y, *self.held_masters(), self.num_heads, self.ranks, self.temperature, self.scaling
         )[0]
         return out
 

@@ -181,10 +181,9 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         return self.observer is None and super().fits_training(y)
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        masters = (self._parameters.get(name) for name in self.masters)
         temperature = self.temperature if self.training else math.inf  # no slope: the mask has no gradient
         choice = self.active_rank, self.is_task_mask, self.hadamard, temperature, self.scaling
-        out: torch.Tensor = cpp.build().rank_mask_train(self.drop(x), y, *masters, *choice)[0]
+        out: torch.Tensor = cpp.build().rank_mask_train(self.drop(x), y, *self.held_masters(), *choice)[0]
         return out
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:

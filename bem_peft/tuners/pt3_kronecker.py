@@ -173,8 +173,7 @@ class KroneckerAdapter(LowRankAdapter):
         return "kronecker", (self.v_rank, self.scaling)
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        masters = (getattr(self, name) for name in self.masters)
-        out: torch.Tensor = cpp.build().kronecker_train(self.drop(x), y, *masters, self.scaling)[0]
+        out: torch.Tensor = cpp.build().kronecker_train(self.drop(x), y, *self.held_masters(), self.scaling)[0]
         return out
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:

@@ -170,10 +170,9 @@ class ResidualFiLMAdapter(BrakedAdapter):
         return "film", (self.is_rms,)
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        masters = (self._parameters.get(name) for name in self.masters)
         unstable = torch.zeros((), dtype=torch.bool) if self.is_watching_output() else None
         out: torch.Tensor = cpp.build().film_train(
-            x, y, *masters, self.scaling, self.clamp_range, self.max_beta, self.is_rms, unstable,
+            x, y, *self.held_masters(), self.scaling, self.clamp_range, self.max_beta, self.is_rms, unstable,
             self.explosion_threshold,
         )[0]  # fmt: skip
         if unstable is not None:
