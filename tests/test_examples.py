@@ -80,7 +80,7 @@ def test_seq2seq_trainer(checkpoint: Path, tmp_path: Path) -> None:
 @needs_checkpoint
 def test_accelerate_loop(checkpoint: Path, tmp_path: Path) -> None:
     out = run("accelerate_loop.py", "--model", str(checkpoint), "--steps", "1", "--batch", "2", cwd=tmp_path)
-    assert re.search(r"step 1: loss \d+\.\d+, penalty/balance 0\.0\d+", out), out
+    assert re.search(r"step 1: loss \d+\.\d+, penalty/balance 0\.\d+", out), out
     assert (tmp_path / "runs/accelerate/adapter/adapter_model.safetensors").is_file()
 
 

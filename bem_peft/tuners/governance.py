@@ -70,7 +70,7 @@ class LowRankAdapter(Adapter):
         return x
 
     def right_root(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """P diag(s) (R, R) with K K^T = P diag(s^2) P^T, and its pseudo-inverse; float64, largest gates included."""
+        """P diag(s) (R, n) with K K^T = P diag(s^2) P^T, and its pseudo-inverse; float64, largest gates included."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class LowRankAdapter(Adapter):
         """B = left (out, R), float64, moved to where sigma_1 is at most `cap`."""
         root, inverse = self.right_root()
         basis, triangle = torch.linalg.qr(left)
-        u, sigma, v = torch.linalg.svd(triangle @ root)
+        u, sigma, v = torch.linalg.svd(triangle @ root, full_matrices=False)
         excess = (sigma - cap).clamp_min(0.0)
         return left - (basis @ (u * excess)) @ (v @ inverse)
 
@@ -220,7 +220,7 @@ def _triangle(left: torch.Tensor) -> torch.Tensor:
 def root_of(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """P diag(s), rows (R, n) = P diag(s) Q^T, and its pseudo-inverse. Not of the Gram matrix, which would square the
     condition."""
-    u, sigma, _ = torch.linalg.svd(_triangle(rows.t()).t())
+    u, sigma, _ = torch.linalg.svd(_triangle(rows.t()).t(), full_matrices=False)
     floor = sigma[0] * 1e-13
     inverse = torch.where(sigma > floor, 1.0 / sigma.clamp_min(1e-300), torch.zeros_like(sigma))
     return u * sigma, (u * inverse).t()

@@ -225,6 +225,22 @@ def test_the_bound_is_above_every_mask_and_not_far(kind: str) -> None:
                 assert torch.equal(moved, before)
 
 
+@pytest.mark.parametrize(("width", "out"), [(6, 32), (48, 5), (6, 5)])
+@pytest.mark.parametrize("method", ["rank_mask", "rank_mask, one mask", "kronecker", "head_gating"])
+def test_caps_hold_where_the_rank_exceeds_the_site(method: str, width: int, out: int) -> None:
+    sizes: dict[str, Any] = {
+        "rank_mask": {"total_rank": 8, "active_rank": 3},
+        "rank_mask, one mask": {"total_rank": 8, "active_rank": 7, "mask_scope": "task", "value_gate": False},
+        "kronecker": {"u_rank": 2, "v_rank": 3, "u_dim": 2},
+        "head_gating": {"num_groups": 2, "rank_per_group": 5},
+    }[method]
+    _, adapter = lone(method.partition(",")[0], width, out, **sizes)
+    adapter.project(0.1, 0.12)
+    sigma, norm = norms_of(adapter, method)
+    assert 0.04 < sigma <= 0.1
+    assert norm <= 0.12
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e6])
 @pytest.mark.parametrize(("scope", "gate"), [("task", False), ("token", True)])
