@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
+from peft.utils.peft_types import PeftType
 
 from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.registry import extend_peft_type
@@ -77,7 +78,8 @@ class AdapterConfig(PeftConfig):
         self.is_from_file = bool(self.inference_mode)
         given = self.__dict__["peft_type"]
         self.peft_type = extend_peft_type(self.method.upper())
-        if given is not None and given != self.peft_type:
+        # PEFT's own configs write over whatever is given; the name of another method is a mistake
+        if given is not None and given != self.peft_type and given in list(PeftType):
             raise check.field_error("peft_type", given, f"is {self.method.upper()!r} here", "leave it out")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Caps:
 
     max_singular_value: float | None = None
     fro_budget: float | None = None
+    told: set[str] = field(default_factory=set, compare=False)  # how a site that exceeds its cap was found, once each
 
 
 class CallState(CallFrames):

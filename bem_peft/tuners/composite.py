@@ -169,7 +169,7 @@ class CompositeConfig(AdapterConfig):
             if value not in (default, getattr(self, name)) and not (is_stamp or self.is_from_file):
                 raise check.field_error(name, value, "stands in the composite, not in a method", "set it there")
         was_accepted = self.is_from_file or (not isinstance(given, dict) and given.is_from_file)
-        method = cls(**values, inference_mode=was_accepted)
+        method = cls(**values, inference_mode=was_accepted, peft_version=self.peft_version)
         method.inference_mode = self.inference_mode
         return method
 

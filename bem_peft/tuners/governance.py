@@ -110,6 +110,7 @@ class LowRankAdapter(Adapter):
                     f"`{name}` at {self.site_name} is not finite after an optimizer step, so the norm of its update "
                     "cannot be capped (`max_singular_value`, `fro_budget`): lower the learning rate, or clip gradients."
                 )
+        self.call.caps.told.clear()
         left = whole(self.B).double()
         if self._share_allowed(left, max_singular_value, fro_budget) >= 1.0:
             return
@@ -178,17 +179,21 @@ class LowRankAdapter(Adapter):
 
     @torch.no_grad()
     def check_caps(self, how: str) -> None:
-        """Warn where a cap does not hold. A shard is not looked at: its norm would take the whole group."""
-        if not self.is_capped or isinstance(self.B, DTensor) or self.B.is_meta:
+        """Warn where a cap does not hold, of the first site alone. A shard is not looked at: its norm would take the
+        whole group."""
+        told = self.call.caps.told
+        if how in told or not self.is_capped or isinstance(self.B, DTensor) or self.B.is_meta:
             return
         limit = 1.0 + 8.0 * torch.finfo(self.B.dtype).eps
         found = [float(norm) for norm in self.bounds(self.B.double())]
         for name, cap, norm in zip(("max_singular_value", "fro_budget"), self._caps(), found, strict=True):
             if cap is not None and not norm <= cap * limit:
+                told.add(how)
                 warnings.warn(
                     f"`{name}` = {cap:g} does not hold at {self.site_name}: the weights that are {how} now reach "
-                    f"{norm:.4g}. They were not written by a step of a torch optimizer that holds the parameters "
-                    "(averaged weights, an optimizer with copies of its own, a file): call "
+                    f"{norm:.4g} (SpectralGovernance.measure lists all sites). They were not written by a step of a "
+                    "torch optimizer that holds the parameters (averaged weights, an optimizer with copies of its "
+                    "own, a file): call "
                     "SpectralGovernance(...).project(model) after they are written.",
                     stacklevel=2,
                 )

@@ -10,7 +10,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import transpose
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from transformers.pytorch_utils import Conv1D
 
 from bem_peft.kernels.plain_call import is_plain_thread
@@ -32,7 +37,10 @@ def is_observed(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or module._compiled_call_impl is not None
         or "forward" in module.__dict__
-        or _has_any_global_hook()
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -112,7 +113,10 @@ TASK_TYPES = {
 def is_mergeable(config_class: type, fields: dict[str, Any]) -> bool:
     """Whether such an adapter is documented to merge into a layer with a bias."""
     if config_class is CompositeConfig:
-        return all(is_mergeable(type(part), vars(part)) for part in CompositeConfig(**fields).methods)
+        return all(
+            is_mergeable(type(part), {f.name: getattr(part, f.name) for f in dataclasses.fields(part)})
+            for part in CompositeConfig(**fields).methods
+        )
     config = config_class(**fields)
     if config_class is DynamicRankMaskConfig:
         return config.mask_scope == "task" and not config.value_gate

@@ -334,8 +334,9 @@ def test_averaged_weights_above_the_cap_are_told_where_they_are_used(order: str,
     model.train()
     for act in (exceed, nn.Module.eval) if order == "weights first" else (nn.Module.eval, exceed):
         act(model)
-    with pytest.warns(UserWarning, match=r"`max_singular_value` = 0.05 does not hold at .*used now reach"):
+    with pytest.warns(UserWarning, match=r"`max_singular_value` = 0.05 does not hold at .*used now reach") as told:
         model(input_ids=tokens())
+    assert len(told) == 1, "once, not once a site"
     with pytest.warns(UserWarning, match=r"does not hold at .*saved now reach"):
         model.save_pretrained(tmp_path)
     SpectralGovernance(max_singular_value=0.05).project(model)

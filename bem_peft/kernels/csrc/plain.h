@@ -15,14 +15,15 @@ inline bool is_plain(const at::Tensor& tensor) {
     const c10::InferenceMode off(false);
     return at::empty({0}, at::kCPU).key_set().raw_repr();
   }();
-  const auto keys = tensor.key_set();
+  auto keys = tensor.key_set();  // not const: torch before 2.9 reads no representation of a const one
   return keys.has(c10::DispatchKey::CPU) && (keys.raw_repr() & ~usual) == 0 && !tensor._fw_grad(0).defined();
 }
 
 // no mode of Python's, no functional transform, no tracer: each adds a key to the thread's
 inline bool is_plain_thread() {
-  const auto included = c10::impl::tls_local_dispatch_key_set().included_.raw_repr();
-  return (included & ~c10::default_included_set.raw_repr()) == 0 && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+  auto included = c10::impl::tls_local_dispatch_key_set().included_;
+  auto usual = c10::default_included_set;
+  return (included.raw_repr() & ~usual.raw_repr()) == 0 && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
          at::impl::PythonTorchFunctionTLS::stack_len() == 0;
 }
 
