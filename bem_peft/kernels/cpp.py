@@ -80,7 +80,10 @@ def _load(may_retry: bool = True) -> Any:
     from torch.utils import cpp_extension
 
     name = f"bem_peft_cpu_{processor_key()}_{source_key()}"
-    original, cpp_extension.FileBaton = cpp_extension.FileBaton, _Baton  # type: ignore[misc]
+    # from torch 2.15 on the lock is the system's, which ends with the process that holds it
+    original = getattr(cpp_extension, "FileBaton", None)
+    if original is not None:
+        cpp_extension.FileBaton = _Baton  # type: ignore[misc]
     try:
         return cpp_extension.load(
             name=name,
@@ -97,7 +100,8 @@ def _load(may_retry: bool = True) -> Any:
                 "headers of Python, and a folder to write to (TORCH_EXTENSIONS_DIR); or choose BEM_PEFT_KERNELS=torch."
             ) from error
     finally:
-        cpp_extension.FileBaton = original  # type: ignore[misc]
+        if original is not None:
+            cpp_extension.FileBaton = original  # type: ignore[misc]
     return _load(may_retry=False)  # the process that was waited for has built nothing
 
 

@@ -52,6 +52,9 @@ def test_a_lock_that_was_left_over_is_named_after_a_while(small_source: Path, mo
     lock = lock_file()
     lock.touch()
     monkeypatch.setattr(cpp, "WAIT_SECONDS", 0.3)
+    if not hasattr(cpp_extension, "FileBaton"):  # torch 2.15: the system's lock, which nobody holds
+        assert cpp._load().one() == 1
+        return
     with pytest.raises(cpp.BuildError, match=r"waited 0.3 s .*/lock is still there.* delete that file") as caught:
         cpp._load()
     assert str(lock) in str(caught.value)
@@ -88,7 +91,7 @@ def test_processes_that_build_at_once(small_source: Path) -> None:
     for process in running:
         out, err = process.communicate(timeout=300)
         assert out.split() == ["1"], err
-    assert not lock_file().exists()
+    assert not lock_file().exists() or not hasattr(cpp_extension, "FileBaton")
 
 
 def test_the_compilers_own_error_is_told_and_it_can_be_tried_again(small_source: Path) -> None:
@@ -96,7 +99,7 @@ def test_the_compilers_own_error_is_told_and_it_can_be_tried_again(small_source:
     for _ in range(2):
         with pytest.raises(cpp.BuildError, match=r"(?s)nothing is meant here.*They need a C\+\+ compiler.*=torch"):
             cpp._load()
-        assert not lock_file().exists()
+        assert not lock_file().exists() or not hasattr(cpp_extension, "FileBaton")
 
 
 def test_what_another_process_failed_at_is_built_here(small_source: Path) -> None:
