@@ -76,7 +76,7 @@ class LowRankAdapter(Adapter):
     @torch.no_grad()
     def singular_values(self) -> torch.Tensor:
         """Singular values (ascending, float64) of the update; the largest over all masks alone, where they differ."""
-        return torch.linalg.svdvals(_triangle(whole(self.B).double()) @ self.right_root()[0]).flip(0)
+        return self._composed(whole(self.B).double()).flip(0)
 
     @torch.no_grad()
     def norms(self) -> tuple[float, float, bool]:
@@ -86,8 +86,12 @@ class LowRankAdapter(Adapter):
 
     def bounds(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Upper bounds of both norms over all tokens, for B = left (out, R) float64; scalars."""
-        sigma = torch.linalg.svdvals(_triangle(left) @ self.right_root()[0])
+        sigma = self._composed(left)
         return sigma[0], sigma.norm()
+
+    def _composed(self, left: torch.Tensor) -> torch.Tensor:
+        """Singular values (descending) of the update for B = left."""
+        return torch.linalg.svdvals(_triangle(left) @ self.right_root()[0])
 
     def clipped(self, left: torch.Tensor, cap: float) -> torch.Tensor:
         """B = left (out, R), float64, moved to where sigma_1 is at most `cap`."""
@@ -117,7 +121,7 @@ class LowRankAdapter(Adapter):
         slack = 1.0 - 8.0 * torch.finfo(self.B.dtype).eps  # B is rounded once more when it is written back
         if max_singular_value is not None:
             left = self.clipped(left, slack * max_singular_value)
-        left = left * self._share_allowed(left, _times(slack, max_singular_value), _times(slack, fro_budget))
+        left = left * self._share_allowed(left, max_singular_value, fro_budget, slack)
         rounded = left.to(self.B.dtype).double()
         for attempt in range(3):  # where B and A nearly cancel, rounding alone can exceed a cap
             share = self._share_allowed(rounded, max_singular_value, fro_budget)
@@ -127,12 +131,14 @@ class LowRankAdapter(Adapter):
             rounded = (rounded * share).to(self.B.dtype).double()
         write(self.B, rounded)
 
-    def _share_allowed(self, left: torch.Tensor, max_singular_value: float | None, fro_budget: float | None) -> float:
-        """The factor of B = left at which both caps hold."""
+    def _share_allowed(
+        self, left: torch.Tensor, max_singular_value: float | None, fro_budget: float | None, slack: float = 1.0
+    ) -> float:
+        """The factor of B = left at which both caps, times `slack`, hold."""
         shares = [1.0]
         for cap, norm in zip((max_singular_value, fro_budget), self.bounds(left), strict=True):
             if cap is not None and norm > 0:
-                shares.append(cap / float(norm))
+                shares.append(slack * cap / float(norm))
         return min(shares)
 
     # when
@@ -185,8 +191,9 @@ class LowRankAdapter(Adapter):
         if how in told or not self.is_capped or isinstance(self.B, DTensor) or self.B.is_meta:
             return
         limit = 1.0 + 8.0 * torch.finfo(self.B.dtype).eps
+        caps = self.max_singular_value, self.fro_budget
         found = [float(norm) for norm in self.bounds(self.B.double())]
-        for name, cap, norm in zip(("max_singular_value", "fro_budget"), self._caps(), found, strict=True):
+        for name, cap, norm in zip(("max_singular_value", "fro_budget"), caps, found, strict=True):
             if cap is not None and not norm <= cap * limit:
                 told.add(how)
                 warnings.warn(
@@ -198,18 +205,11 @@ class LowRankAdapter(Adapter):
                     stacklevel=2,
                 )
 
-    def _caps(self) -> tuple[float | None, float | None]:
-        return self.max_singular_value, self.fro_budget
-
     def train(self, mode: bool = True) -> LowRankAdapter:
         if not mode and self.training:
             self.seen = None  # weights may have been exchanged for averages
         super().train(mode)
         return self
-
-
-def _times(slack: float, cap: float | None) -> float | None:
-    return None if cap is None else slack * cap
 
 
 def _check_before_saving(module: nn.Module, *_: Any) -> None:
