@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetReport, BudgetValidator
 from bem_peft.budget.parameters import count_parameters
-from bem_peft.budget.whole_file import write_whole
+from bem_peft.whole_file import write_whole
 
 POLICIES = ("raise", "warn", "stop")
 REPORT_FILE = "budget_report.json"

@@ -11,9 +11,9 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard
 from huggingface_hub import eval_result_entries_to_yaml as entries_to_yaml
 
-from bem_peft.budget.whole_file import write_whole
 from bem_peft.evaluation.report import STANDS, Report
 from bem_peft.evaluation.results import QUALITY
+from bem_peft.whole_file import write_whole
 
 START, END = "<!-- bem_peft: evaluation -->", "<!-- bem_peft: end of evaluation -->"
 TASK = "text-generation"

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bem_peft.budget.whole_file import write_whole
 from bem_peft.evaluation.profiler import BASE, Profile, Workload, requests_per_minute
 from bem_peft.evaluation.results import SystemResult
+from bem_peft.whole_file import write_whole
 
 VERSION = 1
 COLUMNS = (

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bem_peft.budget.whole_file import write_whole
 from bem_peft.evaluation.pareto import Objective, ParetoPoint
 from bem_peft.evaluation.profile_document import ProfileDocument
 from bem_peft.evaluation.promotion import Promotion, interval_text
 from bem_peft.evaluation.results import QUALITY, SystemResult
 from bem_peft.evaluation.slices import SliceResult
+from bem_peft.whole_file import write_whole
 
 VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")

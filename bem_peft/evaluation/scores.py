@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from bem_peft.budget.whole_file import write_whole
 from bem_peft.evaluation.corpus import pseudo_values
 from bem_peft.evaluation.metrics import corpus_metric
+from bem_peft.whole_file import write_whole
 
 VERSION = 1
 

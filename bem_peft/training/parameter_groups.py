@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from bem_peft.tuners import field_checks as check
+from bem_peft import field_checks as check
 from bem_peft.tuners.adapter import Adapter
 
 # 1 throughout is what short runs on real text ask for (benchmarks/learning_rates.py); the multipliers of the document

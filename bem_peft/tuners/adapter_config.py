@@ -10,7 +10,7 @@ from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
-from bem_peft.tuners import field_checks as check
+from bem_peft import field_checks as check
 from bem_peft.tuners.registry import extend_peft_type
 from bem_peft.tuners.sites import ATTENTION_OUTPUT, MLP_DOWN
 

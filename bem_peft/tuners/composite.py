@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 
-from bem_peft.tuners import field_checks as check
+from bem_peft import field_checks as check
 from bem_peft.tuners.adapter_config import AdapterConfig, default_of
 from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.model import AdapterModel

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from bem_peft import field_checks as check
 from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.gate import gated_update
-from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig, default_of
 from bem_peft.tuners.attention_stats import AttentionRows, head_output_statistics, register_exact

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from bem_peft import field_checks as check
 from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.hadamard import hadamard_transform, is_power_of_two
 from bem_peft.kernels.rank_mask import (
@@ -29,7 +30,6 @@ from bem_peft.kernels.rank_mask import (
     k_hot_mask,
     straight_through_k_hot,
 )
-from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.call_state import CallState

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from bem_peft import field_checks as check
 from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.film import bounded_rows, film_update, token_rms
-from bem_peft.tuners import field_checks as check
 from bem_peft.tuners.adapter import SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.brake import BrakedAdapter
