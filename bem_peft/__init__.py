@@ -23,6 +23,7 @@ from bem_peft.evaluation.validator import StatisticalValidator
 from bem_peft.hub import push_to_hub
 from bem_peft.kept import kept_weights
 from bem_peft.kernels.backend import use_kernels
+from bem_peft.sites.find import Site, SiteError, SiteTable, find_sites
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import LearningRates, parameter_groups
 from bem_peft.tuners import (
@@ -43,7 +44,6 @@ from bem_peft.tuners.governance import SpectralGovernance, SpectralNorms
 from bem_peft.tuners.loop import AdapterCallback, penalty_values, set_loss_scale
 from bem_peft.tuners.lora_export import LoraExportReport, export_lora
 from bem_peft.tuners.probe import DeadSiteError, probe
-from bem_peft.tuners.sites import Site, SiteError, SiteTable, find_sites
 
 if TYPE_CHECKING:
     from bem_peft.training.trainer import PTTrainer, PTTrainingConfig

@@ -21,6 +21,7 @@ from torch import nn
 from bem_peft import field_checks as check
 from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.gate import gated_update
+from bem_peft.sites.find import ATTENTION_OUTPUT
 from bem_peft.tuners.adapter import SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig, default_of
 from bem_peft.tuners.attention_stats import AttentionRows, head_output_statistics, register_exact
@@ -33,7 +34,6 @@ from bem_peft.tuners.optimizer_hooks import watch
 from bem_peft.tuners.penalty import decorrelation, gate_entropy
 from bem_peft.tuners.registry import register
 from bem_peft.tuners.sharded import whole
-from bem_peft.tuners.sites import ATTENTION_OUTPUT
 
 
 @dataclass

@@ -20,6 +20,7 @@ from torch import nn
 from bem_peft import field_checks as check
 from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.kronecker import kronecker_update
+from bem_peft.sites.find import MLP_DOWN
 from bem_peft.tuners.adapter import SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.call_state import CallState
@@ -29,7 +30,6 @@ from bem_peft.tuners.model import AdapterModel
 from bem_peft.tuners.penalty import diversity, orthogonality
 from bem_peft.tuners.registry import register
 from bem_peft.tuners.sharded import whole
-from bem_peft.tuners.sites import MLP_DOWN
 
 
 @dataclass

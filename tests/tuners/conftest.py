@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from bem_peft.tuners.sites_models import language_model_types
+from bem_peft.sites.models import language_model_types
 
 TABLE = Path(__file__).with_name("sites_table.json")
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from bem_peft.cli import main
-from bem_peft.tuners.sites import (
+from bem_peft.sites.find import (
     ATTENTION_OUTPUT,
     MLP_DOWN,
     ModelBuildError,
@@ -24,8 +24,8 @@ from bem_peft.tuners.sites import (
     find_sites,
     site_table_row,
 )
-from bem_peft.tuners.sites_models import language_model_types
-from bem_peft.tuners.sites_table import merged_table, plain
+from bem_peft.sites.models import language_model_types
+from bem_peft.sites.table import merged_table, plain
 
 TABLE = json.loads(Path(__file__).with_name("sites_table.json").read_text())
 INSTALLED = language_model_types()
@@ -420,7 +420,7 @@ def test_command_rejects_a_model_with_all(capsys: pytest.CaptureFixture[str]) ->
 def test_command_writes_the_table_and_keeps_reviews(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bem_peft.tuners.sites.language_model_types", lambda: ["gpt2", "opt"])
+    monkeypatch.setattr("bem_peft.sites.find.language_model_types", lambda: ["gpt2", "opt"])
     path, version = tmp_path / "table.json", transformers.__version__
     assert main(["sites", "--all", "--write", str(path)]) == 0
     table = json.loads(path.read_text())

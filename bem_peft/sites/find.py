@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from bem_peft.tuners.sites_block import DOWN, Block, Path, Projection, attribute, base_module, configs, read_blocks
-from bem_peft.tuners.sites_models import ModelBuildError, build_meta, language_model_types
+from bem_peft.sites.blocks import DOWN, Block, Path, Projection, attribute, base_module, configs, read_blocks
+from bem_peft.sites.models import ModelBuildError, build_meta, language_model_types
 
 __all__ = [
     "ATTENTION_OUTPUT", "MLP_DOWN", "ModelBuildError", "Site", "SiteError", "SiteTable", "build_meta", "find_sites",

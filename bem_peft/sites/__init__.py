@@ -1,0 +1,1 @@
+"""Where W_O and W_down are in a model; knows nothing of adapters."""
