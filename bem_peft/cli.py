@@ -24,9 +24,9 @@ from torch import nn
 from bem_peft.budget.adapter_spec import AdapterSpecError, parse_adapter
 from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetValidator, adapted_copy, at_sites_of
 from bem_peft.budget.match import MATCHED, match_budget
+from bem_peft.experiments.experiment import DTYPES, DataSection, EvaluationSection, read_experiment
 from bem_peft.sites import find as sites
 from bem_peft.sites import table as sites_table
-from bem_peft.training.experiment import DTYPES, DataSection, EvaluationSection, read_experiment
 from bem_peft.tuners import registry
 
 _NOT_MET = 1
@@ -171,7 +171,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     experiment = read_experiment(arguments.file, arguments.set)
-    from bem_peft.training.run import run_experiment
+    from bem_peft.experiments.run import run_experiment
 
     results = run_experiment(experiment)
     print(f"results: {experiment.output_dir}/seed-*/result.json ({len(results)})")
@@ -179,7 +179,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from bem_peft.training.run import evaluate_adapter
+    from bem_peft.experiments.run import evaluate_adapter
 
     data = DataSection(
         train="", prompt=arguments.prompt, completion=arguments.completion, eval=arguments.data, id=arguments.id,
@@ -199,7 +199,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _profile(arguments: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
-    from bem_peft.training.profile import profile_results
+    from bem_peft.experiments.profile import profile_results
 
     found = profile_results(
         arguments.results, arguments.anchor, base=arguments.base, dtype=arguments.dtype, device=arguments.device,

@@ -57,7 +57,7 @@ from bem_peft import (
     probe,
     write_report,
 )
-from bem_peft.training.items import score_items
+from bem_peft.experiments.items import score_items
 
 TASK = "CAUSAL_LM"
 SITES = ["o_proj", "down_proj"]

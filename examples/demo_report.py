@@ -7,7 +7,7 @@ from typing import Any
 from bem_peft import ComprehensiveEvaluator, Scores
 from bem_peft.evaluation.report import Report
 from bem_peft.evaluation.results import SystemResult, with_length_slices
-from bem_peft.training.provenance import provenance
+from bem_peft.experiments.provenance import provenance
 
 WARNING = "one seed and one learning rate: a demonstration, not a comparison to choose by"
 

@@ -16,9 +16,9 @@ from sacrebleu.metrics import CHRF
 from transformers import AutoModelForCausalLM
 
 from bem_peft.cli import main
-from bem_peft.training.experiment import ExperimentError, parse_yaml, read_experiment
-from bem_peft.training.generation import generate_texts
-from bem_peft.training.items import encode, score_items
+from bem_peft.experiments.experiment import ExperimentError, parse_yaml, read_experiment
+from bem_peft.experiments.generation import generate_texts
+from bem_peft.experiments.items import encode, score_items
 from tests.tiny_models import build
 from tests.training.equalities import word_tokenizer
 
@@ -208,7 +208,7 @@ def test_a_run_trains_evaluates_and_says_where_it_comes_from(folder: Path, capsy
 
 @pytest.mark.filterwarnings("ignore")
 def test_groups_are_not_split_and_every_seed_has_the_same_items(folder: Path) -> None:
-    from bem_peft.training.items import read_items
+    from bem_peft.experiments.items import read_items
 
     experiment = read_experiment(write(folder, document(folder)))
     training, evaluation = read_items(experiment.data)
@@ -229,7 +229,7 @@ def test_groups_are_not_split_and_every_seed_has_the_same_items(folder: Path) ->
     ],
 )
 def test_data_that_do_not_fit_are_refused(folder: Path, change: dict[str, Any], text: str | None) -> None:
-    from bem_peft.training.items import read_items
+    from bem_peft.experiments.items import read_items
 
     wrong = copy.deepcopy(document(folder))
     wrong["data"] |= change
@@ -263,7 +263,7 @@ def test_columns_are_checked_before_anything_is_loaded(folder: Path, name: str, 
 def test_scores_of_an_encoder_decoder_are_its_own_loss() -> None:
     from transformers import DataCollatorForSeq2Seq
 
-    from bem_peft.training.items import Item
+    from bem_peft.experiments.items import Item
 
     model, tokenizer = build("t5"), word_tokenizer()
     items = [Item(str(i), f"w{i + 3} w{i + 4}", " ".join(f"w{j + 5}" for j in range(i + 1)), "g") for i in range(3)]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bem_peft.training.experiment import DataSection, is_file_name
+from bem_peft.experiments.experiment import DataSection, is_file_name
 
 IGNORED = -100
 

@@ -33,7 +33,7 @@ from peft import PeftConfig
 from bem_peft.budget.check import QUANTITIES
 from bem_peft.budget.enforce import POLICIES
 from bem_peft.evaluation.metrics import metric_problem
-from bem_peft.training.fields import Problems, build_config, fill, fits
+from bem_peft.experiments.fields import Problems, build_config, fill, fits
 from bem_peft.tuners import registry
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

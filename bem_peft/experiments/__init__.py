@@ -1,0 +1,1 @@
+"""Experiments that a YAML file describes: read, train, score, profile."""
