@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bem_peft import ComprehensiveEvaluator, Scores
-from bem_peft.evaluation.report import Report
+from bem_peft.evaluation.report.report import Report
 from bem_peft.evaluation.results import SystemResult, with_length_slices
 from bem_peft.experiments.provenance import provenance
 

@@ -13,7 +13,7 @@ from bem_peft._version import __version__
 from bem_peft.evaluation.pareto import Objective, ParetoAnalyzer, ParetoPoint
 from bem_peft.evaluation.profile_document import ProfileDocument
 from bem_peft.evaluation.promotion import Promotion, judge
-from bem_peft.evaluation.report import Report
+from bem_peft.evaluation.report.report import Report
 from bem_peft.evaluation.resampling import resampled_means
 from bem_peft.evaluation.results import OBJECTIVES, QUALITY, SystemResult
 from bem_peft.evaluation.scores import PairedScores

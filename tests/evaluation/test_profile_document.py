@@ -15,7 +15,7 @@ from bem_peft.cli import main
 from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
 from bem_peft.evaluation.profile_document import ProfileDocument
 from bem_peft.evaluation.profiler import Profile, Workload
-from bem_peft.evaluation.report import SCHEMA_FILE
+from bem_peft.evaluation.report.report import SCHEMA_FILE
 from bem_peft.evaluation.results import read_results
 from tests.evaluation.test_report import Page, write_run
 

@@ -17,7 +17,7 @@ import pytest
 from bem_peft.cli import main
 from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
 from bem_peft.evaluation.promotion import NO_VERDICT, NOT_PROMOTED, PROMOTED
-from bem_peft.evaluation.report import SCHEMA_FILE, number
+from bem_peft.evaluation.report.report import SCHEMA_FILE, number
 from bem_peft.evaluation.results import SystemResult, read_results
 
 ITEMS, SEEDS = 90, 4

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bem_peft.evaluation.profile_document import COLUMNS, base_first
 from bem_peft.evaluation.promotion import NO_VERDICT, NOT_PROMOTED, PROMOTED, interval_text
-from bem_peft.evaluation.report import STANDS, Report, budget_text, number, verdict_text
-from bem_peft.evaluation.report_plots import LABELS, forest_plot, frontier_of_two, latency_plot, pareto_plot
+from bem_peft.evaluation.report.plots import LABELS, forest_plot, frontier_of_two, latency_plot, pareto_plot
+from bem_peft.evaluation.report.report import STANDS, Report, budget_text, number, verdict_text
 from bem_peft.evaluation.results import SystemResult
 
 STYLE = Path(__file__).with_name("report.css")

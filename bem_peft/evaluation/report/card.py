@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard
 from huggingface_hub import eval_result_entries_to_yaml as entries_to_yaml
 
-from bem_peft.evaluation.report import STANDS, Report
+from bem_peft.evaluation.report.report import STANDS, Report
 from bem_peft.evaluation.results import QUALITY
 from bem_peft.whole_file import write_whole
 

@@ -15,7 +15,7 @@ import numpy as np
 from bem_peft.evaluation.pareto import Objective, ParetoPoint
 from bem_peft.evaluation.profiler import Profile
 from bem_peft.evaluation.promotion import interval_text
-from bem_peft.evaluation.report import number
+from bem_peft.evaluation.report.report import number
 from bem_peft.evaluation.slices import SliceResult
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 420, 84, 56, 24, 24

@@ -130,7 +130,7 @@ class Report:
 
     def write(self, folder: Path) -> list[Path]:
         """Write report.json, report.md and report.html, each whole or not at all; returns their paths."""
-        from bem_peft.evaluation.report_html import to_html
+        from bem_peft.evaluation.report.html import to_html
 
         folder.mkdir(parents=True, exist_ok=True)
         written = []

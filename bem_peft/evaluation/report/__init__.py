@@ -1,0 +1,1 @@
+"""The report of a comparison, and what it is written as."""
