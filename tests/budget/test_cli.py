@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bem_peft.cli import main
+from bem_peft.cli.main import main
 from tests.tiny_models import build
 
 

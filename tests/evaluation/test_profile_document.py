@@ -11,7 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from bem_peft.cli import main
+from bem_peft.cli.main import main
 from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
 from bem_peft.evaluation.profile_document import ProfileDocument
 from bem_peft.evaluation.profiler import Profile, Workload

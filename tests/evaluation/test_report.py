@@ -14,7 +14,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from bem_peft.cli import main
+from bem_peft.cli.main import main
 from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
 from bem_peft.evaluation.promotion import NO_VERDICT, NOT_PROMOTED, PROMOTED
 from bem_peft.evaluation.report.report import SCHEMA_FILE, number

@@ -15,7 +15,7 @@ from peft import PeftModel
 from sacrebleu.metrics import CHRF
 from transformers import AutoModelForCausalLM
 
-from bem_peft.cli import main
+from bem_peft.cli.main import main
 from bem_peft.experiments.experiment import ExperimentError, parse_yaml, read_experiment
 from bem_peft.experiments.generation import generate_texts
 from bem_peft.experiments.items import encode, score_items

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-from bem_peft.cli import main
+from bem_peft.cli.main import main
 from bem_peft.sites.find import (
     ATTENTION_OUTPUT,
     MLP_DOWN,
