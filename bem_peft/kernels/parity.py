@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from bem_peft.kernels import film, gate, kronecker, rank_mask
+from bem_peft.kernels import film, kronecker, rank_mask
+from bem_peft.kernels import head_gating as gate
 
 Operator = Callable[..., torch.Tensor]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,7 +112,8 @@ def _films(sizes: dict[str, int], n: int, out: int, units: int) -> Iterator[Case
 
 def operators() -> dict[str, Operator]:
     """Triton's form of each operator, for inputs with gradients. Raises ImportError where Triton is not installed."""
-    from bem_peft.kernels import triton_film, triton_gate, triton_kronecker, triton_rank_mask
+    from bem_peft.kernels import triton_film, triton_kronecker, triton_rank_mask
+    from bem_peft.kernels import triton_head_gating as triton_gate
 
     return {
         "kronecker": triton_kronecker.kronecker_update, "gate": triton_gate.gated_update,

@@ -20,7 +20,7 @@ from torch import nn
 
 from bem_peft import field_checks as check
 from bem_peft.kernels import backend, cpp
-from bem_peft.kernels.gate import gated_update
+from bem_peft.kernels.head_gating import gated_update
 from bem_peft.sites.find import ATTENTION_OUTPUT
 from bem_peft.tuners.adapter import SiteShape, transposed
 from bem_peft.tuners.adapter_config import AdapterConfig, default_of
@@ -350,7 +350,7 @@ class HeadGroupGatingAdapter(LowRankAdapter):
             low = torch.bmm(groups, a).transpose(0, 1)
         if self.is_even:
             if backend.chosen.is_triton and backend.uses_triton(y):
-                from bem_peft.kernels.triton_gate import gated_update as fused
+                from bem_peft.kernels.triton_head_gating import gated_update as fused
 
                 return fused(y, low, gate, b_t, 2.0 * self.scaling)
             return gated_update(y, low, gate, b_t, 2.0 * self.scaling)

@@ -27,7 +27,8 @@ from tests.tiny_models import build
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton is for Linux")
 if sys.platform.startswith("linux"):
-    from bem_peft.kernels import triton_film, triton_gate, triton_kronecker, triton_rank_mask, triton_tiles
+    from bem_peft.kernels import triton_film, triton_kronecker, triton_rank_mask, triton_tiles
+    from bem_peft.kernels import triton_head_gating as triton_gate
     from bem_peft.kernels.parity import DTYPES, Case, cases, deviations, operators
 
 CPU = torch.device("cpu")

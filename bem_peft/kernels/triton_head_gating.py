@@ -91,7 +91,7 @@ def _gate_gradients(
 def gated_update(
     y: torch.Tensor, low: torch.Tensor, gate: torch.Tensor, b_t: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """As `bem_peft.kernels.gate.gated_update`."""
+    """As `bem_peft.kernels.head_gating.gated_update`."""
     (rows, channels), rank = y.shape, b_t.shape[0]
     out = y.new_empty(rows, channels)
     if out.numel():
