@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM
 
 import bem_peft
 from bem_peft import DeadSiteError, KroneckerConfig, probe
-from bem_peft.tuners import pt3_kronecker, registry
+from bem_peft.tuners import pt3_kronecker
+from bem_peft.tuners.base import registry
 from bem_peft.upstream import RefusedByTransformersError, refused_by_transformers
 from tests.contract.invariants import assert_close, logits
 from tests.contract.methods import CONFIGS, METHODS, adapted, adapter_parameters, randomize

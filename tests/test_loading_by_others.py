@@ -31,7 +31,7 @@ from bem_peft import (
     KroneckerConfig,
     ResidualFiLMConfig,
 )
-from bem_peft.tuners.layer import AdapterLinear
+from bem_peft.tuners.base.layer import AdapterLinear
 from bem_peft.upstream import RefusedByTransformersError, refused_by_transformers
 from tests.contract.invariants import logits
 from tests.contract.methods import METHODS, adapted, randomize

@@ -18,7 +18,7 @@ from transformers.integrations import peft as integration
 
 from bem_peft import KroneckerConfig, upstream
 from bem_peft.evaluation.profiler import PerformanceProfiler, Workload
-from bem_peft.tuners import registry
+from bem_peft.tuners.base import registry
 from tests.contract.invariants import logits
 from tests.contract.methods import CONFIGS, METHODS, adapted, randomize
 from tests.tiny_models import build, llama, tokens

@@ -27,7 +27,7 @@ from bem_peft.budget.match import MATCHED, match_budget
 from bem_peft.experiments.experiment import DTYPES, DataSection, EvaluationSection, read_experiment
 from bem_peft.sites import find as sites
 from bem_peft.sites import table as sites_table
-from bem_peft.tuners import registry
+from bem_peft.tuners.base import registry
 
 _NOT_MET = 1
 _USER_ERROR = 2

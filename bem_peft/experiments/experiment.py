@@ -34,7 +34,7 @@ from bem_peft.budget.check import QUANTITIES
 from bem_peft.budget.enforce import POLICIES
 from bem_peft.evaluation.metrics import metric_problem
 from bem_peft.experiments.fields import Problems, build_config, fill, fits
-from bem_peft.tuners import registry
+from bem_peft.tuners.base import registry
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # set for each seed, or from another section

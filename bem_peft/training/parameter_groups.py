@@ -17,7 +17,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from bem_peft import field_checks as check
-from bem_peft.tuners.adapter import Adapter
+from bem_peft.tuners.base.adapter import Adapter
 
 # 1 throughout is what short runs on real text ask for (benchmarks/learning_rates.py); the multipliers of the document
 # that the methods come from are SEED_VARIANT_LR_MULTIPLIERS

@@ -20,8 +20,8 @@ from bem_peft.budget.check import BudgetConstraints, at_sites_of, unadapted_copy
 from bem_peft.budget.enforce import POLICIES, BudgetCallback
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import VARIANT_LR_MULTIPLIERS, check_multipliers, parameter_groups
-from bem_peft.tuners import registry
-from bem_peft.tuners.adapter_config import AdapterConfig, add_loading_section
+from bem_peft.tuners.base import registry
+from bem_peft.tuners.base.adapter_config import AdapterConfig, add_loading_section
 from bem_peft.tuners.governance import SpectralGovernance
 from bem_peft.tuners.loop import AdapterCallback
 

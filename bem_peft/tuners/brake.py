@@ -19,7 +19,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 
-from bem_peft.tuners.adapter import Adapter, SiteShape
+from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.optimizer_hooks import watch
 from bem_peft.tuners.sharded import is_distributed, own_part

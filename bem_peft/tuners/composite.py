@@ -17,14 +17,14 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 
 from bem_peft import field_checks as check
-from bem_peft.tuners.adapter_config import AdapterConfig, default_of
-from bem_peft.tuners.layer import AdapterLinear
-from bem_peft.tuners.model import AdapterModel
+from bem_peft.tuners.base.adapter_config import AdapterConfig, default_of
+from bem_peft.tuners.base.layer import AdapterLinear
+from bem_peft.tuners.base.model import AdapterModel
+from bem_peft.tuners.base.registry import register
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter, HeadGroupGatingConfig
 from bem_peft.tuners.pt2_rank_mask import DynamicRankMaskAdapter, DynamicRankMaskConfig
 from bem_peft.tuners.pt3_kronecker import KroneckerAdapter, KroneckerConfig
 from bem_peft.tuners.pt4_film import ResidualFiLMAdapter, ResidualFiLMConfig
-from bem_peft.tuners.registry import register
 
 PARTS: dict[str, tuple[type[AdapterConfig], Any]] = {
     "bem_composite_head_gating": (HeadGroupGatingConfig, HeadGroupGatingAdapter),

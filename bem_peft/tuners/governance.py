@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from bem_peft import field_checks as check
-from bem_peft.tuners.adapter import Adapter, SiteShape
+from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.loop import attach_to_trainers
 from bem_peft.tuners.optimizer_hooks import watch

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bem_peft.tuners.adapter import Adapter
+from bem_peft.tuners.base.adapter import Adapter
 from bem_peft.tuners.brake import emergency_count
 from bem_peft.tuners.call_state import CallState, Caps, find_call_state
 

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from bem_peft.tuners.layer import AdapterLinear
+from bem_peft.tuners.base.layer import AdapterLinear
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
 
 Batch = dict[str, Any]

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
-from bem_peft.tuners.adapter import Adapter
+from bem_peft.tuners.base.adapter import Adapter
+from bem_peft.tuners.base.layer import AdapterLinear
 from bem_peft.tuners.governance import LowRankAdapter
-from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.lora_calibration import LogitsReport, mean_gates, measure
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
 from bem_peft.tuners.pt2_rank_mask import DynamicRankMaskAdapter

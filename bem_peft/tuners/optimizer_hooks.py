@@ -32,7 +32,7 @@ from torch.optim.optimizer import (
 from bem_peft.tuners.sharded import own_part
 
 if TYPE_CHECKING:
-    from bem_peft.tuners.adapter import Adapter
+    from bem_peft.tuners.base.adapter import Adapter
 
 STATE_PREFIX = "bem_peft_"  # of what stands in a parameter's optimizer state
 

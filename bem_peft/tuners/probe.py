@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bem_peft.tuners.layer import AdapterLinear
+from bem_peft.tuners.base.layer import AdapterLinear
 
 
 class DeadSiteError(RuntimeError):

@@ -30,15 +30,15 @@ from bem_peft.kernels.rank_mask import (
     k_hot_mask,
     straight_through_k_hot,
 )
-from bem_peft.tuners.adapter import SiteShape, transposed
-from bem_peft.tuners.adapter_config import AdapterConfig
+from bem_peft.tuners.base.adapter import SiteShape, transposed
+from bem_peft.tuners.base.adapter_config import AdapterConfig
+from bem_peft.tuners.base.layer import AdapterLinear
+from bem_peft.tuners.base.model import AdapterModel
+from bem_peft.tuners.base.registry import register
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.governance import LowRankAdapter, root_of
-from bem_peft.tuners.layer import AdapterLinear
 from bem_peft.tuners.mask_bounds import RankMasks
-from bem_peft.tuners.model import AdapterModel
 from bem_peft.tuners.penalty import mask_balance
-from bem_peft.tuners.registry import register
 from bem_peft.tuners.sharded import whole
 
 

@@ -21,14 +21,14 @@ from bem_peft import field_checks as check
 from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.kronecker import kronecker_update
 from bem_peft.sites.find import MLP_DOWN
-from bem_peft.tuners.adapter import SiteShape, transposed
-from bem_peft.tuners.adapter_config import AdapterConfig
+from bem_peft.tuners.base.adapter import SiteShape, transposed
+from bem_peft.tuners.base.adapter_config import AdapterConfig
+from bem_peft.tuners.base.layer import AdapterLinear
+from bem_peft.tuners.base.model import AdapterModel
+from bem_peft.tuners.base.registry import register
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.governance import LowRankAdapter, root_of
-from bem_peft.tuners.layer import AdapterLinear
-from bem_peft.tuners.model import AdapterModel
 from bem_peft.tuners.penalty import diversity, orthogonality
-from bem_peft.tuners.registry import register
 from bem_peft.tuners.sharded import whole
 
 

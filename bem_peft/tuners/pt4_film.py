@@ -21,13 +21,13 @@ from torch import nn
 from bem_peft import field_checks as check
 from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.film import bounded_rows, film_update, token_rms
-from bem_peft.tuners.adapter import SiteShape, transposed
-from bem_peft.tuners.adapter_config import AdapterConfig
+from bem_peft.tuners.base.adapter import SiteShape, transposed
+from bem_peft.tuners.base.adapter_config import AdapterConfig
+from bem_peft.tuners.base.layer import AdapterLinear
+from bem_peft.tuners.base.model import AdapterModel
+from bem_peft.tuners.base.registry import register
 from bem_peft.tuners.brake import BrakedAdapter
 from bem_peft.tuners.call_state import CallState
-from bem_peft.tuners.layer import AdapterLinear
-from bem_peft.tuners.model import AdapterModel
-from bem_peft.tuners.registry import register
 
 
 @dataclass

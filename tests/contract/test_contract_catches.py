@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bem_peft.tuners.layer import AdapterLinear
+from bem_peft.tuners.base.layer import AdapterLinear
 from bem_peft.tuners.pt3_kronecker import KroneckerAdapter, KroneckerModel
 from tests.contract import invariants
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bem_peft import use_kernels
 from bem_peft.kept import kept_weights
-from bem_peft.tuners.layer import AdapterLinear
+from bem_peft.tuners.base.layer import AdapterLinear
 from tests.contract.methods import METHODS, adapted
 from tests.kernels.test_cpp_operators import pytestmark, torch_form_after
 from tests.tiny_models import tokens

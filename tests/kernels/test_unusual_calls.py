@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bem_peft import use_kernels
 from bem_peft.kept import kept_weights
-from bem_peft.tuners.adapter import Adapter
+from bem_peft.tuners.base.adapter import Adapter
 from tests.kernels.test_cpp_operators import CASES, made, pytestmark, torch_form_after
 
 __all__ = ["pytestmark", "torch_form_after"]

@@ -28,7 +28,7 @@ from bem_peft import (
     KroneckerConfig,
     set_loss_scale,
 )
-from bem_peft.tuners.adapter import Adapter
+from bem_peft.tuners.base.adapter import Adapter
 from tests.contract.methods import adapter_parameters, randomize
 from tests.tiny_models import VOCABULARY, build, tokens
 

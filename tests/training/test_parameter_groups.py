@@ -22,7 +22,7 @@ from bem_peft import (
     parameter_groups,
 )
 from bem_peft.training.parameter_groups import GROUPS
-from bem_peft.tuners.adapter import Adapter
+from bem_peft.tuners.base.adapter import Adapter
 from tests.contract.methods import EVERY, adapted
 from tests.tiny_models import build
 from tests.training.equalities import collate, rows, text, word_tokenizer

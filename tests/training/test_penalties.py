@@ -49,7 +49,7 @@ def test_layers_carry_what_the_loss_written_out_has(name: str) -> None:
 def test_the_penalties_are_not_nothing() -> None:
     """What the cases above compare is not two gradients without penalties."""
     with_penalties = hf_trainer(False)
-    from bem_peft.tuners.adapter import Adapter
+    from bem_peft.tuners.base.adapter import Adapter
 
     original = Adapter.penalise
     Adapter.penalise = lambda self, y, *args, **kwargs: y  # type: ignore[method-assign]

@@ -22,8 +22,8 @@ from bem_peft import (
     ResidualFiLMConfig,
 )
 from bem_peft.tuners import pt3_kronecker
-from bem_peft.tuners.adapter import Adapter
-from bem_peft.tuners.adapter_config import default_of
+from bem_peft.tuners.base.adapter import Adapter
+from bem_peft.tuners.base.adapter_config import default_of
 from tests.contract.methods import adapter_parameters, randomize
 from tests.tiny_models import build, tokens
 

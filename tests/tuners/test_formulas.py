@@ -11,7 +11,7 @@ from scipy.linalg import hadamard
 from torch import nn
 
 from bem_peft import DynamicRankMaskConfig, HeadGroupGatingConfig, KroneckerConfig, ResidualFiLMConfig
-from bem_peft.tuners.adapter import Adapter, SiteShape
+from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter, resolve_groups
 from bem_peft.tuners.pt2_rank_mask import DynamicRankMaskAdapter

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from bem_peft import KroneckerConfig, LoraExportReport, export_lora, use_kernels
 from bem_peft.tuners import pt3_kronecker
-from bem_peft.tuners.layer import AdapterLinear
+from bem_peft.tuners.base.layer import AdapterLinear
 from tests.contract.invariants import assert_close, logits
 from tests.contract.methods import CONFIGS, EVERY, adapted, randomize
 from tests.tiny_models import build, call, tokens

@@ -12,7 +12,7 @@ from torch import nn
 
 from bem_peft import DynamicRankMaskConfig, use_kernels
 from bem_peft.kernels.rank_mask import choice_projection, straight_through_k_hot
-from bem_peft.tuners.adapter import SiteShape
+from bem_peft.tuners.base.adapter import SiteShape
 from bem_peft.tuners.call_state import CallState
 from bem_peft.tuners.penalty import mask_balance
 from bem_peft.tuners.penalty_call import sequences_of

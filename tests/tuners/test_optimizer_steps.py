@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bem_peft import HeadGroupGatingConfig, ResidualFiLMConfig
-from bem_peft.tuners.adapter import Adapter
+from bem_peft.tuners.base.adapter import Adapter
 from bem_peft.tuners.brake import BrakedAdapter, emergency_count
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
 from tests.contract.methods import METHODS, adapted, adapter_parameters, randomize

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bem_peft import kept_weights, use_kernels
 from bem_peft.kept import kept_of
-from bem_peft.tuners.adapter import Adapter
+from bem_peft.tuners.base.adapter import Adapter
 from tests.contract.methods import METHODS, adapted, adapter_parameters
 from tests.tiny_models import VOCABULARY, tokens
 

@@ -19,8 +19,8 @@ from torch.nn.modules.module import (
 from transformers.pytorch_utils import Conv1D
 
 from bem_peft.kernels.plain_call import is_plain_thread
-from bem_peft.tuners.adapter import Adapter, SiteShape
 from bem_peft.tuners.attention_stats import AttentionRows
+from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.call_frame import leave_rows, take_rows
 from bem_peft.tuners.call_state import CallState
 

@@ -19,9 +19,10 @@ from torch import nn
 from bem_peft import upstream
 from bem_peft.kept import kept_weights
 from bem_peft.sites.find import MLP_DOWN, SiteError, SiteTable, find_sites
-from bem_peft.tuners.adapter import Adapter, SiteShape
-from bem_peft.tuners.adapter_config import AdapterConfig
 from bem_peft.tuners.attention_stats import require_interface, restore_attention, use_exact_attention
+from bem_peft.tuners.base.adapter import Adapter, SiteShape
+from bem_peft.tuners.base.adapter_config import AdapterConfig
+from bem_peft.tuners.base.layer import AdapterLayer, AdapterLinear, projection_shape
 from bem_peft.tuners.call_state import (
     CHECKS,
     CallState,
@@ -30,7 +31,6 @@ from bem_peft.tuners.call_state import (
     detach_call_state,
     find_call_state,
 )
-from bem_peft.tuners.layer import AdapterLayer, AdapterLinear, projection_shape
 from bem_peft.tuners.loop import attach_to_trainers
 
 

@@ -12,7 +12,7 @@ from peft.utils.peft_types import PeftType
 
 from bem_peft import field_checks as check
 from bem_peft.sites.find import ATTENTION_OUTPUT, MLP_DOWN
-from bem_peft.tuners.registry import extend_peft_type
+from bem_peft.tuners.base.registry import extend_peft_type
 
 MODEL_CARD_HEADING = "## Loading this adapter"
 MODEL_CARD_END = "<!-- end of the section written by bem_peft -->"

@@ -1,0 +1,1 @@
+"""What the methods share: the contract of an adapter, its config, layer and model, and which form computes."""

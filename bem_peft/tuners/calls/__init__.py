@@ -1,0 +1,1 @@
+"""What a call of the model carries to its adapters."""
