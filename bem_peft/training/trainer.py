@@ -22,8 +22,8 @@ from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import VARIANT_LR_MULTIPLIERS, check_multipliers, parameter_groups
 from bem_peft.tuners.base import registry
 from bem_peft.tuners.base.adapter_config import AdapterConfig, add_loading_section
+from bem_peft.tuners.calls.loop import AdapterCallback
 from bem_peft.tuners.governance import SpectralGovernance
-from bem_peft.tuners.loop import AdapterCallback
 
 
 @dataclass

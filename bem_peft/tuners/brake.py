@@ -20,7 +20,7 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
-from bem_peft.tuners.call_state import CallState
+from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.optimizer_hooks import watch
 from bem_peft.tuners.sharded import is_distributed, own_part
 

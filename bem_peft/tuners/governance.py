@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from bem_peft import field_checks as check
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
-from bem_peft.tuners.call_state import CallState
-from bem_peft.tuners.loop import attach_to_trainers
+from bem_peft.tuners.calls.call_state import CallState
+from bem_peft.tuners.calls.loop import attach_to_trainers
 from bem_peft.tuners.optimizer_hooks import watch
 from bem_peft.tuners.sharded import own_part, whole, write
 

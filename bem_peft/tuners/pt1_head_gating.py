@@ -22,17 +22,17 @@ from bem_peft import field_checks as check
 from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.head_gating import gated_update
 from bem_peft.sites.find import ATTENTION_OUTPUT
-from bem_peft.tuners.attention_stats import AttentionRows, head_output_statistics, register_exact
 from bem_peft.tuners.base.adapter import SiteShape, transposed
 from bem_peft.tuners.base.adapter_config import AdapterConfig, default_of
 from bem_peft.tuners.base.layer import AdapterLinear
 from bem_peft.tuners.base.model import AdapterModel
 from bem_peft.tuners.base.registry import register
-from bem_peft.tuners.call_frame import repeat_rows, take_rows
-from bem_peft.tuners.call_state import CallState
+from bem_peft.tuners.calls.attention_stats import AttentionRows, head_output_statistics, register_exact
+from bem_peft.tuners.calls.call_frame import repeat_rows, take_rows
+from bem_peft.tuners.calls.call_state import CallState
+from bem_peft.tuners.calls.penalty import decorrelation, gate_entropy
 from bem_peft.tuners.governance import LowRankAdapter, root_of
 from bem_peft.tuners.optimizer_hooks import watch
-from bem_peft.tuners.penalty import decorrelation, gate_entropy
 from bem_peft.tuners.sharded import whole
 
 

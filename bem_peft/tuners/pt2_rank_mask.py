@@ -35,10 +35,10 @@ from bem_peft.tuners.base.adapter_config import AdapterConfig
 from bem_peft.tuners.base.layer import AdapterLinear
 from bem_peft.tuners.base.model import AdapterModel
 from bem_peft.tuners.base.registry import register
-from bem_peft.tuners.call_state import CallState
+from bem_peft.tuners.calls.call_state import CallState
+from bem_peft.tuners.calls.penalty import mask_balance
 from bem_peft.tuners.governance import LowRankAdapter, root_of
 from bem_peft.tuners.mask_bounds import RankMasks
-from bem_peft.tuners.penalty import mask_balance
 from bem_peft.tuners.sharded import whole
 
 

@@ -24,7 +24,7 @@ from bem_peft import (
 from bem_peft.kernels import cpp
 from bem_peft.tuners.base.adapter import MANY, PACKED, Adapter, SiteShape
 from bem_peft.tuners.base.layer import AdapterLinear
-from bem_peft.tuners.call_state import CallState
+from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
 from bem_peft.tuners.pt2_rank_mask import DynamicRankMaskAdapter
 from bem_peft.tuners.pt3_kronecker import KroneckerAdapter

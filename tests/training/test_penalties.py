@@ -13,9 +13,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from bem_peft import DynamicRankMaskConfig, HeadGroupGatingConfig, penalty_values, set_loss_scale
-from bem_peft.tuners.loop import micro_batches
-from bem_peft.tuners.penalty import decorrelation, diversity, gate_entropy, mask_balance, orthogonality
-from bem_peft.tuners.penalty_call import LoopScale, sequences_of
+from bem_peft.tuners.calls.loop import micro_batches
+from bem_peft.tuners.calls.penalty import decorrelation, diversity, gate_entropy, mask_balance, orthogonality
+from bem_peft.tuners.calls.penalty_call import LoopScale, sequences_of
 from tests.contract.methods import adapter_parameters
 from tests.tiny_models import build, tokens
 from tests.training.equalities import (

@@ -21,7 +21,7 @@ from torch import nn
 
 import bem_peft
 from bem_peft import HeadGroupGatingConfig, retrieval_quality, use_kernels
-from bem_peft.tuners.call_state import find_call_state
+from bem_peft.tuners.calls.call_state import find_call_state
 from tests.contract.methods import METHODS, adapted, adapter_parameters, randomize
 from tests.tiny_models import VOCABULARY, build, tokens
 

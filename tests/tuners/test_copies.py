@@ -18,10 +18,10 @@ from torch import multiprocessing, nn
 from torch.optim.swa_utils import AveragedModel
 
 from bem_peft import SpectralGovernance, penalty_values, use_kernels
-from bem_peft.tuners.attention_stats import EXACT_PREFIX
 from bem_peft.tuners.base.layer import AdapterLinear
-from bem_peft.tuners.call_state import CallState, find_call_state
-from bem_peft.tuners.penalty_call import PenaltyCall
+from bem_peft.tuners.calls.attention_stats import EXACT_PREFIX
+from bem_peft.tuners.calls.call_state import CallState, find_call_state
+from bem_peft.tuners.calls.penalty_call import PenaltyCall
 from tests.contract.invariants import logits
 from tests.contract.methods import EVERY, adapted, adapter_parameters, randomize
 from tests.tiny_models import tokens

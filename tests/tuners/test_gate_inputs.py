@@ -13,10 +13,11 @@ from torch import nn
 
 import bem_peft
 from bem_peft import HeadGroupGatingConfig
-from bem_peft.tuners import attention_stats, pt1_head_gating
-from bem_peft.tuners.attention_stats import AttentionRows, attention_rows
+from bem_peft.tuners import pt1_head_gating
 from bem_peft.tuners.base.adapter import SiteShape
-from bem_peft.tuners.call_state import CallState
+from bem_peft.tuners.calls import attention_stats
+from bem_peft.tuners.calls.attention_stats import AttentionRows, attention_rows
+from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter, list_features
 from bem_peft.upstream import cache_argument, cache_of
 from tests.contract.invariants import assert_same_gradients, gradients

@@ -10,10 +10,10 @@ import torch
 
 from bem_peft import DynamicRankMaskConfig, HeadGroupGatingConfig, KroneckerConfig, ResidualFiLMConfig
 from bem_peft.kernels.film import token_rms
-from bem_peft.tuners.attention_stats import attention_rows, head_output_statistics
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
-from bem_peft.tuners.call_state import CallState
-from bem_peft.tuners.penalty import diversity, orthogonality
+from bem_peft.tuners.calls.attention_stats import attention_rows, head_output_statistics
+from bem_peft.tuners.calls.call_state import CallState
+from bem_peft.tuners.calls.penalty import diversity, orthogonality
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
 from bem_peft.tuners.pt2_rank_mask import DynamicRankMaskAdapter
 from bem_peft.tuners.pt3_kronecker import KroneckerAdapter

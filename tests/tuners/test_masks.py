@@ -13,9 +13,9 @@ from torch import nn
 from bem_peft import DynamicRankMaskConfig, use_kernels
 from bem_peft.kernels.rank_mask import choice_projection, straight_through_k_hot
 from bem_peft.tuners.base.adapter import SiteShape
-from bem_peft.tuners.call_state import CallState
-from bem_peft.tuners.penalty import mask_balance
-from bem_peft.tuners.penalty_call import sequences_of
+from bem_peft.tuners.calls.call_state import CallState
+from bem_peft.tuners.calls.penalty import mask_balance
+from bem_peft.tuners.calls.penalty_call import sequences_of
 from bem_peft.tuners.pt2_rank_mask import DynamicRankMaskAdapter
 
 RANK, KEPT, OUT = 16, 8, 24

@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from bem_peft.kept import Kept, kept_of
 from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.plain_call import is_plain_call, is_plain_thread
-from bem_peft.tuners.call_state import CallState
+from bem_peft.tuners.calls.call_state import CallState
+from bem_peft.tuners.calls.penalty import carry
+from bem_peft.tuners.calls.penalty_call import Sequences, sequences_of
 from bem_peft.tuners.optimizer_hooks import watch
-from bem_peft.tuners.penalty import carry
-from bem_peft.tuners.penalty_call import Sequences, sequences_of
 from bem_peft.tuners.sharded import is_distributed
 
 

@@ -19,10 +19,10 @@ from torch.nn.modules.module import (
 from transformers.pytorch_utils import Conv1D
 
 from bem_peft.kernels.plain_call import is_plain_thread
-from bem_peft.tuners.attention_stats import AttentionRows
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
-from bem_peft.tuners.call_frame import leave_rows, take_rows
-from bem_peft.tuners.call_state import CallState
+from bem_peft.tuners.calls.attention_stats import AttentionRows
+from bem_peft.tuners.calls.call_frame import leave_rows, take_rows
+from bem_peft.tuners.calls.call_state import CallState
 
 # projections that return a tensor of their own, as long as nobody has put another forward or __call__ in their place
 PRISTINE = {cls: (cls.forward, cls.__call__) for cls in (nn.Linear, Conv1D)}

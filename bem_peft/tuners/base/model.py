@@ -19,11 +19,11 @@ from torch import nn
 from bem_peft import upstream
 from bem_peft.kept import kept_weights
 from bem_peft.sites.find import MLP_DOWN, SiteError, SiteTable, find_sites
-from bem_peft.tuners.attention_stats import require_interface, restore_attention, use_exact_attention
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.base.adapter_config import AdapterConfig
 from bem_peft.tuners.base.layer import AdapterLayer, AdapterLinear, projection_shape
-from bem_peft.tuners.call_state import (
+from bem_peft.tuners.calls.attention_stats import require_interface, restore_attention, use_exact_attention
+from bem_peft.tuners.calls.call_state import (
     CHECKS,
     CallState,
     attach_call_state,
@@ -31,7 +31,7 @@ from bem_peft.tuners.call_state import (
     detach_call_state,
     find_call_state,
 )
-from bem_peft.tuners.loop import attach_to_trainers
+from bem_peft.tuners.calls.loop import attach_to_trainers
 
 
 class AdapterModel(BaseTuner):

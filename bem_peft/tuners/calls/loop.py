@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bem_peft.tuners.base.adapter import Adapter
 from bem_peft.tuners.brake import emergency_count
-from bem_peft.tuners.call_state import CallState, Caps, find_call_state
+from bem_peft.tuners.calls.call_state import CallState, Caps, find_call_state
 
 
 def penalty_values(model: nn.Module) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bem_peft.tuners.penalty_call import PenaltyCall
+from bem_peft.tuners.calls.penalty_call import PenaltyCall
 
 is_compiling = torch.compiler.is_compiling
 

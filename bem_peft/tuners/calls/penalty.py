@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bem_peft.tuners.penalty_call import PenaltyCall, Sequences
+from bem_peft.tuners.calls.penalty_call import PenaltyCall, Sequences
 
 
 class _Carrier(torch.autograd.Function):

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from bem_peft.tuners.call_frame import CallFrames, CallValues
-from bem_peft.tuners.penalty_call import LoopScale, PenaltyLog, penalty_call
+from bem_peft.tuners.calls.call_frame import CallFrames, CallValues
+from bem_peft.tuners.calls.penalty_call import LoopScale, PenaltyLog, penalty_call
 
 
 @dataclass
