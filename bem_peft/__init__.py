@@ -38,12 +38,12 @@ from bem_peft.tuners import (
     ResidualFiLMConfig,
     ResidualFiLMModel,
 )
-from bem_peft.tuners.brake import emergency_stabilize
 from bem_peft.tuners.calls.call_state import retrieval_quality, retrieval_scores
 from bem_peft.tuners.calls.loop import AdapterCallback, penalty_values, set_loss_scale
 from bem_peft.tuners.governance import SpectralGovernance, SpectralNorms
 from bem_peft.tuners.lora_export import LoraExportReport, export_lora
 from bem_peft.tuners.probe import DeadSiteError, probe
+from bem_peft.tuners.steps.brake import emergency_stabilize
 
 if TYPE_CHECKING:
     from bem_peft.training.trainer import PTTrainer, PTTrainingConfig

@@ -25,8 +25,8 @@ from bem_peft import field_checks as check
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.calls.loop import attach_to_trainers
-from bem_peft.tuners.optimizer_hooks import watch
-from bem_peft.tuners.sharded import own_part, whole, write
+from bem_peft.tuners.steps.optimizer_hooks import watch
+from bem_peft.tuners.steps.sharded import own_part, whole, write
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from bem_peft.tuners.calls.call_frame import repeat_rows, take_rows
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.calls.penalty import decorrelation, gate_entropy
 from bem_peft.tuners.governance import LowRankAdapter, root_of
-from bem_peft.tuners.optimizer_hooks import watch
-from bem_peft.tuners.sharded import whole
+from bem_peft.tuners.steps.optimizer_hooks import watch
+from bem_peft.tuners.steps.sharded import whole
 
 
 @dataclass

@@ -39,7 +39,7 @@ from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.calls.penalty import mask_balance
 from bem_peft.tuners.governance import LowRankAdapter, root_of
 from bem_peft.tuners.mask_bounds import RankMasks
-from bem_peft.tuners.sharded import whole
+from bem_peft.tuners.steps.sharded import whole
 
 
 @dataclass

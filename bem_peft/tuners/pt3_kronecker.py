@@ -29,7 +29,7 @@ from bem_peft.tuners.base.registry import register
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.calls.penalty import diversity, orthogonality
 from bem_peft.tuners.governance import LowRankAdapter, root_of
-from bem_peft.tuners.sharded import whole
+from bem_peft.tuners.steps.sharded import whole
 
 
 @dataclass

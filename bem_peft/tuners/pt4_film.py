@@ -26,8 +26,8 @@ from bem_peft.tuners.base.adapter_config import AdapterConfig
 from bem_peft.tuners.base.layer import AdapterLinear
 from bem_peft.tuners.base.model import AdapterModel
 from bem_peft.tuners.base.registry import register
-from bem_peft.tuners.brake import BrakedAdapter
 from bem_peft.tuners.calls.call_state import CallState
+from bem_peft.tuners.steps.brake import BrakedAdapter
 
 
 @dataclass

@@ -17,8 +17,8 @@ from torch import nn
 
 from bem_peft import HeadGroupGatingConfig, ResidualFiLMConfig
 from bem_peft.tuners.base.adapter import Adapter
-from bem_peft.tuners.brake import BrakedAdapter, emergency_count
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
+from bem_peft.tuners.steps.brake import BrakedAdapter, emergency_count
 from tests.contract.methods import METHODS, adapted, adapter_parameters, randomize
 from tests.tiny_models import build, tokens
 

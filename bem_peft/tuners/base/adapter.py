@@ -21,8 +21,8 @@ from bem_peft.kernels.plain_call import is_plain_call, is_plain_thread
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.calls.penalty import carry
 from bem_peft.tuners.calls.penalty_call import Sequences, sequences_of
-from bem_peft.tuners.optimizer_hooks import watch
-from bem_peft.tuners.sharded import is_distributed
+from bem_peft.tuners.steps.optimizer_hooks import watch
+from bem_peft.tuners.steps.sharded import is_distributed
 
 
 @dataclass(frozen=True)

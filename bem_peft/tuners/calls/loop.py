@@ -14,8 +14,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bem_peft.tuners.base.adapter import Adapter
-from bem_peft.tuners.brake import emergency_count
 from bem_peft.tuners.calls.call_state import CallState, Caps, find_call_state
+from bem_peft.tuners.steps.brake import emergency_count
 
 
 def penalty_values(model: nn.Module) -> dict[str, float]:

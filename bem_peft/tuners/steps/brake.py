@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.calls.call_state import CallState
-from bem_peft.tuners.optimizer_hooks import watch
-from bem_peft.tuners.sharded import is_distributed, own_part
+from bem_peft.tuners.steps.optimizer_hooks import watch
+from bem_peft.tuners.steps.sharded import is_distributed, own_part
 
 logger = logging.getLogger("bem_peft")
 

@@ -29,7 +29,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from bem_peft.tuners.sharded import own_part
+from bem_peft.tuners.steps.sharded import own_part
 
 if TYPE_CHECKING:
     from bem_peft.tuners.base.adapter import Adapter
