@@ -21,12 +21,12 @@ import transformers
 from peft import PeftConfig
 from torch import nn
 
-from bem_peft.budget.adapter_spec import AdapterSpecError, parse_adapter
 from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetValidator, adapted_copy, at_sites_of
 from bem_peft.budget.match import MATCHED, match_budget
 from bem_peft.experiments.experiment import DTYPES, DataSection, EvaluationSection, read_experiment
 from bem_peft.sites import find as sites
 from bem_peft.sites import table as sites_table
+from bem_peft.tuners.adapter_spec import AdapterSpecError, parse_adapter
 from bem_peft.tuners.base import registry
 
 _NOT_MET = 1

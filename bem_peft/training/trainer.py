@@ -15,11 +15,11 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from bem_peft import field_checks as check
-from bem_peft.budget.adapter_spec import parse_adapter
 from bem_peft.budget.check import BudgetConstraints, at_sites_of, unadapted_copy
 from bem_peft.budget.enforce import POLICIES, BudgetCallback
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import VARIANT_LR_MULTIPLIERS, check_multipliers, parameter_groups
+from bem_peft.tuners.adapter_spec import parse_adapter
 from bem_peft.tuners.base import registry
 from bem_peft.tuners.base.adapter_config import AdapterConfig, add_loading_section
 from bem_peft.tuners.calls.loop import AdapterCallback
