@@ -26,23 +26,16 @@ from bem_peft.kernels.backend import use_kernels
 from bem_peft.sites.find import Site, SiteError, SiteTable, find_sites
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import LearningRates, parameter_groups
-from bem_peft.tuners import (
-    CompositeConfig,
-    CompositeModel,
-    DynamicRankMaskConfig,
-    DynamicRankMaskModel,
-    HeadGroupGatingConfig,
-    HeadGroupGatingModel,
-    KroneckerConfig,
-    KroneckerModel,
-    ResidualFiLMConfig,
-    ResidualFiLMModel,
-)
 from bem_peft.tuners.calls.call_state import retrieval_quality, retrieval_scores
 from bem_peft.tuners.calls.loop import AdapterCallback, penalty_values, set_loss_scale
+from bem_peft.tuners.composite import CompositeConfig, CompositeModel
 from bem_peft.tuners.governance import SpectralGovernance, SpectralNorms
 from bem_peft.tuners.lora_export import LoraExportReport, export_lora
 from bem_peft.tuners.probe import DeadSiteError, probe
+from bem_peft.tuners.pt1_head_gating import HeadGroupGatingConfig, HeadGroupGatingModel
+from bem_peft.tuners.pt2_rank_mask import DynamicRankMaskConfig, DynamicRankMaskModel
+from bem_peft.tuners.pt3_kronecker import KroneckerConfig, KroneckerModel
+from bem_peft.tuners.pt4_film import ResidualFiLMConfig, ResidualFiLMModel
 from bem_peft.tuners.steps.brake import emergency_stabilize
 
 if TYPE_CHECKING:

@@ -49,12 +49,3 @@ def check_choice(config: Any, field: str, choices: Sequence[str]) -> None:
     value = getattr(config, field)
     if value not in choices:
         raise field_error(field, value, f"must be one of {', '.join(map(repr, choices))}")
-
-
-def check_low_rank(config: Any) -> None:
-    """The fields that the additive methods share."""
-    check_number(config, "dropout", 0.0, 1.0)
-    if config.dropout == 1.0:
-        raise field_error("dropout", config.dropout, "must be below 1")
-    check_optional_number(config, "max_singular_value", 0.0, exclusive=True)
-    check_optional_number(config, "fro_budget", 0.0, exclusive=True)

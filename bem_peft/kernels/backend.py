@@ -6,13 +6,15 @@
     triton   Triton's kernels on CUDA and ROCm, for training and inference; on a CPU in Triton's interpreter alone
 
 What a chosen form does not know (a device, a dtype, a mode of a method) takes the torch form, by rules that each method
-states (`fits_operator`, `uses_triton`), never because something failed.
+states (`fits_operator`, `takes_triton`), never because something failed.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -56,12 +58,14 @@ def _choose(name: str) -> None:
     chosen.is_cpp, chosen.is_triton = name == "cpp", name == "triton"
 
 
-def uses_triton(y: torch.Tensor) -> bool:
-    """Whether an operator that returns a tensor like y runs as Triton's kernel; Triton must be chosen.
+def takes_triton(y: torch.Tensor) -> bool:
+    """Whether an operator that returns a tensor like y runs as Triton's kernel.
 
     Raises:
         RuntimeError: y is on a device that Triton's kernels cannot run on.
     """
+    if not chosen.is_triton:
+        return False
     kind = y.device.type
     if kind == "meta" or y.dtype not in TRITON_DTYPES:
         return False
@@ -72,6 +76,17 @@ def uses_triton(y: torch.Tensor) -> bool:
             "Python starts (Triton's interpreter, very slow)."
         )
     return True
+
+
+@contextmanager
+def torch_forms() -> Iterator[None]:
+    """The torch forms inside the block, in every thread, whatever is chosen: to hold another form to them."""
+    before = chosen.is_cpp, chosen.is_triton
+    chosen.is_cpp = chosen.is_triton = False
+    try:
+        yield
+    finally:
+        chosen.is_cpp, chosen.is_triton = before
 
 
 def is_interpreted() -> bool:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from bem_peft.kernels import backend
+
 
 def bounded_rows(weight: torch.Tensor, scaling: float, bound: float, dtype: torch.dtype) -> torch.Tensor:
     """(rows, units) -> (rows, units) in `dtype`, each row's sum of absolute values below `bound`.
@@ -31,20 +33,29 @@ def token_rms(y: torch.Tensor) -> torch.Tensor:
 def film_update(
     y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None, is_rms: bool
 ) -> torch.Tensor:
-    """y' = y (1 + c_g G^T) + (c_b rho) T^T, a value a channel.
+    """y' = y (1 + c_g G^T) + (c_b rho) T^T, (N, out) in the dtype of y.
 
     Args:
-        y: (N, out). c: (N, units). gamma_t: G^T (gamma_dim, out), beta_t: T^T (beta_dim, out), or None; they read the
-            first columns of c.
+        y: (N, out).
+        c: (N, units), or (1, units) for all tokens.
+        gamma_t: G^T (gamma_dim, out), beta_t: T^T (beta_dim, out), or None; they read the first columns of c. With one
+            column in place of `out`: a value for all channels.
         is_rms: whether rho is the token's rms of y, else 1.
-
-    Returns:
-        (N, out) in the dtype of y.
     """
+    has_each = all(part is None or part.shape[1] == y.shape[1] for part in (gamma_t, beta_t))
+    if has_each and c.shape[0] == y.shape[0] and backend.takes_triton(y):
+        from bem_peft.kernels import triton_film
+
+        return triton_film.film_update(y, c, gamma_t, beta_t, is_rms)
     out = y
     if gamma_t is not None:
         out = torch.addcmul(y, y, torch.mm(c[:, : gamma_t.shape[0]], gamma_t))
     if beta_t is not None:
         units = c[:, : beta_t.shape[0]]
-        out = torch.addmm(out, units * token_rms(y) if is_rms else units, beta_t)
+        if is_rms:
+            units = units * token_rms(y)
+        if has_each and units.shape[0] == y.shape[0]:
+            out = torch.addmm(out, units, beta_t)
+        else:  # what broadcasts cannot be the addend of addmm
+            out = out + torch.mm(units, beta_t)
     return out

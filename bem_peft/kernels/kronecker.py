@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
+from bem_peft.kernels import backend
+
 
 def kronecker_project(x: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Args: x (N, u_dim * v_dim), u (u_rank, u_dim), v (v_rank, v_dim). Returns: (N, u_rank * v_rank).
@@ -27,4 +29,8 @@ def kronecker_update(
     x: torch.Tensor, y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, b_t: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """y' = y + s z B^T, z as above. Args: y (N, out), b_t (u_rank * v_rank, out). Returns: (N, out)."""
+    if backend.takes_triton(y):
+        from bem_peft.kernels import triton_kronecker
+
+        return triton_kronecker.kronecker_update(x, y, u, v, b_t, scaling)
     return torch.addmm(y, kronecker_project(x, u, v), b_t, alpha=scaling)

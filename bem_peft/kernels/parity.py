@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from bem_peft.kernels import film, kronecker, rank_mask
-from bem_peft.kernels import head_gating as gate
+from bem_peft.kernels import backend, film, head_gating, kronecker, rank_mask
 
 Operator = Callable[..., torch.Tensor]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,7 +72,7 @@ def _low_rank(sizes: dict[str, int], n: int, out: int, r: int) -> Iterator[Case]
         y, b_t = (_random(*shape, dtype=dtype, device=device) for shape in ((n, out), (2 * r, out)))
         return [y, low, torch.rand(n, 2).to(device), b_t, 1.3]
 
-    yield Case("gate", "gate", sizes, gate.gated_update, gated, ("y", "low", "gate", "b_t"))
+    yield Case("gate", "gate", sizes, head_gating.gated_update, gated, ("y", "low", "gate", "b_t"))
     for name, has_gate, is_task in (
         ("mask", True, False),
         ("mask, no gate", False, False),
@@ -112,11 +111,10 @@ def _films(sizes: dict[str, int], n: int, out: int, units: int) -> Iterator[Case
 
 def operators() -> dict[str, Operator]:
     """Triton's form of each operator, for inputs with gradients. Raises ImportError where Triton is not installed."""
-    from bem_peft.kernels import triton_film, triton_kronecker, triton_rank_mask
-    from bem_peft.kernels import triton_head_gating as triton_gate
+    from bem_peft.kernels import triton_film, triton_head_gating, triton_kronecker, triton_rank_mask
 
     return {
-        "kronecker": triton_kronecker.kronecker_update, "gate": triton_gate.gated_update,
+        "kronecker": triton_kronecker.kronecker_update, "gate": triton_head_gating.gated_update,
         "mask": triton_rank_mask.masked_update, "film": triton_film.film_update,
     }  # fmt: skip
 
@@ -150,8 +148,10 @@ def deviations(case: Case, dtype: torch.dtype, device: torch.device, *, seed: in
     torch.manual_seed(seed)
     arguments = case.arguments(dtype, device)
     grad = torch.randn(case.sizes["rows"], case.sizes["out"]).to(device=device, dtype=dtype)
-    exact = _run(case.reference, [a.double() if isinstance(a, torch.Tensor) else a for a in arguments], grad.double())
-    plain, found = _run(case.reference, arguments, grad), _run(operators()[case.operator], arguments, grad)
+    with backend.torch_forms():
+        wide = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+        exact, plain = _run(case.reference, wide, grad.double()), _run(case.reference, arguments, grad)
+    found = _run(operators()[case.operator], arguments, grad)
     tensors = [name for name, a in zip(case.names, arguments, strict=False) if isinstance(a, torch.Tensor)]
     lines = []
     for name, e, p, f in zip(["output", *(f"d{name}" for name in tensors)], exact, plain, found, strict=True):

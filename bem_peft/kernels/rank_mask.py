@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from bem_peft.kernels import backend
+
 
 def choice_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of z and of the sums that make the logits, for rows of `dtype`.
@@ -75,14 +77,12 @@ def k_hot_mask(logits: torch.Tensor, k: int) -> torch.Tensor:
 
     `torch.topk` leaves the order of ties to the device; a stable sort does not.
     """
-    kept = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    return torch.zeros_like(logits).scatter_(-1, kept, 1.0)
+    return torch.zeros_like(logits).scatter_(-1, _ranked(logits)[..., :k], 1.0)
 
 
-def drop_all_but_k(z: torch.Tensor, logits: torch.Tensor, k: int) -> torch.Tensor:
-    """`z * k_hot_mask(logits, k)`, in place: z (N, R) is overwritten where it is dropped; for inference."""
-    dropped = logits.sort(dim=-1, descending=True, stable=True).indices[:, k:]
-    return z.scatter_(-1, dropped, 0.0)
+def _ranked(logits: torch.Tensor) -> torch.Tensor:
+    """The ranks (..., R) in the order in which they are kept."""
+    return logits.sort(dim=-1, descending=True, stable=True).indices
 
 
 def straight_through_k_hot(logits: torch.Tensor, k: int, temperature: float) -> torch.Tensor:
@@ -124,7 +124,16 @@ def masked_update(
     Returns:
         (N, out) in the dtype of y.
     """
-    mask = straight_through_k_hot(logits, k, temperature) if is_soft else k_hot_mask(logits, k)
+    if backend.takes_triton(y):
+        from bem_peft.kernels import triton_rank_mask
+
+        return triton_rank_mask.masked_update(y, z, gate, logits, b_t, k, scaling, temperature, is_soft)
     if gate is not None:
         z = torch.addcmul(z, z, gate if gate.dtype is z.dtype else gate.to(z.dtype))
-    return torch.addmm(y, z * mask.to(z.dtype), b_t, alpha=scaling)
+    if is_soft:
+        kept = z * straight_through_k_hot(logits, k, temperature).to(z.dtype)
+    elif torch.is_grad_enabled() or logits.shape[0] != z.shape[0]:
+        kept = z * k_hot_mask(logits, k).to(z.dtype)
+    else:
+        kept = z.scatter(-1, _ranked(logits)[:, k:], 0.0)
+    return torch.addmm(y, kept, b_t, alpha=scaling)

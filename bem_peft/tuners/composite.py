@@ -18,21 +18,17 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_
 
 from bem_peft import field_checks as check
 from bem_peft.tuners.base.adapter_config import AdapterConfig, default_of
-from bem_peft.tuners.base.layer import AdapterLinear
 from bem_peft.tuners.base.model import AdapterModel
-from bem_peft.tuners.base.registry import register
-from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter, HeadGroupGatingConfig
-from bem_peft.tuners.pt2_rank_mask import DynamicRankMaskAdapter, DynamicRankMaskConfig
-from bem_peft.tuners.pt3_kronecker import KroneckerAdapter, KroneckerConfig
-from bem_peft.tuners.pt4_film import ResidualFiLMAdapter, ResidualFiLMConfig
+from bem_peft.tuners.methods import METHODS
+from bem_peft.tuners.pt1_head_gating import HeadGroupGatingConfig
+from bem_peft.tuners.pt3_kronecker import KroneckerConfig
 
-PARTS: dict[str, tuple[type[AdapterConfig], Any]] = {
-    "bem_composite_head_gating": (HeadGroupGatingConfig, HeadGroupGatingAdapter),
-    "bem_composite_rank_mask": (DynamicRankMaskConfig, DynamicRankMaskAdapter),
-    "bem_composite_kronecker": (KroneckerConfig, KroneckerAdapter),
-    "bem_composite_film": (ResidualFiLMConfig, ResidualFiLMAdapter),
+PARTS = {
+    config_cls.method.replace("bem_", "bem_composite_", 1): (config_cls, adapter_cls)
+    for model in METHODS
+    for config_cls, adapter_cls in model.adapter_classes.values()
 }
-METHODS = {config_cls.method.upper(): config_cls for config_cls, _ in PARTS.values()}
+CONFIGS = {config_cls.method.upper(): config_cls for config_cls, _ in PARTS.values()}
 # given in the composite, these hold for each method that does not set its own
 INHERITED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fused_experts")
 # a method's own; in the composite they would have no meaning
@@ -141,9 +137,9 @@ class CompositeConfig(AdapterConfig):
         """A copy of one method's config (the composite fills in names), checked to set nothing that is the whole's."""
         if isinstance(given, dict):
             kind = str(getattr(given.get("peft_type"), "value", given.get("peft_type")))
-            if kind not in METHODS:
-                raise check.field_error("methods", kind, f"`peft_type` must be one of {sorted(METHODS)}")
-            cls = METHODS[kind]
+            if kind not in CONFIGS:
+                raise check.field_error("methods", kind, f"`peft_type` must be one of {sorted(CONFIGS)}")
+            cls = CONFIGS[kind]
             known = {f.name for f in dataclasses.fields(cls)}
             unknown = sorted(set(given) - known)
             if unknown and "auto_mapping" not in given:  # which a saved config has, and a written one has not
@@ -155,10 +151,10 @@ class CompositeConfig(AdapterConfig):
                     stacklevel=2,
                 )
             values = {name: value for name, value in given.items() if name in known}
-        elif type(given) not in METHODS.values():
+        elif type(given) not in CONFIGS.values():
             raise TypeError(
                 f"`methods` holds a {type(given).__name__}: must be configs of "
-                f"{', '.join(cls.__name__ for cls in METHODS.values())}."
+                f"{', '.join(cls.__name__ for cls in CONFIGS.values())}."
             )
         else:
             cls, values = type(given), {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
@@ -202,18 +198,8 @@ def matches(config: AdapterConfig, key: str) -> bool | re.Match[str] | None:
     return None if isinstance(found, _ExcludedModule) else found
 
 
-class CompositeLinear(AdapterLinear):
-    """A projection with adapters of several methods."""
-
-    adapter_layer_names = tuple(PARTS)
-
-
-class CompositeModel(AdapterModel):
+class CompositeModel(AdapterModel, config=CompositeConfig, adapters=PARTS):
     """A model with several methods; made by `get_peft_model(model, CompositeConfig([...]))`."""
-
-    prefix = "bem_composite_"
-    tuner_layer_cls = CompositeLinear
-    adapter_classes: ClassVar = PARTS
 
     def parts(self, config: CompositeConfig) -> Iterator[tuple[str, AdapterConfig]]:
         for container, (config_cls, _) in PARTS.items():
@@ -241,6 +227,3 @@ class CompositeModel(AdapterModel):
 
     def _part_matches(self, config: AdapterConfig, whole: AdapterConfig, key: str) -> bool:
         return bool(matches(config, key))
-
-
-register("bem_composite", CompositeConfig, CompositeModel)

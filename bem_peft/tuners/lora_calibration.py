@@ -21,7 +21,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from bem_peft.tuners.base.layer import AdapterLinear
-from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
 
 Batch = dict[str, Any]
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -59,7 +58,7 @@ def mean_gates(
 
         def see(adapter: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor, tokens: RealTokens = tokens) -> None:
             x = tokens.rows(adapter.site_name, args[0])
-            sums[adapter] = sums.get(adapter, 0.0) + _gate_values(adapter, x.float()).double().sum(0)
+            sums[adapter] = sums.get(adapter, 0.0) + adapter.gate_values(x.float()).double().sum(0)
             counts[adapter] += x.shape[0]
 
         with _alone(model, adapter_name), _hooked(adapters, see):
@@ -222,14 +221,6 @@ class RealTokens:
 def takes_positions(model: nn.Module) -> bool:
     """Whether the forward of `model` has an argument `position_ids`."""
     return "position_ids" in inspect.signature(model.forward).parameters
-
-
-def _gate_values(adapter: Any, x: torch.Tensor) -> torch.Tensor:
-    """The factors that an adapter puts on its ranks (or groups) for inputs x (N, in): (N, R) or (N, G)."""
-    if isinstance(adapter, HeadGroupGatingAdapter):
-        return adapter.gates(adapter.statistics(x))
-    factors: torch.Tensor = adapter.rank_factors(x)
-    return factors
 
 
 @contextmanager

@@ -22,10 +22,8 @@ from torch.nn.utils import parametrize
 
 from bem_peft.tuners.base.adapter import Adapter
 from bem_peft.tuners.base.layer import AdapterLinear
-from bem_peft.tuners.governance import LowRankAdapter
+from bem_peft.tuners.base.low_rank import LowRankAdapter
 from bem_peft.tuners.lora_calibration import LogitsReport, mean_gates, measure
-from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
-from bem_peft.tuners.pt2_rank_mask import DynamicRankMaskAdapter
 
 PEFT_PREFIX = "base_model.model."
 
@@ -114,15 +112,12 @@ def _refuse_methods(adapters: list[Any]) -> list[Any]:
             )
     gated = [adapter for adapter in adapters if not adapter.is_mergeable]
     for adapter in gated:
-        if not isinstance(adapter, (HeadGroupGatingAdapter, DynamicRankMaskAdapter)):
+        if not adapter.has_gates:
             raise ValueError(
                 f"{type(adapter).__name__} at {adapter.site_name} depends on the token, and has no gates that could be "
                 "fixed at their mean: no LoRA equals it."
             )
-        reads_x_alone = isinstance(adapter, DynamicRankMaskAdapter) or (
-            not adapter.uses_exact_statistics and adapter.retrieval == "none"
-        )
-        if not reads_x_alone:
+        if adapter.reads_attention_rows or adapter.retrieval != "none":
             raise ValueError(
                 f"{adapter.site_name}: gates that read exact attention rows or retrieval cannot be fixed from W_O's "
                 "input; export works with attention_stats='output' and retrieval='none'."

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
+from bem_peft.kernels.hadamard import hadamard_transform
+
 TRIED = 5000  # masks that are tried one by one
 
 
@@ -28,20 +30,25 @@ TRIED = 5000  # masks that are tried one by one
 class RankMasks:
     """The masks and gates that stand between A and some B.
 
-    a: A (R, in) float64, the scale included. k: ranks that a token keeps. largest: d, the largest gate; above 1, gates
-    reach down to 0. kept (R,): the one mask of all tokens, which gates alone vary; None: any k ranks.
+    a: A (R, in) float64, the scale included. k: ranks that a token keeps. largest: d, the largest gate; above 1,
+    gates reach down to 0. kept (R,): the one mask of all tokens, which gates alone vary; None: any k ranks.
+    hadamard: the masks' basis is that of H; `a` is H A, in it, and each B = left (out, R) float64 is in its own.
     """
 
     a: torch.Tensor
     k: int
     largest: float
     kept: torch.Tensor | None = None
+    hadamard: bool = False
 
     def _used(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of the ranks that some token keeps; the others' are zero."""
-        if self.kept is None:
-            return self.a, left
-        return self.a * self.kept.unsqueeze(1), left * self.kept
+        """A and B, in the basis of the masks, of the ranks that some token keeps; the others' are zero."""
+        b = self._turned(left)
+        return (self.a, b) if self.kept is None else (self.a * self.kept.unsqueeze(1), b * self.kept)
+
+    def _turned(self, left: torch.Tensor) -> torch.Tensor:
+        """B (out, R) between its own basis and that of the masks."""
+        return hadamard_transform(left.t()).t() if self.hadamard else left
 
     def _balance(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """|a_i|, |b_i| -> sqrt(|a_i| / |b_i|), (R,), and 1 where one of the two is 0; with it, which are not."""
@@ -57,7 +64,7 @@ class RankMasks:
         return a / weight.unsqueeze(1) * is_live.unsqueeze(1), b * weight * is_live, weight
 
     def bounds(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Upper bounds of sigma_1 and the Frobenius norm over all D, for B = left (out, R) float64; scalars."""
+        """Upper bounds of sigma_1 and the Frobenius norm over all D, for B = left; scalars."""
         a, b, _ = self._factors(left)
         gram_a, gram_b = a @ a.t(), b.t() @ b
         sigma = self.largest * (self._of_any_k(gram_a) * self._of_any_k(gram_b)).sqrt()
@@ -79,7 +86,7 @@ class RankMasks:
         part = b @ (vectors * share) @ vectors.t()
         scaled = b * (cap / self.bounds(left)[0].clamp_min(1e-300)).clamp_max(1.0)
         nearer = torch.where((part - b).norm() < (scaled - b).norm(), part, scaled)
-        return left + (nearer - b) / weight
+        return left + self._turned((nearer - b) / weight)
 
     def largest_norms(self, left: torch.Tensor) -> tuple[float, float, bool]:
         """The largest sigma_1 and Frobenius norm over all D, and False; their bounds and True where D are too many."""

@@ -11,7 +11,6 @@ transfer learning, 2022, arXiv:2110.04366 (multi-head parallel adapter); theirs 
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,25 +18,23 @@ import torch
 from torch import nn
 
 from bem_peft import field_checks as check
-from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.head_gating import gated_update
 from bem_peft.sites.find import ATTENTION_OUTPUT
-from bem_peft.tuners.base.adapter import SiteShape, transposed
-from bem_peft.tuners.base.adapter_config import AdapterConfig, default_of
-from bem_peft.tuners.base.layer import AdapterLinear
+from bem_peft.tuners.base.adapter import SiteShape
+from bem_peft.tuners.base.adapter_config import AdapterConfig, LowRankConfig, default_of
+from bem_peft.tuners.base.forms import transposed
+from bem_peft.tuners.base.low_rank import LowRankAdapter, root_of
 from bem_peft.tuners.base.model import AdapterModel
-from bem_peft.tuners.base.registry import register
 from bem_peft.tuners.calls.attention_stats import AttentionRows, head_output_statistics, register_exact
-from bem_peft.tuners.calls.call_frame import repeat_rows, take_rows
+from bem_peft.tuners.calls.call_frame import take_rows
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.calls.penalty import decorrelation, gate_entropy
-from bem_peft.tuners.governance import LowRankAdapter, root_of
-from bem_peft.tuners.steps.optimizer_hooks import watch
+from bem_peft.tuners.calls.retrieval_feature import RetrievalReader
 from bem_peft.tuners.steps.sharded import whole
 
 
 @dataclass
-class HeadGroupGatingConfig(AdapterConfig):
+class HeadGroupGatingConfig(LowRankConfig):
     """Config of PT1, y' = y + s sum_g gate_g(x) B_g A_g x_g at W_O."""
 
     num_groups: int = field(
@@ -86,9 +83,6 @@ class HeadGroupGatingConfig(AdapterConfig):
             "through a learned scorer; 'none'."
         },
     )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
-    max_singular_value: float | None = field(default=None, metadata={"help": "Cap on sigma_1 of each update."})
-    fro_budget: float | None = field(default=None, metadata={"help": "Cap on the Frobenius norm of each update."})
 
     method: ClassVar[str] = "bem_head_gating"
     roles: ClassVar[tuple[str, ...]] = (ATTENTION_OUTPUT,)
@@ -125,7 +119,6 @@ class HeadGroupGatingConfig(AdapterConfig):
         check.check_number(self, "gate_entropy_strength")
         check.check_choice(self, "attention_stats", ("output", "exact"))
         check.check_choice(self, "retrieval", ("none", "quality", "scores"))
-        check.check_low_rank(self)
         super().__post_init__()
         if not self.is_from_file:
             self._say_pattern_in_full()
@@ -166,46 +159,7 @@ def resolve_groups(heads: int, num_groups: int, strict: bool, site: str) -> int:
     return min(divisors, key=lambda d: (abs(d - num_groups), d))
 
 
-def list_features(scores: torch.Tensor) -> torch.Tensor:
-    r"""What the scorer reads of a retriever's scores: (B, 3) float32 in [0, 1], from (B, K), -inf where none.
-
-    With s_1 >= ... >= s_n the finite scores of a list and u_i = (s_i - mean) / deviation:
-        u_1 / sqrt(n - 1)               how far the first stands out; 1: it alone differs
-        (s_1 - s_2) / (s_1 - s_n)       its margin, in ranges of the list
-        1 - H(softmax(u)) / log n       how concentrated the list is
-    All three are 0 for one document, and where the scores are equal (to 1e-6 of the largest |s|).
-
-    Retrievers score on scales of their own (BM25 up to some 30, cosines below 1), so that features of the scores
-    themselves would saturate the scorer with one and not move it with another. These do not change with a shift or a
-    positive factor of the list's scores, nor with how far it is padded. The level of the scores is not read.
-
-    Source: u is the zero-mean, unit-variance normalisation of Montague and Aslam, Relevance score normalization for
-    metasearch, CIKM 2001; that the deviation within a list tells a query's quality: Shtok et al., Predicting query
-    performance by query-drift estimation, TOIS 2012.
-    """
-    scores = scores.to(torch.float64 if scores.device.type == "cpu" else torch.float32)
-    found = scores > -torch.inf
-    largest = scores.abs().masked_fill(~found, 0.0).amax(1, keepdim=True)
-    scaled = scores / largest.clamp_min(torch.finfo(scores.dtype).tiny)  # no difference can overflow
-    ordered = scaled.sort(dim=1, descending=True).values
-    real = ordered > -torch.inf
-    below = (ordered[:, :1] - ordered).masked_fill(~real, 0.0)  # s_1 - s_i
-    width = below.amax(1, keepdim=True)
-    varies = width > 1e-6
-    below = torch.where(varies, below / width.clamp_min(1e-6), 0.0)  # in [0, 1]
-    n = found.sum(1, keepdim=True).clamp_min(1).to(scores.dtype)
-    mean = below.sum(1, keepdim=True) / n
-    deviation = ((below - mean).masked_fill(~real, 0.0).square().sum(1, keepdim=True) / n).sqrt()
-    u = (mean - below) / torch.where(varies, deviation, 1.0)
-    share = torch.where(real, (u - u[:, :1]).exp(), 0.0)
-    share = share / share.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-    entropy = torch.special.entr(share).sum(1, keepdim=True)
-    margin = below[:, 1:2] if below.shape[1] > 1 else below
-    features = (u[:, :1] / (n - 1.0).clamp_min(1.0).sqrt(), margin, 1.0 - entropy / n.clamp_min(2.0).log())
-    return torch.where(varies, torch.cat(features, dim=1), 0.0).float()
-
-
-class HeadGroupGatingAdapter(LowRankAdapter):
+class HeadGroupGatingAdapter(RetrievalReader, LowRankAdapter):
     """y' = y + s sum_g gate_g(x) B_g A_g x_g."""
 
     variant = "PT1"
@@ -219,10 +173,11 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         "scorer_bias": "controller",
     }
 
-    masters = ("A", "B", "gate_weight", "gate_bias")
+    kernel = "head_gating"
+    has_gates = True
     steps_taken: torch.Tensor
 
-    def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
+    def __init__(self, config: HeadGroupGatingConfig, site: SiteShape, call: CallState) -> None:
         super().__init__(config, site, call)
         heads = config.num_heads or site.num_heads
         if heads is None:  # neither given nor known: each group counts as one head
@@ -248,9 +203,8 @@ class HeadGroupGatingAdapter(LowRankAdapter):
             )
         self.temperature, self.gate_dropout = config.gate_temperature, config.gate_dropout
         self.decorrelation_strength = config.decorrelation_strength
-        self.uses_exact_statistics = config.attention_stats == "exact"
-        self.retrieval = config.retrieval
-        self.has_operator = not self.uses_exact_statistics and self.retrieval == "none"
+        self.reads_attention_rows = config.attention_stats == "exact"
+        self.has_operator = not self.reads_attention_rows and config.retrieval == "none"
         self.gate_entropy_strength = config.gate_entropy_strength
         self.token_penalties = tuple(
             name for name in ("decorrelation_strength", "gate_entropy_strength") if getattr(config, name)
@@ -260,17 +214,12 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         self.anneal_steps = config.decorrelation_anneal_steps
         if self.anneal_steps is not None:
             self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))  # saved: a resumed run goes on
-            self.is_watched = True
-            watch(self)
+            self.watch()
         self.A = nn.Parameter(torch.empty(sum(self.ranks), site.in_features // self.num_groups))
         self.B = nn.Parameter(torch.empty(site.out_features, sum(self.ranks)))
         self.gate_weight = nn.Parameter(torch.empty(self.num_groups, 2 * heads))
         self.gate_bias = nn.Parameter(torch.empty(self.num_groups))
-        if self.retrieval != "none":
-            self.retrieval_weight = nn.Parameter(torch.empty(self.num_groups))
-        if self.retrieval == "scores":
-            self.scorer_weight = nn.Parameter(torch.empty(3))
-            self.scorer_bias = nn.Parameter(torch.empty(1))
+        self.add_retrieval_parameters(config.retrieval, self.num_groups)
         widest = max(self.ranks)
         self.is_even = len(set(self.ranks)) == 1
         # where the ranks differ, A is padded to the widest group: row i of A stands at slot[i]
@@ -289,11 +238,7 @@ class HeadGroupGatingAdapter(LowRankAdapter):
             nn.init.zeros_(self.B)
         else:
             nn.init.normal_(self.B, std=self.B.shape[1] ** -0.5)
-        if self.retrieval != "none":
-            nn.init.zeros_(self.retrieval_weight)
-        if self.retrieval == "scores":
-            nn.init.ones_(self.scorer_weight)
-            nn.init.zeros_(self.scorer_bias)
+        self.reset_retrieval_parameters()
 
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """A as (G, in/G, r), B^T, and the controller's weight and bias in float32."""
@@ -315,24 +260,6 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         a, *rest = self.derive(dtype)
         return torch.block_diag(*a), *rest
 
-    def pack(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        gate = self.gate_weight.float().t(), self.gate_bias.float().unsqueeze(0)
-        padded = (cpp.padded(part / self.temperature) for part in gate)
-        return self.A.to(dtype).contiguous(), transposed(self.B, dtype), *padded
-
-    def operator_call(self) -> tuple[str, tuple[Any, ...]]:
-        return "head_gating", (self.num_heads, self.ranks, self.scaling)
-
-    def fits_training(self, y: torch.Tensor) -> bool:
-        is_dropping = self.training and (self.dropout or self.gate_dropout)
-        return not is_dropping and super().fits_training(y)
-
-    def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = cpp.build().head_gating_train(
-            x, y, *self.held_masters(), self.num_heads, self.ranks, self.temperature, self.scaling
-        )[0]
-        return out
-
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         a, b_t, gate_weight, gate_bias = weights
         logits = self.logits(self.statistics(x), gate_weight, gate_bias)
@@ -348,18 +275,11 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         else:
             groups = x.view(x.shape[0], self.num_groups, x.shape[1] // self.num_groups).transpose(0, 1)
             low = torch.bmm(groups, a).transpose(0, 1)
-        if self.is_even:
-            if backend.chosen.is_triton and backend.uses_triton(y):
-                from bem_peft.kernels.triton_head_gating import gated_update as fused
-
-                return fused(y, low, gate, b_t, 2.0 * self.scaling)
-            return gated_update(y, low, gate, b_t, 2.0 * self.scaling)
-        low = (low * gate.to(low.dtype).unsqueeze(-1)).flatten(1)[:, self.slots]
-        return torch.addmm(y, low, b_t, alpha=2.0 * self.scaling)
+        return gated_update(y, low, gate, b_t, 2.0 * self.scaling, None if self.is_even else self.slots)
 
     def statistics(self, x: torch.Tensor) -> torch.Tensor:
         """The two statistics of each head, (N, 2 heads), float32."""
-        if not self.uses_exact_statistics:
+        if not self.reads_attention_rows:
             return head_output_statistics(x, self.num_heads)
         rows: AttentionRows | None = take_rows(self)
         if rows is None:
@@ -368,6 +288,9 @@ class HeadGroupGatingAdapter(LowRankAdapter):
                 "transformers' attention interface in this call. Use attention_stats='output'."
             )
         return rows.features().to(x.device)
+
+    def gate_values(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gates(self.statistics(x))
 
     def gates(self, statistics: torch.Tensor) -> torch.Tensor:
         """2 sigmoid(z / temperature), (N, G), for the statistics (N, 2 heads) of N tokens."""
@@ -382,46 +305,6 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         if self.temperature != 1.0:
             logits = logits / self.temperature
         return logits
-
-    def retrieval_feature(self, tokens: int) -> torch.Tensor:
-        """(N, 1) or (1, 1) in [-1, 1]."""
-        values, device = self.call.values, self.B.device
-        if self.retrieval == "scores":
-            used = (self.scorer_weight.sum() + self.scorer_bias).float().view(1, 1) * 0.0  # in the graph of every step
-            if values.retrieval_scores is None:
-                self.warn_of_no_retrieval("retrieval_scores")
-                return used
-            quality = self.score_quality(values.retrieval_scores.to(device))
-        elif values.retrieval_quality is None:
-            self.warn_of_no_retrieval("retrieval_quality")
-            return torch.zeros(1, 1, device=device)
-        else:
-            quality = values.retrieval_quality.to(device).float()
-        lead = self.call.lead
-        quality = repeat_rows(quality, lead[0])
-        if quality.dim() == 1:
-            quality = quality.view(-1, *(1,) * (len(lead) - 1)).expand(lead)
-        elif quality.shape != lead:
-            raise ValueError(
-                f"`retrieval_quality` a token has shape {tuple(quality.shape)}, {self.site_name} sees {tuple(lead)}: "
-                "give one value a sequence, (batch,), for cached decoding and for encoder-decoder models."
-            )
-        return (2.0 * quality - 1.0).reshape(tokens, 1)
-
-    def warn_of_no_retrieval(self, name: str) -> None:
-        """In training: a Trainer drops a column that it does not know, and nothing else would tell."""
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            warnings.warn(
-                f"retrieval={self.retrieval!r}, and this training step was given no `{name}`: the gates read a quality "
-                "of 1/2. As a Trainer column it needs TrainingArguments(remove_unused_columns=False).",
-                stacklevel=2,
-            )
-
-    def score_quality(self, scores: torch.Tensor) -> torch.Tensor:
-        """sigmoid(w . `list_features` + b), (B,), from scores (B, K), -inf where none; 1/2 for a list of none."""
-        features = list_features(scores)
-        quality = torch.sigmoid(features @ self.scorer_weight.float() + self.scorer_bias.float())
-        return torch.where((scores > -torch.inf).any(1), quality, 0.5)
 
     def carry_penalties(self, y: torch.Tensor, logits: torch.Tensor, half_gates: torch.Tensor) -> torch.Tensor:
         """y with the penalties of the gates 2 sigmoid(logits), (N, G)."""
@@ -459,18 +342,5 @@ class HeadGroupGatingAdapter(LowRankAdapter):
         return rows, self.B.detach()
 
 
-class HeadGroupGatingLinear(AdapterLinear):
-    """A W_O with head-group gating adapters."""
-
-    adapter_layer_names = ("bem_head_gating_adapter",)
-
-
-class HeadGroupGatingModel(AdapterModel):
+class HeadGroupGatingModel(AdapterModel, config=HeadGroupGatingConfig, adapter=HeadGroupGatingAdapter):
     """A model with PT1 at W_O; made by `get_peft_model(model, HeadGroupGatingConfig(...))`."""
-
-    prefix = "bem_head_gating_"
-    tuner_layer_cls = HeadGroupGatingLinear
-    adapter_classes: ClassVar = {"bem_head_gating_adapter": (HeadGroupGatingConfig, HeadGroupGatingAdapter)}
-
-
-register("bem_head_gating", HeadGroupGatingConfig, HeadGroupGatingModel)

@@ -13,37 +13,34 @@ for the whole run; ours chooses them for each token.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from bem_peft import field_checks as check
-from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.hadamard import hadamard_transform, is_power_of_two
 from bem_peft.kernels.rank_mask import (
     choice_dtype,
     choice_projection,
-    drop_all_but_k,
     k_hot_mask,
+    masked_update,
     straight_through_k_hot,
 )
-from bem_peft.tuners.base.adapter import SiteShape, transposed
-from bem_peft.tuners.base.adapter_config import AdapterConfig
-from bem_peft.tuners.base.layer import AdapterLinear
+from bem_peft.tuners.base.adapter import SiteShape
+from bem_peft.tuners.base.adapter_config import AdapterConfig, LowRankConfig
+from bem_peft.tuners.base.forms import transposed
+from bem_peft.tuners.base.low_rank import LowRankAdapter, Update, root_of
 from bem_peft.tuners.base.model import AdapterModel
-from bem_peft.tuners.base.registry import register
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.calls.penalty import mask_balance
-from bem_peft.tuners.governance import LowRankAdapter, root_of
 from bem_peft.tuners.mask_bounds import RankMasks
 from bem_peft.tuners.steps.sharded import whole
 
 
 @dataclass
-class DynamicRankMaskConfig(AdapterConfig):
+class DynamicRankMaskConfig(LowRankConfig):
     """Config of PT2, y' = y + s B (m(x) * A x) at W_O and W_down."""
 
     total_rank: int = field(default=16, metadata={"help": "R, the ranks that are computed."})
@@ -62,9 +59,6 @@ class DynamicRankMaskConfig(AdapterConfig):
         default=0.0,
         metadata={"help": "Weight of the squared deviation of each rank's use, by a sequence's tokens, from k / R."},
     )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
-    max_singular_value: float | None = field(default=None, metadata={"help": "Cap on sigma_1 of each update."})
-    fro_budget: float | None = field(default=None, metadata={"help": "Cap on the Frobenius norm of each update."})
 
     method: ClassVar[str] = "bem_rank_mask"
     rank_fields: ClassVar[tuple[str, ...]] = ("total_rank", "active_rank")
@@ -85,7 +79,6 @@ class DynamicRankMaskConfig(AdapterConfig):
         check.check_choice(self, "mask_scope", ("token", "task"))
         check.check_number(self, "mask_temperature", 0.0, exclusive=True)
         check.check_number(self, "balance_strength", 0.0)
-        check.check_low_rank(self)
         super().__post_init__()
 
     def inert_fields(self) -> dict[str, str]:
@@ -113,8 +106,10 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         "mask_weight": "mask",
         "C": "controller",
     }
+    kernel, has_operator = "rank_mask", True
+    has_gates = True
 
-    def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
+    def __init__(self, config: DynamicRankMaskConfig, site: SiteShape, call: CallState) -> None:
         super().__init__(config, site, call)
         rank = config.total_rank
         self.active_rank, self.temperature = config.active_rank, config.mask_temperature
@@ -162,30 +157,6 @@ class DynamicRankMaskAdapter(LowRankAdapter):
             weights.append(transposed(self.mask_weight.to(wide) * rank_root(a), wide))
         return tuple(weights)
 
-    has_operator = True
-    masters = ("A", "B", "C", "mask_weight")
-
-    def fits_operator(self, y: torch.Tensor) -> bool:
-        return self.observer is None and super().fits_operator(y)
-
-    def pack(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        a, b_t, *control = self.derive(dtype)
-        gate = control[0] if self.has_value_gate else a.new_zeros(0, b_t.shape[0])
-        mask = self.mask_weight.unsqueeze(0) if self.is_task_mask else control[-1]
-        return a.t().to(dtype).contiguous(), b_t.contiguous(), cpp.padded(gate), cpp.padded(mask)
-
-    def operator_call(self) -> tuple[str, tuple[Any, ...]]:
-        return "rank_mask", (self.active_rank, self.is_task_mask, self.scaling)
-
-    def fits_training(self, y: torch.Tensor) -> bool:
-        return self.observer is None and super().fits_training(y)
-
-    def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        temperature = self.temperature if self.training else math.inf  # no slope: the mask has no gradient
-        choice = self.active_rank, self.is_task_mask, self.hadamard, temperature, self.scaling
-        out: torch.Tensor = cpp.build().rank_mask_train(self.drop(x), y, *self.held_masters(), *choice)[0]
-        return out
-
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         if self.dropout:
             x = self.drop(x)
@@ -194,14 +165,11 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         z = z.to(y.dtype)
         if self.carries_penalties(y):
             y = self.penalise(y, "balance", self.balance_strength, self.imbalance(logits), once=self.is_task_mask)
-        if backend.chosen.is_triton and self.observer is None and backend.uses_triton(y):
-            from bem_peft.kernels.triton_rank_mask import masked_update as fused
-
-            is_soft = self.training and torch.is_grad_enabled()
-            return fused(y, z, gate, logits, weights[1], self.active_rank, self.scaling, self.temperature, is_soft)
-        if gate is not None:
-            z = torch.addcmul(z, z, gate if gate.dtype is z.dtype else gate.to(z.dtype))
-        return torch.addmm(y, self.masked(z, logits), weights[1], alpha=self.scaling)
+        if self.observer is not None:
+            self.observer.append(k_hot_mask(logits.detach(), self.active_rank).expand(z.shape[0], -1))
+        is_soft = self.training and torch.is_grad_enabled()
+        choice = self.active_rank, self.scaling, self.temperature, is_soft
+        return masked_update(y, z, gate, logits, weights[1], *choice)
 
     def control(self, z: torch.Tensor, *control: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits W z/rms(z), (N, R), or (1, R) of a task's mask, float32, and tanh(C z/rms(z)), from z (N, R)."""
@@ -213,21 +181,9 @@ class DynamicRankMaskAdapter(LowRankAdapter):
             return self.mask_weight.float().unsqueeze(0), gate
         return torch.mm(unit, control[-1]).float(), gate  # rounded: what is equal but for its sum's order is a tie
 
-    def masked(self, z: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """m * z with exactly k ones a row; straight-through where a gradient is asked for in training."""
-        if self.training and torch.is_grad_enabled():
-            mask = straight_through_k_hot(logits, self.active_rank, self.temperature)
-        elif self.is_task_mask or self.observer is not None or torch.is_grad_enabled():
-            mask = k_hot_mask(logits, self.active_rank)
-        else:
-            return drop_all_but_k(z, logits, self.active_rank)
-        if self.observer is not None:
-            self.observer.append(mask.detach().expand(z.shape[0], -1))
-        return z * mask.to(z.dtype)
-
     @torch.no_grad()
-    def rank_factors(self, x: torch.Tensor) -> torch.Tensor:
-        """What each rank is multiplied by for inputs x (N, in): m * (1 + tanh(C z/rms(z))), (N, R)."""
+    def gate_values(self, x: torch.Tensor) -> torch.Tensor:
+        """m * (1 + tanh(C z/rms(z))), (N, R)."""
         weights = self.derive(x.dtype)
         logits, gate = self.control(choice_projection(x, weights[0]), *weights[2:])
         mask = k_hot_mask(logits, self.active_rank)
@@ -252,36 +208,17 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         root, inverse = root_of((self.masked_a() if self.is_task_mask else whole(self.A.detach())).double())
         return root * self.scaling, inverse / self.scaling
 
-    def masks(self) -> RankMasks:
-        """The masks and gates that a token may meet, between B and A in the basis of the masks."""
+    def update(self) -> Update:
+        """One update, or the masks and gates that a token may meet, between B and A."""
+        if self.has_one_mask:
+            return super().update()
         a, kept = whole(self.A.detach()).double(), None
         if self.hadamard:
             a = hadamard_transform(a)
         if self.is_task_mask:
             kept = k_hot_mask(whole(self.mask_weight.detach()).float(), self.active_rank) > 0
-        return RankMasks(a * self.scaling, self.active_rank, 2.0 if self.has_value_gate else 1.0, kept)
-
-    def in_mask_basis(self, left: torch.Tensor) -> torch.Tensor:
-        """B (out, R) between its own basis and that of the masks; its own inverse."""
-        return hadamard_transform(left.t()).t() if self.hadamard else left
-
-    @torch.no_grad()
-    def singular_values(self) -> torch.Tensor:
-        return super().singular_values() if self.has_one_mask else self.B.new_tensor([self.norms()[0]]).double()
-
-    @torch.no_grad()
-    def norms(self) -> tuple[float, float, bool]:
-        if self.has_one_mask:
-            return super().norms()
-        return self.masks().largest_norms(self.in_mask_basis(whole(self.B.detach()).double()))
-
-    def bounds(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().bounds(left) if self.has_one_mask else self.masks().bounds(self.in_mask_basis(left))
-
-    def clipped(self, left: torch.Tensor, cap: float) -> torch.Tensor:
-        if self.has_one_mask:
-            return super().clipped(left, cap)
-        return self.in_mask_basis(self.masks().clipped(self.in_mask_basis(left), cap))
+        largest = 2.0 if self.has_value_gate else 1.0
+        return RankMasks(a * self.scaling, self.active_rank, largest, kept, self.hadamard)
 
     def masked_a(self) -> torch.Tensor:
         """H (m * (H A)) for the task's mask, (R, in): the A of the update as it is applied."""
@@ -316,18 +253,5 @@ def rank_root(a: torch.Tensor) -> float:
     return float(a.shape[0]) ** 0.5
 
 
-class DynamicRankMaskLinear(AdapterLinear):
-    """A W_O or W_down with dynamic rank mask adapters."""
-
-    adapter_layer_names = ("bem_rank_mask_adapter",)
-
-
-class DynamicRankMaskModel(AdapterModel):
+class DynamicRankMaskModel(AdapterModel, config=DynamicRankMaskConfig, adapter=DynamicRankMaskAdapter):
     """A model with PT2 at W_O and W_down; made by `get_peft_model(model, DynamicRankMaskConfig(...))`."""
-
-    prefix = "bem_rank_mask_"
-    tuner_layer_cls = DynamicRankMaskLinear
-    adapter_classes: ClassVar = {"bem_rank_mask_adapter": (DynamicRankMaskConfig, DynamicRankMaskAdapter)}
-
-
-register("bem_rank_mask", DynamicRankMaskConfig, DynamicRankMaskModel)

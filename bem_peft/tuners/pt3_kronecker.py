@@ -12,28 +12,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from bem_peft import field_checks as check
-from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.kronecker import kronecker_update
 from bem_peft.sites.find import MLP_DOWN
-from bem_peft.tuners.base.adapter import SiteShape, transposed
-from bem_peft.tuners.base.adapter_config import AdapterConfig
-from bem_peft.tuners.base.layer import AdapterLinear
+from bem_peft.tuners.base.adapter import SiteShape
+from bem_peft.tuners.base.adapter_config import LowRankConfig
+from bem_peft.tuners.base.forms import transposed
+from bem_peft.tuners.base.low_rank import LowRankAdapter, root_of
 from bem_peft.tuners.base.model import AdapterModel
-from bem_peft.tuners.base.registry import register
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.calls.penalty import diversity, orthogonality
-from bem_peft.tuners.governance import LowRankAdapter, root_of
 from bem_peft.tuners.steps.sharded import whole
 
 
 @dataclass
-class KroneckerConfig(AdapterConfig):
+class KroneckerConfig(LowRankConfig):
     """Config of PT3, y' = y + s B (U (x) V) x at W_down."""
 
     u_rank: int = field(default=8, metadata={"help": "Rows of U, at most u_dim."})
@@ -58,9 +56,6 @@ class KroneckerConfig(AdapterConfig):
     diversity_strength: float = field(
         default=0.0, metadata={"help": "Weight of the mean squared cosine between rows of U, and of V."}
     )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
-    max_singular_value: float | None = field(default=None, metadata={"help": "Cap on sigma_1 of each update."})
-    fro_budget: float | None = field(default=None, metadata={"help": "Cap on the Frobenius norm of each update."})
 
     method: ClassVar[str] = "bem_kronecker"
     roles: ClassVar[tuple[str, ...]] = (MLP_DOWN,)
@@ -76,7 +71,6 @@ class KroneckerConfig(AdapterConfig):
         check.check_choice(self, "init_method", ("svd", "orthogonal", "random"))
         check.check_number(self, "orthogonality_strength", 0.0)
         check.check_number(self, "diversity_strength", 0.0)
-        check.check_low_rank(self)
         if self.single_site_layer is not None:
             check.check_int(self, "single_site_layer", 0)
             if self.layers_to_transform not in (None, [self.single_site_layer]):
@@ -118,9 +112,10 @@ class KroneckerAdapter(LowRankAdapter):
     variant = "PT3"
     lr_groups = {"B": "projection", "U": "factors", "V": "factors"}
 
+    kernel, has_operator = "kronecker", True
     is_mergeable = True
 
-    def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
+    def __init__(self, config: KroneckerConfig, site: SiteShape, call: CallState) -> None:
         super().__init__(config, site, call)
         u_dim, v_dim = resolve_dims(site.in_features, config.u_dim, config.v_dim, site.name)
         for name, rank, dim in (("u_rank", config.u_rank, u_dim), ("v_rank", config.v_rank, v_dim)):
@@ -162,30 +157,12 @@ class KroneckerAdapter(LowRankAdapter):
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         return self.U.to(dtype), self.V.to(dtype), transposed(self.B, dtype)
 
-    has_operator = True
-    masters = ("U", "V", "B")
-
-    def pack(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        u, v, b_t = self.derive(dtype)
-        return u.float().contiguous(), cpp.padded(v.t()), b_t.contiguous()
-
-    def operator_call(self) -> tuple[str, tuple[Any, ...]]:
-        return "kronecker", (self.v_rank, self.scaling)
-
-    def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = cpp.build().kronecker_train(self.drop(x), y, *self.held_masters(), self.scaling)[0]
-        return out
-
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         u, v, b_t = weights
         if self.carries_penalties(y):
             y = self.carry_penalties(y)
         if self.dropout:
             x = self.drop(x)
-        if backend.chosen.is_triton and backend.uses_triton(y):
-            from bem_peft.kernels.triton_kronecker import kronecker_update as fused
-
-            return fused(x, y, u, v, b_t, self.scaling)
         return kronecker_update(x, y, u, v, b_t, self.scaling)
 
     def carry_penalties(self, y: torch.Tensor) -> torch.Tensor:
@@ -202,7 +179,7 @@ class KroneckerAdapter(LowRankAdapter):
         (u, u_inverse), (v, v_inverse) = root_of(whole(self.U).double()), root_of(whole(self.V).double())
         return torch.kron(u, v) * self.scaling, torch.kron(u_inverse, v_inverse) / self.scaling
 
-    def lora_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def lora_factors(self, gate: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """A (R, in) and B (out, R) with s B A the update; exact."""
         return torch.kron(self.U.detach(), self.V.detach()), self.B.detach()
 
@@ -244,18 +221,5 @@ def higher_order_svd(
     return factors[0], factors[1]
 
 
-class KroneckerLinear(AdapterLinear):
-    """A W_down with Kronecker adapters."""
-
-    adapter_layer_names = ("bem_kronecker_adapter",)
-
-
-class KroneckerModel(AdapterModel):
+class KroneckerModel(AdapterModel, config=KroneckerConfig, adapter=KroneckerAdapter):
     """A model with PT3 at W_down; made by `get_peft_model(model, KroneckerConfig(...))`."""
-
-    prefix = "bem_kronecker_"
-    tuner_layer_cls = KroneckerLinear
-    adapter_classes: ClassVar = {"bem_kronecker_adapter": (KroneckerConfig, KroneckerAdapter)}
-
-
-register("bem_kronecker", KroneckerConfig, KroneckerModel)

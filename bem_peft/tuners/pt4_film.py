@@ -13,21 +13,19 @@ Source: Perez et al., FiLM, 2018, arXiv:1709.07871 (eq. 2); theirs is unbounded 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from bem_peft import field_checks as check
-from bem_peft.kernels import backend, cpp
-from bem_peft.kernels.film import bounded_rows, film_update, token_rms
-from bem_peft.tuners.base.adapter import SiteShape, transposed
+from bem_peft.kernels.film import bounded_rows, film_update
+from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.base.adapter_config import AdapterConfig
-from bem_peft.tuners.base.layer import AdapterLinear
+from bem_peft.tuners.base.forms import transposed
 from bem_peft.tuners.base.model import AdapterModel
-from bem_peft.tuners.base.registry import register
 from bem_peft.tuners.calls.call_state import CallState
-from bem_peft.tuners.steps.brake import BrakedAdapter
+from bem_peft.tuners.steps.brake import Braked
 
 
 @dataclass
@@ -97,8 +95,19 @@ class ResidualFiLMConfig(AdapterConfig):
             inert["explosion_threshold"] = "nothing is looked at where `emergency_stabilization` is off"
         return inert
 
+    @property
+    def limits_size(self) -> bool:
+        return self.minimal_overhead
 
-class ResidualFiLMAdapter(BrakedAdapter):
+    def check_size(self, planned: int, base: int) -> None:
+        if self.minimal_overhead and planned >= 0.01 * base:
+            raise ValueError(
+                f"`minimal_overhead` = True: the adapter would have {planned:,} parameters, {planned / base:.2%} of "
+                f"the base's {base:,}, and must stay below 1 %; lower `gamma_dim` and `beta_dim`, or name fewer sites."
+            )
+
+
+class ResidualFiLMAdapter(Braked, Adapter):
     """y' = y (1 + gamma(x)) + beta(x) rho(y)."""
 
     variant = "PT4"
@@ -109,14 +118,15 @@ class ResidualFiLMAdapter(BrakedAdapter):
         "beta": "beta",
     }
 
-    masters = ("controller_weight", "controller_bias", "gamma", "beta")
+    kernel = "film"
     gamma: nn.Parameter
     beta: nn.Parameter
     controller_weight: nn.Parameter
     controller_bias: nn.Parameter
 
-    def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
+    def __init__(self, config: ResidualFiLMConfig, site: SiteShape, call: CallState) -> None:
         super().__init__(config, site, call)
+        self.set_brake(config.emergency_stabilization, config.explosion_threshold)
         self.mode, self.clamp_range, self.max_beta = config.mode, config.clamp_range, config.max_beta
         self.is_rms = config.beta_unit == "rms"
         self.is_static = config.mode == "static"
@@ -159,56 +169,11 @@ class ResidualFiLMAdapter(BrakedAdapter):
             derived.append(transposed(bounded_rows(self.beta, self.scaling, self.max_beta, dtype), dtype))
         return tuple(derived)
 
-    def pack(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        weight, bias, *rows = self.derive(dtype)
-        none = weight.new_zeros(0, self.out_features)
-        gamma = rows[0] if self.clamp_range > 0 else none
-        beta = rows[-1] if self.max_beta > 0 else none
-        return weight.t().contiguous(), cpp.padded(bias.unsqueeze(0)), gamma.contiguous(), beta.contiguous()
-
-    def operator_call(self) -> tuple[str, tuple[Any, ...]]:
-        return "film", (self.is_rms,)
-
-    def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        unstable = torch.zeros((), dtype=torch.bool) if self.is_watching_output() else None
-        out: torch.Tensor = cpp.build().film_train(
-            x, y, *self.held_masters(), self.scaling, self.clamp_range, self.max_beta, self.is_rms, unstable,
-            self.explosion_threshold,
-        )[0]  # fmt: skip
-        if unstable is not None:
-            self.flag_with_gradient(out, unstable)
-        return out
-
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         c = self.controller(x, *weights[:2])  # (N, units)
         gamma_t = weights[-2 if self.max_beta > 0 else -1] if self.clamp_range > 0 else None
         beta_t = weights[-1] if self.max_beta > 0 else None
-        if self.mode != "channel":
-            out = self.broadcast_update(y, c, gamma_t, beta_t)
-        elif backend.chosen.is_triton and backend.uses_triton(y):
-            from bem_peft.kernels.triton_film import film_update as fused
-
-            out = fused(y, c, gamma_t, beta_t, self.is_rms)
-        else:
-            out = film_update(y, c, gamma_t, beta_t, self.is_rms)
-        return out
-
-    def broadcast_update(
-        self, y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None
-    ) -> torch.Tensor:
-        """As `film_update`, where gamma and beta are a value a token, or c is one for all tokens."""
-        out = y
-        if gamma_t is not None:
-            out = torch.addcmul(y, y, torch.mm(c[:, : self.gamma_dim], gamma_t))
-        if beta_t is not None:
-            units = c[:, : self.beta_dim]
-            if self.is_rms:
-                units = units * token_rms(y)
-            if self.mode == "spatial" or units.shape[0] != y.shape[0]:  # what broadcasts cannot be the addend of addmm
-                out = out + torch.mm(units, beta_t)
-            else:
-                out = torch.addmm(out, units, beta_t)
-        return out
+        return film_update(y, c, gamma_t, beta_t, self.is_rms)
 
     def controller(self, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         """c (N, units) in [-1, 1]; the constant 1 without a controller."""
@@ -250,18 +215,5 @@ class ResidualFiLMAdapter(BrakedAdapter):
         return plain, None if bias is None else ((bias - beta) / factor).to(bias.dtype)
 
 
-class ResidualFiLMLinear(AdapterLinear):
-    """A W_O or W_down with residual FiLM adapters."""
-
-    adapter_layer_names = ("bem_film_adapter",)
-
-
-class ResidualFiLMModel(AdapterModel):
+class ResidualFiLMModel(AdapterModel, config=ResidualFiLMConfig, adapter=ResidualFiLMAdapter):
     """A model with PT4 at W_O and W_down; made by `get_peft_model(model, ResidualFiLMConfig(...))`."""
-
-    prefix = "bem_film_"
-    tuner_layer_cls = ResidualFiLMLinear
-    adapter_classes: ClassVar = {"bem_film_adapter": (ResidualFiLMConfig, ResidualFiLMAdapter)}
-
-
-register("bem_film", ResidualFiLMConfig, ResidualFiLMModel)

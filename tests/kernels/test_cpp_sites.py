@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bem_peft import use_kernels
 from bem_peft.kept import kept_of, kept_weights
 from bem_peft.kernels import cpp
-from bem_peft.tuners.base.adapter import SITE, Adapter
+from bem_peft.tuners.base.adapter import Adapter
+from bem_peft.tuners.base.forms import SITE
 from tests.kernels.test_cpp_operators import CASES, made, pytestmark, torch_form_after
 
 __all__ = ["pytestmark", "torch_form_after"]

@@ -10,7 +10,7 @@ from scipy.linalg import hadamard
 from bem_peft.kernels.film import bounded_rows, token_rms
 from bem_peft.kernels.hadamard import hadamard_transform
 from bem_peft.kernels.kronecker import kronecker_project
-from bem_peft.kernels.rank_mask import drop_all_but_k, k_hot_mask, straight_through_k_hot
+from bem_peft.kernels.rank_mask import k_hot_mask, masked_update, straight_through_k_hot
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 64])
@@ -38,7 +38,10 @@ def test_k_hot_keeps_the_largest_and_ties_by_index(k: int) -> None:
     expected = torch.tensor([by_sorting(row, k) for row in logits.tolist()])
     assert torch.equal(k_hot_mask(logits, k), expected)
     z = torch.randn(50, 8)
-    assert torch.equal(drop_all_but_k(z.clone(), logits, k), z * expected)
+    y, b_t = torch.zeros(50, 8), torch.eye(8)
+    for mode in (torch.no_grad(), torch.enable_grad()):  # dropped without a mask, and multiplied by one
+        with mode:
+            assert torch.equal(masked_update(y, z, None, logits, b_t, k, 1.0), z * expected)
 
 
 def test_straight_through_has_the_hard_value_and_the_soft_gradient() -> None:

@@ -149,9 +149,9 @@ def test_triton_where_it_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) 
     use_kernels("triton")
     monkeypatch.setattr(triton_tiles, "IS_INTERPRETED", False)
     with pytest.raises(RuntimeError, match="Triton's kernels do not run on a cpu device"):
-        backend.uses_triton(torch.zeros(1))
-    assert not backend.uses_triton(torch.zeros(1, device="meta"))
-    assert not backend.uses_triton(torch.zeros(1, dtype=torch.float64))
+        backend.takes_triton(torch.zeros(1))
+    assert not backend.takes_triton(torch.zeros(1, device="meta"))
+    assert not backend.takes_triton(torch.zeros(1, dtype=torch.float64))
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="the package triton is not installed"):
         use_kernels("triton")

@@ -105,8 +105,8 @@ def test_rank_mask_formula(value_gate: bool, use_hadamard: bool, scope: str) -> 
         expected[t] += 0.9 * p["B"] @ (h @ (mask * gate * z))
     check(adapter, x, y, expected)
     x_scaled, _ = x * 37.0, None
-    assert torch.equal(adapter.rank_factors(x[0]) > 0, adapter.rank_factors(x_scaled[0]) > 0)
-    assert (adapter.rank_factors(x[0]) != 0).sum(1).eq(3).all()
+    assert torch.equal(adapter.gate_values(x[0]) > 0, adapter.gate_values(x_scaled[0]) > 0)
+    assert (adapter.gate_values(x[0]) != 0).sum(1).eq(3).all()
 
 
 def test_kronecker_formula_and_merge() -> None:

@@ -18,7 +18,8 @@ from bem_peft.tuners.base.adapter import SiteShape
 from bem_peft.tuners.calls import attention_stats
 from bem_peft.tuners.calls.attention_stats import AttentionRows, attention_rows
 from bem_peft.tuners.calls.call_state import CallState
-from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter, list_features
+from bem_peft.tuners.calls.retrieval_feature import list_features
+from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
 from bem_peft.upstream import cache_argument, cache_of
 from tests.contract.invariants import assert_same_gradients, gradients
 from tests.contract.methods import adapted, adapter_parameters, randomize

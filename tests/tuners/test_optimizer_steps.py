@@ -18,7 +18,7 @@ from torch import nn
 from bem_peft import HeadGroupGatingConfig, ResidualFiLMConfig
 from bem_peft.tuners.base.adapter import Adapter
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
-from bem_peft.tuners.steps.brake import BrakedAdapter, emergency_count
+from bem_peft.tuners.steps.brake import Braked, emergency_count
 from tests.contract.methods import METHODS, adapted, adapter_parameters, randomize
 from tests.tiny_models import build, tokens
 
@@ -59,8 +59,8 @@ def backward(model: nn.Module, factor: float = 1.0, seed: int = 1) -> torch.Tens
     return loss
 
 
-def braked(model: nn.Module) -> list[BrakedAdapter]:
-    return [m for m in model.modules() if isinstance(m, BrakedAdapter)]
+def braked(model: nn.Module) -> list[Braked]:
+    return [m for m in model.modules() if isinstance(m, Braked)]
 
 
 # -- closures

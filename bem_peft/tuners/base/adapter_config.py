@@ -176,10 +176,37 @@ class AdapterConfig(PeftConfig):
         """This config with other values of `size_fields`; sizes that follow them keep their ratio."""
         return self._resized({**sizes})
 
+    # what is checked once all adapters of a model are planned
+
+    @property
+    def limits_size(self) -> bool:
+        """Whether `check_size` may refuse."""
+        return False
+
+    def check_size(self, planned: int, base: int) -> None:
+        """Raise ValueError where `planned` parameters are too many beside the `base`'s."""
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config; if the folder has a model card, add how to load the adapter to it."""
         super().save_pretrained(save_directory, **kwargs)
         add_loading_section(save_directory, self)
+
+
+@dataclass
+class LowRankConfig(AdapterConfig):
+    """Fields of the methods whose update is additive, B K: see `low_rank`."""
+
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
+    max_singular_value: float | None = field(default=None, metadata={"help": "Cap on sigma_1 of each update."})
+    fro_budget: float | None = field(default=None, metadata={"help": "Cap on the Frobenius norm of each update."})
+
+    def __post_init__(self) -> None:
+        check.check_number(self, "dropout", 0.0, 1.0)
+        if self.dropout == 1.0:
+            raise check.field_error("dropout", self.dropout, "must be below 1")
+        check.check_optional_number(self, "max_singular_value", 0.0, exclusive=True)
+        check.check_optional_number(self, "fro_budget", 0.0, exclusive=True)
+        super().__post_init__()
 
 
 def default_of(config: Any, name: str) -> Any:

@@ -128,7 +128,7 @@ class AdapterLayer(BaseTunerLayer):
         mixed = self.call.values.adapter_names
         names = self.active_adapters if mixed is None else set(mixed)
         adapters = (adapter for name in names for adapter in self.adapters_named(name))
-        return [adapter for adapter in adapters if getattr(adapter, "uses_exact_statistics", False)]
+        return [adapter for adapter in adapters if adapter.reads_attention_rows]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the adapters into the base weight.
@@ -202,6 +202,13 @@ class AdapterLinear(nn.Module, AdapterLayer):
         super().__init__()
         AdapterLayer.__init__(self, base_layer, call)
         self._active_adapter = adapter_name
+
+    @classmethod
+    def of_method(cls, model_cls: type, containers: tuple[str, ...]) -> type[AdapterLinear]:
+        """The layer class of one tuner, its `tuner_layer_cls`: PEFT tells tuners apart by their layers' classes."""
+        name = model_cls.__name__.removesuffix("Model") + "Linear"
+        place = {"__module__": model_cls.__module__, "__qualname__": f"{model_cls.__qualname__}.tuner_layer_cls"}
+        return type(name, (cls,), {"adapter_layer_names": containers, **place})
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., in) -> (..., out), in the base layer's output dtype."""

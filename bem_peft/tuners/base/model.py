@@ -7,41 +7,65 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from bem_peft import upstream
 from bem_peft.kept import kept_weights
-from bem_peft.sites.find import MLP_DOWN, SiteError, SiteTable, find_sites
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.base.adapter_config import AdapterConfig
 from bem_peft.tuners.base.layer import AdapterLayer, AdapterLinear, projection_shape
-from bem_peft.tuners.calls.attention_stats import require_interface, restore_attention, use_exact_attention
+from bem_peft.tuners.base.plan import Part, check_plan, drop_base_prefix, found_targets, known_heads
+from bem_peft.tuners.base.registry import register
+from bem_peft.tuners.base.saved_keys import check_saved_keys
+from bem_peft.tuners.calls.attention_stats import restore_attention, use_exact_attention
 from bem_peft.tuners.calls.call_state import (
-    CHECKS,
     CallState,
     attach_call_state,
-    batch_of,
     detach_call_state,
     find_call_state,
+    give_names_to,
 )
 from bem_peft.tuners.calls.loop import attach_to_trainers
+from bem_peft.tuners.calls.retrieval import CHECKS
+
+Methods = Mapping[str, tuple[type[AdapterConfig], type[Adapter]]]
 
 
 class AdapterModel(BaseTuner):
-    """Base of the methods' tuners. A method names its container(s): attribute -> (config class, adapter class)."""
+    """Base of the methods' tuners. A method's own names its classes, and is registered with PEFT by that:
 
-    adapter_classes: ClassVar[Mapping[str, tuple[type[AdapterConfig], type[Adapter]]]] = {}
+        class MyModel(AdapterModel, config=MyConfig, adapter=MyAdapter): ...
+
+    Saved keys, and the attribute of a layer that holds the adapters, are called after `MyConfig.method`. A tuner of
+    several methods gives `adapters` instead: attribute -> (config class, adapter class).
+    """
+
+    adapter_classes: ClassVar[Methods] = {}
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # sites are found from the structure instead
-
-    tuner_layer_cls: ClassVar[Any]
+    tuner_layer_cls: ClassVar[type[AdapterLinear]]
     model: Any
+
+    def __init_subclass__(
+        cls,
+        config: type[AdapterConfig],
+        adapter: type[Adapter] | None = None,
+        adapters: Methods | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.prefix = f"{config.method}_"
+        if adapter is not None:
+            adapters = {f"{config.method}_adapter": (config, adapter)}
+        cls.adapter_classes = adapters or {}
+        cls.tuner_layer_cls = AdapterLinear.of_method(cls, tuple(cls.adapter_classes))
+        register(config.method, config, cls)
 
     # which adapters a config asks for
 
@@ -61,164 +85,18 @@ class AdapterModel(BaseTuner):
     # preparation
 
     def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> AdapterConfig:
-        self._drop_base_prefix(peft_config)
+        drop_base_prefix(self.model, peft_config)
         for _, config in self.parts(peft_config):
-            self._drop_base_prefix(config)
+            drop_base_prefix(self.model, config)
             if config.target_modules is None:
-                config.target_modules = set(self._found_targets(config))
+                config.target_modules = set(found_targets(self.model, config))
         return peft_config
-
-    def _drop_base_prefix(self, config: AdapterConfig) -> None:
-        """Full names that were made on a model with a head (`model.layers.0 ...`), for the model without one."""
-        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
-        if prefix == "." or hasattr(self.model, prefix[:-1]):
-            return
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(config, name)
-            if isinstance(value, set):
-                setattr(config, name, {module.removeprefix(prefix) for module in value})
-        config.rank_pattern = {key.removeprefix(prefix): sizes for key, sizes in config.rank_pattern.items()}
-
-    def _found_targets(self, config: AdapterConfig) -> list[str]:
-        """Names of the sites that `config` adapts by default. Raises SiteError where one could not be placed."""
-        table = find_sites(self.model)
-        roles = tuple(config.sites or config.roles)
-        if MLP_DOWN in roles and table.fused_experts and config.fused_experts == "error":
-            raise SiteError(
-                f"W_down of the experts is a fused 3-D weight that no module owns, so it cannot be adapted: "
-                f"{_some(table.fused_experts)}. Set fused_experts='skip' to adapt the other sites, or name the modules "
-                "in `target_modules`."
-            )
-        layers = config.layers_to_transform
-        indices = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
-        if config.layers_pattern is not None and not config.is_from_file:
-            raise ValueError(
-                f"`layers_pattern` = {config.layers_pattern!r} is of use beside `target_modules` alone: without the "
-                "names the blocks are found from the model's structure; leave it out."
-            )
-        beyond = sorted(i for i in indices or () if i >= table.blocks)
-        if beyond and not config.is_from_file:
-            raise SiteError(
-                f"`layers_to_transform` = {layers!r}: {type(self.model).__name__} has {table.blocks} blocks, from 0 to "
-                f"{table.blocks - 1}; leave {beyond} out."
-            )
-        names = [s.name for s in table.sites if s.role in roles and (indices is None or s.block_index in indices)]
-        if not names:
-            where = "" if indices is None else f" in the blocks {sorted(indices)} (`layers_to_transform`)"
-            raise SiteError(
-                f"no {' or '.join(roles)} site was found{where} in {type(self.model).__name__} "
-                f"({table.blocks} blocks): name the modules in `target_modules`."
-            )
-        return names
-
-    def _known_heads(self) -> dict[str, int | None]:
-        """Heads of each W_O, where the structure tells them; used for modules that the user named."""
-        try:
-            table: SiteTable | None = find_sites(self.model)
-        except SiteError:  # not a model whose structure is known: the heads are not either
-            table = None
-        return {} if table is None else {site.name: site.num_heads for site in table.sites}
 
     def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
         """Build every adapter on the meta device, so that an error comes before any change."""
-        self.__dict__["_heads"] = self._known_heads()
-        modules = dict(model.named_modules())
-        nested = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
-        names = [name for name in modules if name and not name.startswith(nested)]
-        planned = 0
-        key_parts = {part for name in names for part in name.split(".")}
-        for container, config in self.parts(peft_config):
-            if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-                if getattr(config, "minimal_overhead", False):
-                    raise ValueError("`minimal_overhead` cannot be checked for target_modules='all-linear'; name them.")
-                continue
-            self._check_targets(config, names)
-            sites = []
-            for name in names:
-                matched = super()._check_target_module_exists(config, name)
-                if matched and not isinstance(matched, _ExcludedModule):
-                    sites.append(name)
-                    with torch.device("meta"):
-                        adapter = self._build(container, config, name, modules[name])
-                    if adapter.token_penalties and "experts" in name.split("."):
-                        raise ValueError(
-                            f"`{adapter.token_penalties[0]}` at {name}: its rows are tokens that a router chose, so "
-                            "that sequences and padding cannot be told; exclude the experts or set it to 0."
-                        )
-                    planned += sum(p.numel() for p in adapter.parameters())
-                    key_parts.update(adapter.state_dict())
-                    if getattr(adapter, "uses_exact_statistics", False):
-                        require_interface(modules[name.rpartition(".")[0]], name)
-            self._check_choice_of_sites(config, sites)
-            if getattr(config, "minimal_overhead", False):
-                self._check_overhead(planned, model)
-        classes = [self.adapter_classes[container][1] for container, _ in self.parts(peft_config)]
-        self._check_name(key_parts.union(*(cls.lr_groups for cls in classes)))
-
-    def _check_choice_of_sites(self, config: AdapterConfig, names: list[str]) -> None:
-        """`sites`, `layers_to_transform` and the keys of `rank_pattern` must hold for the adapted modules `names`.
-
-        In files of older versions they may not, without effect.
-        """
-        if config.is_from_file or not names:
-            return
-        layers = config.layers_to_transform
-        if layers is not None:  # PEFT asks no further where a name is given in full
-            wanted_layers = {layers} if isinstance(layers, int) else set(layers)
-            given = config.target_modules if isinstance(config.target_modules, set) else set()
-            outside = [n for n in names if n in given and not wanted_layers & {int(i) for i in re.findall(r"\d+", n)}]
-            if outside:
-                raise ValueError(
-                    f"`layers_to_transform` = {layers!r}: `target_modules` names {_some(outside)} in full, which is in "
-                    "no such block; leave one of the two out."
-                )
-        if config.sites is not None:
-            wanted = {site.name for site in find_sites(self.model).sites if site.role in config.sites}
-            others = sorted(set(names) - wanted)
-            if others:
-                raise ValueError(
-                    f"`sites` = {config.sites}: `target_modules` names {_some(others)}, which is no such site; leave "
-                    "one of the two out."
-                )
-        keys = list(config.rank_pattern)
-        idle = sorted(set(keys) - {get_pattern_key(keys, name) for name in names})
-        if idle:
-            raise ValueError(
-                f"`rank_pattern` has the keys {idle}, which fit no adapted module that an earlier key does not fit: "
-                f"remove them, or name modules such as {_some(names)}."
-            )
-
-    def _check_name(self, key_parts: set[str]) -> None:
-        """An adapter's name must be no part of a saved key: PEFT drops each key with another adapter's name in it."""
-        name = self.__dict__["_name"]
-        if name in key_parts:
-            raise ValueError(
-                f"adapter_name = {name!r}: a parameter or a module of the model is called so, and PEFT would leave it "
-                f"out of the files of all other adapters; choose another name, {name}_adapter for instance."
-            )
-
-    def _check_overhead(self, planned: int, model: nn.Module) -> None:
-        base = sum(p.numel() for n, p in model.named_parameters() if not any(pre in n for pre in self._containers()))
-        if planned >= 0.01 * base:
-            raise ValueError(
-                f"`minimal_overhead` = True: the adapter would have {planned:,} parameters, {planned / base:.2%} of "
-                f"the base's {base:,}, and must stay below 1 %; lower `gamma_dim` and `beta_dim`, or name fewer sites."
-            )
-
-    def _containers(self) -> list[str]:
-        return [f".{container}." for container in self.adapter_classes]
-
-    @staticmethod
-    def _check_targets(config: AdapterConfig, names: list[str]) -> None:
-        """Every name in `target_modules` must stand for a module; a partial match is an error."""
-        if isinstance(config.target_modules, str) or not config.target_modules:
-            return
-        missing = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
-        if missing and len(missing) < len(config.target_modules):
-            raise ValueError(
-                f"`target_modules` = {sorted(config.target_modules)}: no module is called {sorted(missing)} in the "
-                "model (a fused 3-D expert weight is a parameter, not a module); remove what does not exist."
-            )
+        self.__dict__["_heads"] = known_heads(model)
+        parts = [Part(*part, self.adapter_classes[part[0]][1]) for part in self.parts(peft_config)]
+        check_plan(model, self.__dict__["_name"], parts, tuple(self.adapter_classes), self._build)
 
     def _build(self, container: str, config: AdapterConfig, name: str, target: nn.Module) -> Adapter:
         """The adapter of one method for the module `name`."""
@@ -280,10 +158,10 @@ class AdapterModel(BaseTuner):
     def _tell_call_state(self, model: nn.Module) -> None:
         """What the adapters that are in `model` now need of a call."""
         adapters, call = [m for m in model.modules() if isinstance(m, Adapter)], self.call
-        call.retrieval = {getattr(adapter, "retrieval", "none") for adapter in adapters} - {"none"}
+        call.retrieval = {adapter.retrieval for adapter in adapters} - {"none"}
         call.is_penalised = any(adapter.is_penalised for adapter in adapters)
         call.is_watched = any(adapter.is_watched for adapter in adapters)
-        if any(getattr(adapter, "uses_exact_statistics", False) for adapter in adapters):
+        if any(adapter.reads_attention_rows for adapter in adapters):
             call.exact_attention |= use_exact_attention(model)
         else:
             restore_attention(model)
@@ -320,8 +198,6 @@ class AdapterModel(BaseTuner):
             self._refuse_unmergeable(kwargs.get("adapter_names"))
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         detach_call_state(model, self.call)
-        for module in model.modules():
-            _take_names_from(module)
         restore_attention(model)
         return model
 
@@ -367,7 +243,7 @@ class AdapterModel(BaseTuner):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         for module in self.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
-                _give_names_to(module, self.call)
+                give_names_to(module, self.call)
         with self.call.using_ambient(adapter_names=tuple(names)):
             yield
 
@@ -383,76 +259,6 @@ class AdapterModel(BaseTuner):
             model, config, adapter_name, state_dict
         )
         return remapped
-
-
-def check_saved_keys(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None:
-    """Raise where the keys of a file, which hold no adapter name, are not those of the adapter in `model`.
-
-    Raises:
-        ValueError: a key is missing, or the model has no place for it.
-    """
-    expected: set[str] = set()
-    prefixes = tuple(f"{config.method}_" for config in AdapterConfig.__subclasses__())
-    buffers: set[str] = set()  # counts of a training run; a file of parameters alone does without
-    obsolete: set[str] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, AdapterLayer):
-            for container in module.adapter_layer_names:
-                if adapter_name in getattr(module, container):
-                    adapter = getattr(module, container)[adapter_name]
-                    place = _without_wrappers(f"{name}.{container}.")
-                    expected |= {place + key for key, _ in adapter.named_parameters()}
-                    buffers |= {place + key for key, _ in adapter.named_buffers()}
-                    obsolete |= {place + key for key in adapter.obsolete_keys}
-    given = {_without_wrappers(key) for key in keys if any(part.startswith(prefixes) for part in key.split("."))}
-    unexpected = sorted(key for key in given - expected - buffers if not key.startswith(tuple(obsolete)))
-    missing = sorted(expected - given)
-    if missing or unexpected:
-        raise ValueError(
-            f"the file does not hold the adapter {adapter_name!r} that the config describes: "
-            + (f"missing {_some(missing)}; " if missing else "")
-            + (f"unexpected {_some(unexpected)}; " if unexpected else "")
-            + "load it with the config and the base model that it was saved with."
-        )
-
-
-def _without_wrappers(key: str) -> str:
-    """A key of a module or file without what FSDP and PeftModel put before it."""
-    return key.removeprefix("_fsdp_wrapped_module.").removeprefix("base_model.model.")
-
-
-class _GiveNames:
-    """Forward pre-hook of a module that is trained whole (`modules_to_save`): the adapter names of the call."""
-
-    def __init__(self, call: CallState) -> None:
-        self.call = call
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        names = self.call.values.adapter_names
-        if names is None or "adapter_names" in kwargs:
-            return args, kwargs
-        rows = batch_of(args, kwargs)
-        repeats = 1 if rows is None else max(1, rows // len(names))
-        return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeats)]}
-
-
-def _give_names_to(module: nn.Module, call: CallState) -> None:
-    """Put `_GiveNames` on the module, once: a hook a call would be seen by other calls."""
-    hooks: Any = module._forward_pre_hooks
-    if not any(isinstance(hook, _GiveNames) for hook in list(hooks.values())):
-        module.register_forward_pre_hook(_GiveNames(call), with_kwargs=True)
-
-
-def _take_names_from(module: nn.Module) -> None:
-    hooks: Any = module._forward_pre_hooks
-    for number in [number for number, hook in hooks.items() if isinstance(hook, _GiveNames)]:
-        del hooks[number]
-        module._forward_pre_hooks_with_kwargs.pop(number, None)
-
-
-def _some(names: tuple[str, ...] | list[str]) -> str:
-    shown = ", ".join(list(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 upstream.mend_saving(lambda config: isinstance(config, AdapterConfig), check_saved_keys)

@@ -31,8 +31,16 @@ def extend_peft_type(name: str) -> PeftType:
     return PeftType[name]
 
 
+_own: list[str] = []
+
+
+def own_methods() -> tuple[str, ...]:
+    """Lower-case names of the tuner types that this package has registered."""
+    return tuple(_own)
+
+
 def register(name: str, config_cls: type, model_cls: type) -> None:
-    """Make a tuner type known to PEFT; a second call with the same classes does nothing.
+    """Make a tuner type known to PEFT; a second call, of a module that was loaded again, puts its classes in place.
 
     Args:
         name: lower-case name; the prefix of the saved keys is `name + "_"`.
@@ -40,6 +48,8 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     member = extend_peft_type(name.upper())
+    if name not in _own:
+        _own.append(name)
     if member in PEFT_TYPE_TO_CONFIG_MAPPING:  # the module was reloaded: point PEFT to the new classes
         PEFT_TYPE_TO_CONFIG_MAPPING[member] = config_cls
         PEFT_TYPE_TO_TUNER_MAPPING[member] = model_cls

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from bem_peft.tuners.calls.call_frame import CallFrames, CallValues
 from bem_peft.tuners.calls.penalty_call import LoopScale, PenaltyLog, penalty_call
+from bem_peft.tuners.calls.retrieval import CHECKS, check_quality, check_scores
+from bem_peft.tuners.steps.sharded import refuse_partitioned
 
 
 @dataclass
@@ -54,42 +55,6 @@ class CallState(CallFrames):
         self.__dict__.update(state)
 
 
-def check_quality(quality: object, kinds: set[str]) -> torch.Tensor:
-    if "quality" not in kinds:
-        raise ValueError(
-            '`retrieval_quality` was given, but no adapter reads it; set retrieval="quality" in HeadGroupGatingConfig.'
-        )
-    tensor = torch.as_tensor(quality)
-    if tensor.dim() not in (1, 2) or not tensor.is_floating_point():
-        raise ValueError(
-            f"`retrieval_quality` has shape {tuple(tensor.shape)} and dtype {tensor.dtype}: must be floating point, "
-            "one value a sequence (batch,) or a token (batch, tokens)."
-        )
-    if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not ((tensor >= 0) & (tensor <= 1)).all():
-        raise ValueError(f"`retrieval_quality` lies in [{tensor.min():g}, {tensor.max():g}]: must lie in [0, 1].")
-    return tensor
-
-
-def check_scores(scores: object, kinds: set[str]) -> torch.Tensor:
-    if "scores" not in kinds:
-        raise ValueError(
-            '`retrieval_scores` was given, but no adapter reads it; set retrieval="scores" in HeadGroupGatingConfig.'
-        )
-    tensor = torch.as_tensor(scores)
-    if tensor.dim() != 2 or not tensor.is_floating_point() or tensor.shape[1] < 1:
-        raise ValueError(
-            f"`retrieval_scores` has shape {tuple(tensor.shape)} and dtype {tensor.dtype}: must be floating point, "
-            "(batch, retrieved documents); fill short lists with -inf."
-        )
-    can_be_read = not (tensor.is_meta or isinstance(tensor, FakeTensor) or torch.compiler.is_compiling())
-    if can_be_read and not (tensor < torch.inf).all():
-        raise ValueError("`retrieval_scores` holds NaN or +inf: must be finite numbers, and -inf where a list ends.")
-    return tensor
-
-
-CHECKS = {"retrieval_quality": check_quality, "retrieval_scores": check_scores}
-
-
 def attach_call_state(model: nn.Module, state: CallState) -> None:
     """Put the hooks that fill `state` on the model, once."""
     if not state.handles:
@@ -99,7 +64,7 @@ def attach_call_state(model: nn.Module, state: CallState) -> None:
 
 
 def detach_call_state(model: nn.Module, state: CallState) -> None:
-    """Take the hooks off again, and what a call in training has put on blocks under gradient checkpointing."""
+    """Take the hooks off again, and what calls have put on blocks under checkpointing and on modules trained whole."""
     for handle in state.handles:
         handle.remove()
     state.handles.clear()
@@ -107,6 +72,7 @@ def detach_call_state(model: nn.Module, state: CallState) -> None:
         function = block.__dict__.get("_gradient_checkpointing_func")
         if isinstance(function, _BoundCheckpoint):
             block.__dict__["_gradient_checkpointing_func"] = function.function
+        _take_names_from(block)
 
 
 class _ReceiveCall:
@@ -151,22 +117,6 @@ def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     return None if found is None else int(found.shape[0])
 
 
-def refuse_partitioned(model: nn.Module) -> None:
-    """Raise where DeepSpeed's ZeRO keeps the parameters' masters, which no hook of an optimizer step would reach.
-
-    Raises:
-        RuntimeError: the adapters of `model` that are watched are in the hands of ZeRO.
-    """
-    adapter = next((module for module in model.modules() if getattr(module, "is_watched", False)), None)
-    parameter = None if adapter is None else next(adapter.parameters(), None)
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-        raise RuntimeError(
-            "under DeepSpeed's ZeRO nothing can be done around an optimizer step, because ZeRO keeps copies of the "
-            "parameters: set emergency_stabilization=False, and leave max_singular_value, fro_budget and "
-            "decorrelation_anneal_steps out; or use DDP or FSDP2."
-        )
-
-
 class _EndCall:
     def __init__(self, state: CallState) -> None:
         self.state = state
@@ -200,6 +150,35 @@ class _BoundCheckpoint:
                 return block(*inner_args, **inner_kwargs)
 
         return self.function(run, *args, **kwargs)
+
+
+class _GiveNames:
+    """Forward pre-hook of a module that is trained whole (`modules_to_save`): the adapter names of the call."""
+
+    def __init__(self, call: CallState) -> None:
+        self.call = call
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        names = self.call.values.adapter_names
+        if names is None or "adapter_names" in kwargs:
+            return args, kwargs
+        rows = batch_of(args, kwargs)
+        repeats = 1 if rows is None else max(1, rows // len(names))
+        return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeats)]}
+
+
+def give_names_to(module: nn.Module, call: CallState) -> None:
+    """Put `_GiveNames` on the module, once: a hook a call would be seen by other calls."""
+    hooks: Any = module._forward_pre_hooks
+    if not any(isinstance(hook, _GiveNames) for hook in list(hooks.values())):
+        module.register_forward_pre_hook(_GiveNames(call), with_kwargs=True)
+
+
+def _take_names_from(module: nn.Module) -> None:
+    hooks: Any = module._forward_pre_hooks
+    for number in [number for number, hook in hooks.items() if isinstance(hook, _GiveNames)]:
+        del hooks[number]
+        module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def find_call_state(model: nn.Module) -> CallState | None:

@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bem_peft.tuners.base.adapter import Adapter
 from bem_peft.tuners.calls.call_state import CallState, Caps, find_call_state
 from bem_peft.tuners.steps.brake import emergency_count
+from bem_peft.tuners.steps.optimizer_hooks import Watched
 
 
 def penalty_values(model: nn.Module) -> dict[str, float]:
@@ -78,7 +78,7 @@ class AdapterCallback(TrainerCallback):
             if self._caps is not None and call.caps == Caps() != self._caps:  # `model_init` made the model anew
                 call.caps = self._caps
                 for module in kwargs["model"].modules():
-                    if isinstance(module, Adapter):
+                    if isinstance(module, Watched):
                         module.on_added()
 
     def on_step_begin(

@@ -1,6 +1,6 @@
 """The emergency brake: a training step whose output, gradient or weight is not sound is not taken.
 
-An adapter that brakes remembers its parameters as they were before the last step that was taken. Where an output is not
+A `Braked` adapter remembers its parameters as they were before the last step that was taken. Where an output is not
 finite or exceeds `explosion_threshold`, or a gradient or a parameter is not finite, the coming update is undone: the
 gradients are zeroed, and after the step the adapter goes back to what it remembers. The event is logged and counted.
 
@@ -13,37 +13,35 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence, Set
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 
-from bem_peft.tuners.base.adapter import Adapter, SiteShape
-from bem_peft.tuners.calls.call_state import CallState
-from bem_peft.tuners.steps.optimizer_hooks import watch
+from bem_peft.tuners.steps.optimizer_hooks import Watched
 from bem_peft.tuners.steps.sharded import is_distributed, own_part
 
 logger = logging.getLogger("bem_peft")
 
 
-class BrakedAdapter(Adapter):
-    """An adapter that goes back to its last good values. `is_guarded`: it does; else this is a plain `Adapter`."""
+class Braked(Watched):
+    """For adapters that go back to their last good values. `is_guarded`: this one does; else it does nothing here."""
 
-    obsolete_keys = ("last_good_", "emergency_count")  # of files before the brake's memory left them
+    site_name: str
+    # of files before the brake's memory left them
+    obsolete_keys: ClassVar[tuple[str, ...]] = ("last_good_", "emergency_count")
 
-    def __init__(self, config: Any, site: SiteShape, call: CallState) -> None:
-        super().__init__(config, site, call)
-        self.explosion_threshold = float(config.explosion_threshold)
-        self.is_guarded = bool(config.emergency_stabilization)
+    def set_brake(self, is_guarded: bool, explosion_threshold: float) -> None:
+        """For `__init__`. explosion_threshold: the largest |output| that still counts as sound."""
+        self.is_guarded, self.explosion_threshold = is_guarded, explosion_threshold
         self.is_unstable = torch.zeros((), dtype=torch.bool)  # a gradient that is held now is of an unsound output
         self.is_reverting = False  # the step that is taken now is undone
         self.last_good: dict[str, torch.Tensor] = {}
         self.emergency_count = 0
         self.backward_pass = -1  # the last one that reached the adapter
         if self.is_guarded:
-            self.is_watched = True
-            watch(self)
+            self.watch()
             self.register_state_dict_pre_hook(_settle_before_saving)
 
     # in the forward and the backward pass
@@ -82,8 +80,8 @@ class BrakedAdapter(Adapter):
 
     # around an optimizer step
 
-    def judge(self, adapters: Sequence[Adapter], starting: Set[Adapter]) -> bool:
-        return _judge(cast("Sequence[BrakedAdapter]", adapters), starting)
+    def judge(self, modules: Sequence[Braked], starting: Set[Watched]) -> bool:
+        return _judge(modules, starting)
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
@@ -133,7 +131,7 @@ class BrakedAdapter(Adapter):
         self.emergency_count += 1
         logger.warning("emergency stabilisation of %s: its last update overflowed, and is undone", self.site_name)
 
-    def train(self, mode: bool = True) -> BrakedAdapter:
+    def train(self, mode: bool = True) -> Braked:
         if not mode and self.training:
             self.settle()
         super().train(mode)
@@ -166,7 +164,7 @@ class BrakedAdapter(Adapter):
 
 
 class _Flag:
-    def __init__(self, adapter: BrakedAdapter, flag: torch.Tensor) -> None:
+    def __init__(self, adapter: Braked, flag: torch.Tensor) -> None:
         self.adapter, self.flag = adapter, flag
 
     def __call__(self, gradient: torch.Tensor) -> None:
@@ -174,11 +172,11 @@ class _Flag:
 
 
 def _settle_before_saving(module: nn.Module, *_: Any) -> None:
-    cast(BrakedAdapter, module).settle()
+    cast(Braked, module).settle()
 
 
 @torch.no_grad()
-def _keep_as_good(guarded: Sequence[BrakedAdapter]) -> None:
+def _keep_as_good(guarded: Sequence[Braked]) -> None:
     """Remember the present values of guarded adapters; all at once, at each step."""
     kept, now = [], []
     for adapter in guarded:
@@ -194,7 +192,7 @@ def _keep_as_good(guarded: Sequence[BrakedAdapter]) -> None:
 
 
 @torch.no_grad()
-def _may_be_unstable(guarded: Sequence[BrakedAdapter], device: torch.device) -> torch.Tensor:
+def _may_be_unstable(guarded: Sequence[Braked], device: torch.device) -> torch.Tensor:
     """A scalar bool tensor: true wherever an `unstable_flag` is, by one norm over all parameters and gradients, at a
     sixth of the time. (Squares overflow before the numbers do: then it is true, and the flags say no.)"""
     held = [p for adapter in guarded for p in adapter.parameters()]
@@ -213,7 +211,7 @@ def any_process(flags: torch.Tensor) -> torch.Tensor:
     return as_int.bool()
 
 
-def _judge(adapters: Sequence[BrakedAdapter], starting: Set[Adapter]) -> bool:
+def _judge(adapters: Sequence[Braked], starting: Set[Watched]) -> bool:
     """Decide for all guarded adapters at once whether the step that comes is taken: one host synchronisation a step
     (two in an emergency, when it is asked which). With several processes the verdict is the same in all of them.
 
@@ -250,7 +248,7 @@ def _judge(adapters: Sequence[BrakedAdapter], starting: Set[Adapter]) -> bool:
 
 def emergency_count(model: nn.Module) -> int:
     """Emergencies of all FiLM adapters of the model so far."""
-    return sum(module.emergency_count for module in model.modules() if isinstance(module, BrakedAdapter))
+    return sum(module.emergency_count for module in model.modules() if isinstance(module, Braked))
 
 
 def emergency_stabilize(model: nn.Module) -> dict[str, int]:
@@ -263,7 +261,7 @@ def emergency_stabilize(model: nn.Module) -> dict[str, int]:
     """
     counts = {}
     for name, module in model.named_modules():
-        if isinstance(module, BrakedAdapter) and module.is_guarded:
+        if isinstance(module, Braked) and module.is_guarded:
             if bool(module.unstable_flag()):
                 module.revert()
                 module.emergency_count += 1

@@ -17,12 +17,13 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -31,13 +32,55 @@ from torch.optim.optimizer import (
 
 from bem_peft.tuners.steps.sharded import own_part
 
-if TYPE_CHECKING:
-    from bem_peft.tuners.base.adapter import Adapter
-
 STATE_PREFIX = "bem_peft_"  # of what stands in a parameter's optimizer state
 
-_watched: weakref.WeakSet[Adapter] = weakref.WeakSet()
-_stepped_by: weakref.WeakKeyDictionary[Adapter, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
+
+class Watched(nn.Module):
+    """A module that may have something to do around the steps that train it; by itself it has nothing to do."""
+
+    is_watched: bool = False
+    watch_order: int = 0
+
+    def watch(self) -> None:
+        """Be told of each step of an optimizer that holds one of the parameters, from now on."""
+        self.is_watched = True
+        self.watch_order = next(_order)  # the same order in every process
+        _watched.add(self)
+        if not _handles:
+            _handles.append(register_optimizer_step_pre_hook(_before_step))
+            _handles.append(register_optimizer_step_post_hook(_after_step))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.is_watched:
+            self.watch()
+
+    def on_added(self) -> None:
+        """Called when the module has been added to a model, and when the model's caps have changed."""
+
+    def judge(self, modules: Sequence[Any], starting: Set[Watched]) -> bool:
+        """Asked of one of `modules`, all of its class, before each use of their gradients: is there an emergency?
+
+        `starting`: those of all watched modules whose training step begins now.
+        """
+        return False
+
+    def before_optimizer_step(self) -> None:
+        """Called before each step of an optimizer that holds one of the parameters."""
+
+    def after_optimizer_step(self, is_first: bool) -> None:
+        """Called after each such step; `is_first`: the first one of a training step."""
+
+    def training_state(self) -> dict[str, dict[str, Any]]:
+        """What is remembered between steps, tensors like the parameter or numbers: parameter -> name -> value."""
+        return {}
+
+    def restore_training_state(self, name: str, state: dict[str, Any]) -> None:
+        """Remember again what `training_state` gave for the parameter `name`."""
+
+
+_watched: weakref.WeakSet[Watched] = weakref.WeakSet()
+_stepped_by: weakref.WeakKeyDictionary[Watched, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _storing: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers whose state_dict has our hook
 _order = itertools.count()
 _handles: list[Any] = []
@@ -49,8 +92,8 @@ class _Step:
 
     optimizer: Optimizer
     frame: FrameType  # of torch's wrapper around `step`
-    concerned: list[Adapter] = field(default_factory=list)
-    starting: set[Adapter] = field(default_factory=set)  # adapters whose training step began with it
+    concerned: list[Watched] = field(default_factory=list)
+    starting: set[Watched] = field(default_factory=set)  # adapters whose training step began with it
     is_prepared: bool = False
     is_skipped: bool = False
 
@@ -63,16 +106,7 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def watch(adapter: Adapter) -> None:
-    """Call the adapter's `before_optimizer_step` and `after_optimizer_step` around the steps that concern it."""
-    adapter.watch_order = next(_order)  # the same order in every process
-    _watched.add(adapter)
-    if not _handles:
-        _handles.append(register_optimizer_step_pre_hook(_before_step))
-        _handles.append(register_optimizer_step_post_hook(_after_step))
-
-
-def watched_by(optimizer: Optimizer) -> list[Adapter]:
+def watched_by(optimizer: Optimizer) -> list[Watched]:
     """The watched adapters that `optimizer` trains, in the order of their creation."""
     if not _watched:
         return []
@@ -136,7 +170,7 @@ def _prepare(step: _Step) -> None:
     step.is_skipped = found_inf is not None and bool(found_inf)
     if step.is_skipped:
         return
-    starting: set[Adapter] = set()
+    starting: set[Watched] = set()
     if not step.is_prepared:  # a closure may be called again within one step
         starting = step.starting = {adapter for adapter in step.concerned if _begins_step(adapter, step.optimizer)}
     step.is_prepared = True
@@ -150,7 +184,7 @@ def _prepare(step: _Step) -> None:
         adapter.before_optimizer_step()
 
 
-def _begins_step(adapter: Adapter, optimizer: Optimizer) -> bool:
+def _begins_step(adapter: Watched, optimizer: Optimizer) -> bool:
     """Whether a training step of `adapter` begins with this step of `optimizer`: no other one has begun it, or
     `optimizer` has taken its part of that one."""
     seen = _stepped_by.get(adapter)
@@ -190,7 +224,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 # what is remembered, in the optimizer's state
 
 
-def _parameters(adapters: list[Adapter]) -> dict[int, tuple[Adapter, str]]:
+def _parameters(adapters: list[Watched]) -> dict[int, tuple[Watched, str]]:
     return {id(p): (a, name) for a in adapters for name, p in a._parameters.items() if p is not None}
 
 
@@ -210,7 +244,7 @@ def _store(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": states_out}
 
 
-def _restore(optimizer: Optimizer, adapters: list[Adapter]) -> None:
+def _restore(optimizer: Optimizer, adapters: list[Watched]) -> None:
     """Take what was remembered out of a state that was loaded."""
     owners = _parameters(adapters)
     for group in optimizer.param_groups:

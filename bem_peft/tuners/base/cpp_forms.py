@@ -1,0 +1,172 @@
+"""What each method's C++ operator takes of an adapter: packed weights and sizes, or the masters in training.
+
+A form reads an adapter by the names that its protocol lists; the operators are `kernels.cpp`'s, of the same name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from bem_peft.kernels import cpp
+
+Weights = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class CppForm:
+    """How one method runs as an operator.
+
+    masters: the parameters that the training operator takes, in that order.
+    pack(adapter, dtype): what the operator reads in inference, wide weights in `dtype`, small ones in float32 of their
+        values rounded to it. sizes(adapter): its arguments after these.
+    train(adapter, x, y): the operator that autograd knows, on contiguous rows of one dtype.
+    fits_training(adapter): whether that knows what the adapter does in training.
+    """
+
+    masters: tuple[str, ...]
+    pack: Callable[[Any, torch.dtype], Weights]
+    sizes: Callable[[Any], tuple[Any, ...]]
+    train: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+    fits_training: Callable[[Any], bool] = lambda adapter: True
+
+
+class _Adapted(Protocol):
+    training: bool
+    scaling: float
+    dropout: float
+
+    def derive(self, dtype: torch.dtype) -> Weights: ...
+    def held_masters(self) -> list[torch.Tensor | None]: ...
+    def drop(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+# PT1
+
+
+class _HeadGating(_Adapted, Protocol):
+    A: torch.Tensor
+    B: torch.Tensor
+    gate_weight: torch.Tensor
+    gate_bias: torch.Tensor
+    num_heads: int
+    ranks: list[int]
+    temperature: float
+    gate_dropout: float
+
+
+def _pack_head_gating(adapter: _HeadGating, dtype: torch.dtype) -> Weights:
+    gate = adapter.gate_weight.float().t(), adapter.gate_bias.float().unsqueeze(0)
+    padded = (cpp.padded(part / adapter.temperature) for part in gate)
+    return adapter.A.to(dtype).contiguous(), adapter.B.to(dtype).t().contiguous(), *padded
+
+
+def _train_head_gating(adapter: _HeadGating, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    sizes = adapter.num_heads, adapter.ranks, adapter.temperature, adapter.scaling
+    out: torch.Tensor = cpp.build().head_gating_train(x, y, *adapter.held_masters(), *sizes)[0]
+    return out
+
+
+def _head_gating_drops_nothing(adapter: _HeadGating) -> bool:
+    return not (adapter.training and (adapter.dropout or adapter.gate_dropout))
+
+
+# PT2
+
+
+class _RankMask(_Adapted, Protocol):
+    mask_weight: torch.Tensor
+    active_rank: int
+    temperature: float
+    hadamard: bool
+    is_task_mask: bool
+    has_value_gate: bool
+
+
+def _pack_rank_mask(adapter: _RankMask, dtype: torch.dtype) -> Weights:
+    a, b_t, *control = adapter.derive(dtype)
+    gate = control[0] if adapter.has_value_gate else a.new_zeros(0, b_t.shape[0])
+    mask = adapter.mask_weight.unsqueeze(0) if adapter.is_task_mask else control[-1]
+    return a.t().to(dtype).contiguous(), b_t.contiguous(), cpp.padded(gate), cpp.padded(mask)
+
+
+def _train_rank_mask(adapter: _RankMask, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    temperature = adapter.temperature if adapter.training else math.inf  # no slope: the mask has no gradient
+    sizes = adapter.active_rank, adapter.is_task_mask, adapter.hadamard, temperature, adapter.scaling
+    out: torch.Tensor = cpp.build().rank_mask_train(adapter.drop(x), y, *adapter.held_masters(), *sizes)[0]
+    return out
+
+
+# PT3
+
+
+class _Kronecker(_Adapted, Protocol):
+    v_rank: int
+
+
+def _pack_kronecker(adapter: _Kronecker, dtype: torch.dtype) -> Weights:
+    u, v, b_t = adapter.derive(dtype)
+    return u.float().contiguous(), cpp.padded(v.t()), b_t.contiguous()
+
+
+def _train_kronecker(adapter: _Kronecker, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = cpp.build().kronecker_train(adapter.drop(x), y, *adapter.held_masters(), adapter.scaling)[0]
+    return out
+
+
+# PT4
+
+
+class _FiLM(_Adapted, Protocol):
+    out_features: int
+    clamp_range: float
+    max_beta: float
+    is_rms: bool
+    explosion_threshold: float
+
+    def is_watching_output(self) -> bool: ...
+    def flag_with_gradient(self, out: torch.Tensor, flag: torch.Tensor) -> None: ...
+
+
+def _pack_film(adapter: _FiLM, dtype: torch.dtype) -> Weights:
+    weight, bias, *rows = adapter.derive(dtype)
+    none = weight.new_zeros(0, adapter.out_features)
+    gamma = rows[0] if adapter.clamp_range > 0 else none
+    beta = rows[-1] if adapter.max_beta > 0 else none
+    return weight.t().contiguous(), cpp.padded(bias.unsqueeze(0)), gamma.contiguous(), beta.contiguous()
+
+
+def _train_film(adapter: _FiLM, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The operator judges its output itself, and sets `unstable`."""
+    unstable = torch.zeros((), dtype=torch.bool) if adapter.is_watching_output() else None
+    bounds = adapter.scaling, adapter.clamp_range, adapter.max_beta, adapter.is_rms
+    out: torch.Tensor = cpp.build().film_train(
+        x, y, *adapter.held_masters(), *bounds, unstable, adapter.explosion_threshold
+    )[0]
+    if unstable is not None:
+        adapter.flag_with_gradient(out, unstable)
+    return out
+
+
+CPP_FORMS: dict[str, CppForm] = {
+    "head_gating": CppForm(
+        ("A", "B", "gate_weight", "gate_bias"), _pack_head_gating,
+        lambda adapter: (adapter.num_heads, adapter.ranks, adapter.scaling), _train_head_gating,
+        _head_gating_drops_nothing,
+    ),
+    "rank_mask": CppForm(
+        ("A", "B", "C", "mask_weight"), _pack_rank_mask,
+        lambda adapter: (adapter.active_rank, adapter.is_task_mask, adapter.scaling), _train_rank_mask,
+    ),
+    "kronecker": CppForm(
+        ("U", "V", "B"), _pack_kronecker, lambda adapter: (adapter.v_rank, adapter.scaling), _train_kronecker
+    ),
+    "film": CppForm(
+        ("controller_weight", "controller_bias", "gamma", "beta"), _pack_film, lambda adapter: (adapter.is_rms,),
+        _train_film,
+    ),
+}  # fmt: skip
