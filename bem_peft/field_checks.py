@@ -39,6 +39,13 @@ def check_optional_number(config: Any, field: str, minimum: float, exclusive: bo
         check_number(config, field, minimum, exclusive=exclusive)
 
 
+def check_share(config: Any, field: str) -> None:
+    """A number in [0, 1)."""
+    check_number(config, field, 0.0, 1.0)
+    if getattr(config, field) == 1.0:
+        raise field_error(field, getattr(config, field), "must be below 1")
+
+
 def check_bool(config: Any, field: str) -> None:
     value = getattr(config, field)
     if not isinstance(value, bool):

@@ -25,11 +25,12 @@ from bem_peft.tuners.base.adapter_config import AdapterConfig, LowRankConfig, de
 from bem_peft.tuners.base.forms import transposed
 from bem_peft.tuners.base.low_rank import LowRankAdapter, root_of
 from bem_peft.tuners.base.model import AdapterModel
-from bem_peft.tuners.calls.attention_stats import AttentionRows, head_output_statistics, register_exact
+from bem_peft.tuners.calls.attention_stats import AttentionRows, head_output_statistics
 from bem_peft.tuners.calls.call_frame import take_rows
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.calls.penalty import decorrelation, gate_entropy
 from bem_peft.tuners.calls.retrieval_feature import RetrievalReader
+from bem_peft.tuners.head_groups import resolve_head_groups
 from bem_peft.tuners.steps.sharded import whole
 
 
@@ -103,19 +104,13 @@ class HeadGroupGatingConfig(LowRankConfig):
         if self.total_rank is not None:
             check.check_int(self, "total_rank")
         check.check_number(self, "gate_temperature", 0.0, exclusive=True)
-        check.check_number(self, "gate_dropout", 0.0, 1.0)
-        if self.gate_dropout == 1.0:
-            raise check.field_error("gate_dropout", self.gate_dropout, "must be below 1")
+        check.check_share(self, "gate_dropout")
         check.check_number(self, "decorrelation_strength", 0.0)
         if self.decorrelation_anneal_steps is not None:
             check.check_int(self, "decorrelation_anneal_steps")
             if not self.decorrelation_strength:
-                raise check.field_error(
-                    "decorrelation_anneal_steps",
-                    self.decorrelation_anneal_steps,
-                    "needs `decorrelation_strength` above 0",
-                    "set both or neither",
-                )
+                name, rule = "decorrelation_anneal_steps", "needs `decorrelation_strength` above 0"
+                raise check.field_error(name, self.decorrelation_anneal_steps, rule, "set both or neither")
         check.check_number(self, "gate_entropy_strength")
         check.check_choice(self, "attention_stats", ("output", "exact"))
         check.check_choice(self, "retrieval", ("none", "quality", "scores"))
@@ -147,18 +142,6 @@ class HeadGroupGatingConfig(LowRankConfig):
         return resized
 
 
-def resolve_groups(heads: int, num_groups: int, strict: bool, site: str) -> int:
-    """The number of groups: `num_groups` where it divides `heads`, else the nearest divisor (the smaller of two)."""
-    if heads % num_groups == 0:
-        return num_groups
-    divisors = [d for d in range(1, heads + 1) if heads % d == 0]
-    if strict:
-        raise check.field_error(
-            "num_groups", num_groups, f"must divide the {heads} heads of {site}", f"choose one of {divisors}"
-        )
-    return min(divisors, key=lambda d: (abs(d - num_groups), d))
-
-
 class HeadGroupGatingAdapter(RetrievalReader, LowRankAdapter):
     """y' = y + s sum_g gate_g(x) B_g A_g x_g."""
 
@@ -168,39 +151,17 @@ class HeadGroupGatingAdapter(RetrievalReader, LowRankAdapter):
         "B": "projection",
         "gate_weight": "controller",
         "gate_bias": "controller",
-        "retrieval_weight": "controller",
-        "scorer_weight": "controller",
-        "scorer_bias": "controller",
+        **RetrievalReader.lr_groups,
     }
-
     kernel = "head_gating"
     has_gates = True
     steps_taken: torch.Tensor
 
     def __init__(self, config: HeadGroupGatingConfig, site: SiteShape, call: CallState) -> None:
         super().__init__(config, site, call)
-        heads = config.num_heads or site.num_heads
-        if heads is None:  # neither given nor known: each group counts as one head
-            heads = resolve_groups(site.in_features, config.num_groups, config.strict_groups, site.name)
-        if site.in_features % heads:
-            raise check.field_error(
-                "num_heads", heads, f"must divide the input width {site.in_features} of {site.name}"
-            )
-        self.num_heads = heads
-        self.num_groups = resolve_groups(heads, config.num_groups, config.strict_groups, site.name)
-        ranks = config.rank_per_group
-        self.ranks = list(ranks) if isinstance(ranks, list) else [ranks] * self.num_groups
-        if config.total_rank is not None:
-            if config.total_rank < self.num_groups:
-                raise check.field_error(
-                    "total_rank", config.total_rank, f"must be at least 1 for each of the {self.num_groups} groups"
-                )
-            even, rest = divmod(config.total_rank, self.num_groups)
-            ranks = self.ranks = [even + (g < rest) for g in range(self.num_groups)]
-        if len(self.ranks) != self.num_groups:
-            raise check.field_error(
-                "rank_per_group", ranks, f"must have one rank for each of the {self.num_groups} groups of {site.name}"
-            )
+        groups = resolve_head_groups(config, site)
+        self.num_heads, self.ranks, self.num_groups = groups.heads, groups.ranks, len(groups.ranks)
+        self.is_even, self.slots = len(set(groups.ranks)) == 1, groups.slots
         self.temperature, self.gate_dropout = config.gate_temperature, config.gate_dropout
         self.decorrelation_strength = config.decorrelation_strength
         self.reads_attention_rows = config.attention_stats == "exact"
@@ -217,18 +178,9 @@ class HeadGroupGatingAdapter(RetrievalReader, LowRankAdapter):
             self.watch()
         self.A = nn.Parameter(torch.empty(sum(self.ranks), site.in_features // self.num_groups))
         self.B = nn.Parameter(torch.empty(site.out_features, sum(self.ranks)))
-        self.gate_weight = nn.Parameter(torch.empty(self.num_groups, 2 * heads))
+        self.gate_weight = nn.Parameter(torch.empty(self.num_groups, 2 * self.num_heads))
         self.gate_bias = nn.Parameter(torch.empty(self.num_groups))
         self.add_retrieval_parameters(config.retrieval, self.num_groups)
-        widest = max(self.ranks)
-        self.is_even = len(set(self.ranks)) == 1
-        # where the ranks differ, A is padded to the widest group: row i of A stands at slot[i]
-        self.slots = [g * widest + i for g, rank in enumerate(self.ranks) for i in range(rank)]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for name in self.call.exact_attention:  # unpickled where no model has registered it yet
-            register_exact(name)
 
     def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
         nn.init.normal_(self.A, std=self.A.shape[1] ** -0.5)

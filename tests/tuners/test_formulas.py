@@ -13,7 +13,8 @@ from torch import nn
 from bem_peft import DynamicRankMaskConfig, HeadGroupGatingConfig, KroneckerConfig, ResidualFiLMConfig
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.calls.call_state import CallState
-from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter, resolve_groups
+from bem_peft.tuners.head_groups import resolve_groups
+from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
 from bem_peft.tuners.pt2_rank_mask import DynamicRankMaskAdapter
 from bem_peft.tuners.pt3_kronecker import KroneckerAdapter, factor_pairs, higher_order_svd, resolve_dims
 from bem_peft.tuners.pt4_film import ResidualFiLMAdapter

@@ -209,7 +209,7 @@ def test_the_bound_is_above_every_mask_and_not_far(kind: str) -> None:
                 adapter.B[:, 2] *= 1e4
             elif kind == "a dead rank":
                 adapter.A[3], adapter.B[:, 5] = 0.0, 0.0
-        sigma, norm = (float(bound) for bound in adapter.bounds(adapter.B.detach().double()))
+        sigma, norm = (float(bound) for bound in adapter.update().bounds(adapter.B.detach().double()))
         true_sigma, true_norm = over_masks(adapter)
         assert true_sigma <= sigma * (1 + 1e-9)
         assert true_norm <= norm * (1 + 1e-9)

@@ -201,9 +201,7 @@ class LowRankConfig(AdapterConfig):
     fro_budget: float | None = field(default=None, metadata={"help": "Cap on the Frobenius norm of each update."})
 
     def __post_init__(self) -> None:
-        check.check_number(self, "dropout", 0.0, 1.0)
-        if self.dropout == 1.0:
-            raise check.field_error("dropout", self.dropout, "must be below 1")
+        check.check_share(self, "dropout")
         check.check_optional_number(self, "max_singular_value", 0.0, exclusive=True)
         check.check_optional_number(self, "fro_budget", 0.0, exclusive=True)
         super().__post_init__()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bem_peft.tuners.calls.attention_stats import register_exact
 from bem_peft.tuners.calls.call_frame import CallFrames, CallValues
 from bem_peft.tuners.calls.penalty_call import LoopScale, PenaltyLog, penalty_call
 from bem_peft.tuners.calls.retrieval import CHECKS, check_quality, check_scores
@@ -53,6 +54,8 @@ class CallState(CallFrames):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
         self.__dict__.update(state)
+        for name in self.exact_attention:  # unpickled where no model has registered it yet
+            register_exact(name)
 
 
 def attach_call_state(model: nn.Module, state: CallState) -> None:

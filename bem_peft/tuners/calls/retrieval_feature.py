@@ -7,6 +7,7 @@ scores (`retrieval_scores`):  q = sigmoid(w . `list_features` + b).  Where a cal
 from __future__ import annotations
 
 import warnings
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -60,6 +61,9 @@ class RetrievalReader(nn.Module):
     retrieval: str  # "none", "quality" or "scores"
     call: CallState
     site_name: str
+    lr_groups: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("retrieval_weight", "scorer_weight", "scorer_bias"), "controller"
+    )
 
     def add_retrieval_parameters(self, kind: str, gates: int) -> None:
         """For `__init__`: the parameters that `kind` needs, for G = `gates`."""
