@@ -133,7 +133,7 @@ class CompositeConfig(AdapterConfig):
         changed.methods = methods
         return changed
 
-    def _method_config(self, given: Any) -> AdapterConfig:
+    def _method_config(self, given: AdapterConfig | dict[str, Any]) -> AdapterConfig:
         """A copy of one method's config (the composite fills in names), checked to set nothing that is the whole's."""
         if isinstance(given, dict):
             kind = str(getattr(given.get("peft_type"), "value", given.get("peft_type")))
@@ -208,7 +208,7 @@ class CompositeModel(AdapterModel, config=CompositeConfig, adapters=PARTS):
                     method.inference_mode = config.inference_mode  # PEFT sets the composite's when it loads
                     yield container, method
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+    def _prepare_adapter_config(self, peft_config: CompositeConfig, model_config: dict[str, Any]) -> CompositeConfig:
         for _, config in self.parts(peft_config):
             config.task_type = config.task_type or peft_config.task_type
             _maybe_include_all_linear_layers(config, self.model)
@@ -220,7 +220,7 @@ class CompositeModel(AdapterModel, config=CompositeConfig, adapters=PARTS):
         return peft_config
 
     @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+    def _check_target_module_exists(peft_config: CompositeConfig, key: str) -> bool | re.Match[str] | None:
         if isinstance(BaseTuner._check_target_module_exists(peft_config, key), _ExcludedModule):
             return _ExcludedModule()
         return next((found for config in peft_config.methods if (found := matches(config, key))), None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,9 +21,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from bem_peft.tuners.base.layer import AdapterLinear
+from bem_peft.tuners.base.low_rank import LowRankAdapter
 
 Batch = dict[str, Any]
 Factors = tuple[torch.Tensor, torch.Tensor]
+Rows = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,17 @@ class LogitsReport:
 
 @torch.no_grad()
 def mean_gates(
-    model: nn.Module, adapter_name: str, adapters: list[Any], batches: list[Batch]
-) -> dict[Any, torch.Tensor]:
+    model: nn.Module, adapter_name: str, adapters: list[LowRankAdapter], batches: list[Batch]
+) -> dict[LowRankAdapter, torch.Tensor]:
     """For each gated adapter the mean of its gates, (G,) or (R,). Raises ValueError where no token reached one."""
-    sums: dict[Any, torch.Tensor] = {}
+    sums: dict[LowRankAdapter, torch.Tensor] = {}
     counts = dict.fromkeys(adapters, 0)
     for batch in batches:
         tokens = RealTokens(model, batch)
 
-        def see(adapter: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor, tokens: RealTokens = tokens) -> None:
+        def see(
+            adapter: LowRankAdapter, args: tuple[torch.Tensor, ...], out: torch.Tensor, tokens: RealTokens = tokens
+        ) -> None:
             x = tokens.rows(adapter.site_name, args[0])
             sums[adapter] = sums.get(adapter, 0.0) + adapter.gate_values(x.float()).double().sum(0)
             counts[adapter] += x.shape[0]
@@ -73,17 +77,19 @@ def mean_gates(
 def measure(
     model: nn.Module,
     adapter_name: str,
-    gated: dict[Any, Factors],
+    gated: dict[LowRankAdapter, Factors],
     exported: dict[AdapterLinear, Factors],
     batches: list[Batch],
 ) -> tuple[dict[str, float], LogitsReport | None]:
     """The relative error of each gated site, and that of the logits, for A, s B of adapters and of layers."""
-    squares: dict[Any, list[float]] = {adapter: [0.0, 0.0] for adapter in gated}
+    squares: dict[LowRankAdapter, list[float]] = {adapter: [0.0, 0.0] for adapter in gated}
     seen = _Logits()
     for batch in batches:
         tokens = RealTokens(model, batch)
 
-        def see(adapter: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor, tokens: RealTokens = tokens) -> None:
+        def see(
+            adapter: LowRankAdapter, args: tuple[torch.Tensor, ...], out: torch.Tensor, tokens: RealTokens = tokens
+        ) -> None:
             x, y, new = (tokens.rows(adapter.site_name, t).double() for t in (args[0], args[1], out))
             a, b = (factor.double() for factor in gated[adapter])
             squares[adapter][0] += float((new - y - x @ a.t() @ b.t()).square().sum())
@@ -108,7 +114,9 @@ def measure(
     return errors, seen.report()
 
 
-def _as_lora(a: torch.Tensor, b: torch.Tensor, layer: Any, args: tuple[torch.Tensor, ...], out: Any) -> torch.Tensor:
+def _as_lora(
+    a: torch.Tensor, b: torch.Tensor, layer: AdapterLinear, args: tuple[torch.Tensor, ...], out: object
+) -> torch.Tensor:
     """What PEFT's LoRA returns in place of `layer`, its weights in float32."""
     y: torch.Tensor = layer.base_layer(*args)
     update = args[0].float() @ a.float().t() @ b.float().t()
@@ -154,9 +162,10 @@ class RealTokens:
         ValueError: a mask is not (batch, tokens), so that it does not tell.
     """
 
-    def __init__(self, model: Any, batch: Batch) -> None:
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
         self.batch = batch
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        get_base: Callable[[], Any] | None = getattr(model, "get_base_model", None)
+        base = model if get_base is None else get_base()
         self.is_seq2seq = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
         mask = self._mask("attention_mask")
         self.masks = {"encoder": mask}
@@ -224,7 +233,7 @@ def takes_positions(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _hooked(adapters: list[Any], see: Any) -> Iterator[None]:
+def _hooked(adapters: list[LowRankAdapter], see: Callable[..., None]) -> Iterator[None]:
     handles = [adapter.register_forward_hook(see) for adapter in adapters]
     try:
         yield

@@ -103,14 +103,16 @@ def export_lora(
     return LoraExportReport(os.fspath(save_directory), ranks, not gated, errors, logits)
 
 
-def _refuse_methods(adapters: list[Any]) -> list[Any]:
+def _refuse_methods(adapters: list[Adapter]) -> list[LowRankAdapter]:
     """The gated ones of `adapters`. Raises ValueError where no LoRA is near a method."""
+    gated = []
     for adapter in adapters:
         if not isinstance(adapter, LowRankAdapter):
             raise ValueError(
                 f"{type(adapter).__name__} at {adapter.site_name} multiplies the base output; no LoRA equals it."
             )
-    gated = [adapter for adapter in adapters if not adapter.is_mergeable]
+        if not adapter.is_mergeable:
+            gated.append(adapter)
     for adapter in gated:
         if not adapter.has_gates:
             raise ValueError(
@@ -125,8 +127,9 @@ def _refuse_methods(adapters: list[Any]) -> list[Any]:
     return gated
 
 
-def _refuse_what_a_lora_does_not_hold(model: Any, adapter_name: str) -> None:
-    further = getattr(model.peft_config[adapter_name], "modules_to_save", None)
+def _refuse_what_a_lora_does_not_hold(model: nn.Module, adapter_name: str) -> None:
+    configs: Any = model.peft_config
+    further = getattr(configs[adapter_name], "modules_to_save", None)
     if further:
         raise ValueError(
             f"`modules_to_save` = {sorted(further)}: a LoRA file holds no whole modules, so the export would not be "

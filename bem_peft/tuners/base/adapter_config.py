@@ -157,7 +157,7 @@ class AdapterConfig(PeftConfig):
             return dataclasses.replace(self, rank_pattern={}, **self.implied(sizes))
         return self._resized({**sizes, "rank_pattern": {}})
 
-    def pattern_sizes(self, sizes: Any) -> dict[str, Any]:
+    def pattern_sizes(self, sizes: int | dict[str, Any]) -> dict[str, Any]:
         """A value of `rank_pattern` as field -> value."""
         return sizes if isinstance(sizes, dict) else {self.rank_fields[0]: sizes}
 
@@ -207,7 +207,7 @@ class LowRankConfig(AdapterConfig):
         super().__post_init__()
 
 
-def default_of(config: Any, name: str) -> Any:
+def default_of(config: AdapterConfig, name: str) -> Any:
     """The default of a config's field."""
     field_ = next(f for f in dataclasses.fields(config) if f.name == name)
     return field_.default if field_.default_factory is dataclasses.MISSING else field_.default_factory()

@@ -15,6 +15,7 @@ from bem_peft.kept import Kept, kept_of
 from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.plain_call import is_plain_call, is_plain_thread
 from bem_peft.tuners.base.cpp_forms import CPP_FORMS
+from bem_peft.tuners.calls.attention_stats import AttentionRows
 from bem_peft.tuners.calls.penalised import Penalised
 from bem_peft.tuners.steps.optimizer_hooks import Watched
 from bem_peft.tuners.steps.sharded import is_distributed
@@ -54,7 +55,9 @@ class Formula(Penalised, Watched):
     has_operator: bool = False  # that operator computes it as it is configured
     dropout: float = 0.0  # on the input
     reads_call = False  # reads values of the call: retrieval quality, which tokens are real
-    traced_rows: Any = None  # exact rows of the attention that runs now, in a compiled region: see call_frame
+    traced_rows: AttentionRows | None = (
+        None  # exact rows of the attention that runs now, in a compiled region: see call_frame
+    )
     observer: list[torch.Tensor] | None = None  # takes PT2's masks
 
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -256,7 +256,7 @@ class AdapterLinear(nn.Module, AdapterLayer):
                 f"{len(names)} and {x.shape[0]} respectively{reason}."
             )
         out = y.clone()
-        attention = {adapter: take_rows(adapter) for adapter in self._exact_readers()}
+        attention = {adapter: left for adapter in self._exact_readers() if (left := take_rows(adapter)) is not None}
         for name in dict.fromkeys(names):
             rows = torch.tensor(
                 [i * repeats + j for i, n in enumerate(names) if n == name for j in range(repeats)], device=x.device
@@ -264,7 +264,7 @@ class AdapterLinear(nn.Module, AdapterLayer):
             part_x, part_y = x[rows], y[rows]
             with self.call.using(self.call.values.rows(rows, x.shape[0])):
                 for adapter in self.adapters_named(name):
-                    if attention.get(adapter) is not None:
+                    if adapter in attention:
                         leave_rows(adapter, attention[adapter].pick(rows))
                     part_y = adapter(part_x, part_y)
             out[rows] = part_y

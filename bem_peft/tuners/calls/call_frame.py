@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from bem_peft.tuners.calls.attention_stats import AttentionRows
 from bem_peft.tuners.calls.penalty_call import PenaltyCall
 
 is_compiling = torch.compiler.is_compiling
@@ -206,7 +207,13 @@ class CallFrames:
             _leads.set(lead)
 
 
-def leave_rows(reader: Any, rows: Any) -> None:
+class RowReader(Protocol):
+    """An adapter that reads the rows of the attention before its site."""
+
+    traced_rows: AttentionRows | None  # in a compiled region, which cannot read a context variable
+
+
+def leave_rows(reader: RowReader, rows: AttentionRows | None) -> None:
     """Leave the rows of the attention that runs now for the adapter `reader`, which takes them in the same call."""
     if is_compiling():
         reader.traced_rows = rows
@@ -214,7 +221,7 @@ def leave_rows(reader: Any, rows: Any) -> None:
         _rows.set({**(_rows.get() or {}), reader: rows})
 
 
-def take_rows(reader: Any) -> Any:
+def take_rows(reader: RowReader) -> AttentionRows | None:
     """What was left for `reader`, once; None: nothing."""
     if is_compiling():
         rows, reader.traced_rows = reader.traced_rows, None

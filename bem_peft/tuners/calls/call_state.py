@@ -9,7 +9,8 @@ in another thread: it takes the values of the call that ran it along (`_BoundChe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,8 @@ from bem_peft.tuners.calls.call_frame import CallFrames, CallValues
 from bem_peft.tuners.calls.penalty_call import LoopScale, PenaltyLog, penalty_call
 from bem_peft.tuners.calls.retrieval import CHECKS, check_quality, check_scores
 from bem_peft.tuners.steps.sharded import refuse_partitioned
+
+Values = torch.Tensor | Sequence[Any]
 
 
 @dataclass
@@ -161,7 +164,7 @@ class _GiveNames:
     def __init__(self, call: CallState) -> None:
         self.call = call
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         names = self.call.values.adapter_names
         if names is None or "adapter_names" in kwargs:
             return args, kwargs
@@ -193,7 +196,7 @@ def find_call_state(model: nn.Module) -> CallState | None:
     return None
 
 
-def _ambient(model: nn.Module, may_repeat: bool, **values: Any) -> Any:
+def _ambient(model: nn.Module, may_repeat: bool, **values: Values) -> AbstractContextManager[None]:
     state = find_call_state(model)
     if state is None:
         raise ValueError("the model has no bem_peft adapter: call get_peft_model or add_adapter first.")
@@ -201,7 +204,7 @@ def _ambient(model: nn.Module, may_repeat: bool, **values: Any) -> Any:
     return state.using_ambient(**checked, may_repeat=may_repeat)
 
 
-def retrieval_quality(model: nn.Module, quality: Any, *, may_repeat: bool = False) -> Any:
+def retrieval_quality(model: nn.Module, quality: Values, *, may_repeat: bool = False) -> AbstractContextManager[None]:
     """Context manager: each call of `model` inside it gets `quality` (batch,) or (batch, tokens), in [0, 1].
 
     For models that were adapted by transformers' own `add_adapter`; a `PeftModel` takes it as a keyword argument too.
@@ -218,6 +221,6 @@ def retrieval_quality(model: nn.Module, quality: Any, *, may_repeat: bool = Fals
     return _ambient(model, may_repeat, retrieval_quality=quality)
 
 
-def retrieval_scores(model: nn.Module, scores: Any, *, may_repeat: bool = False) -> Any:
+def retrieval_scores(model: nn.Module, scores: Values, *, may_repeat: bool = False) -> AbstractContextManager[None]:
     """Context manager: as `retrieval_quality`, for a retriever's scores (batch, documents), -inf where none."""
     return _ambient(model, may_repeat, retrieval_scores=scores)

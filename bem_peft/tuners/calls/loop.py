@@ -7,13 +7,14 @@ with an accumulation that accelerate does not know.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bem_peft.tuners.calls.call_state import CallState, Caps, find_call_state
+from bem_peft.tuners.calls.penalty_call import Scaler
 from bem_peft.tuners.steps.brake import emergency_count
 from bem_peft.tuners.steps.optimizer_hooks import Watched
 
@@ -29,7 +30,7 @@ def penalty_values(model: nn.Module) -> dict[str, float]:
     return {} if state is None else state.log.read()
 
 
-def set_loss_scale(model: nn.Module, *, accumulation_steps: int | None = None, scaler: Any = None) -> None:
+def set_loss_scale(model: nn.Module, *, accumulation_steps: int | None = None, scaler: Scaler | None = None) -> None:
     """Tell the penalties of `model` how a loop scales a loss that is not the model's own.
 
     Args:
@@ -114,10 +115,10 @@ class AdapterCallback(TrainerCallback):
         return None if model is None else find_call_state(model)
 
 
-def micro_batches(accumulation_steps: int, global_step: int, dataloader: Any) -> int:
+def micro_batches(accumulation_steps: int, global_step: int, dataloader: Sized | None) -> int:
     """Micro-batches of the optimizer step `global_step` of a Trainer; the last one of an epoch may have fewer."""
     try:
-        batches = len(dataloader)
+        batches = len(dataloader)  # type: ignore[arg-type]
     except TypeError:  # of unknown length
         return accumulation_steps
     updates = -(-batches // accumulation_steps)

@@ -15,23 +15,34 @@ that the trainer sets; and the sequence-wise balance loss of DeepSeek-V2, 2024, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 
 from bem_peft.tuners.calls.penalty_call import PenaltyCall, Sequences
 
 
+class _Context(Protocol):
+    """What autograd keeps of a call of `_Carrier`."""
+
+    call: PenaltyCall
+    owner: object
+    mark: object
+    penalty_like: tuple[torch.dtype, torch.device]
+
+
 class _Carrier(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, penalty: torch.Tensor, call: PenaltyCall, owner: object) -> torch.Tensor:
+    def forward(
+        ctx: _Context, y: torch.Tensor, penalty: torch.Tensor, call: PenaltyCall, owner: object
+    ) -> torch.Tensor:
         ctx.call, ctx.owner = call, owner
         ctx.mark = object()  # stands for this node: the node itself would hold the call that holds it, and its graph
         ctx.penalty_like = (penalty.dtype, penalty.device)
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         dtype, device = ctx.penalty_like
         factor = ctx.call.factor_for(ctx.mark, ctx.owner)
         return gradients[0], factor.to(device=device, dtype=dtype), None, None

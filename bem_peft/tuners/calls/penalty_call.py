@@ -15,9 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+
+class Scaler(Protocol):
+    """A GradScaler, torch's or another one."""
+
+    def get_scale(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class LoopScale:
     """What the training loop does to a loss that it computes itself; steps None: as accelerate's state says."""
 
     accumulation_steps: Callable[[], int] | None = None
-    scaler: Any = None  # a GradScaler
+    scaler: Scaler | None = None
 
     def factor(self, in_float16: bool) -> float:
         """1 / accumulation steps, times the float16 scale.

@@ -12,7 +12,7 @@ optimizer's state it is stored and resumed (`optimizer_hooks`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any, ClassVar, cast
 
 import torch
@@ -152,7 +152,7 @@ class Braked(Watched):
         if "emergencies" in state:
             self.emergency_count = int(state["emergencies"])
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self.last_good = {name: fn(good) for name, good in self.last_good.items()}
         self.is_unstable = torch.zeros((), dtype=torch.bool, device=fn(self.is_unstable).device)
@@ -171,7 +171,7 @@ class _Flag:
         self.adapter.receive_flag(self.flag)
 
 
-def _settle_before_saving(module: nn.Module, *_: Any) -> None:
+def _settle_before_saving(module: nn.Module, *_: object) -> None:
     cast(Braked, module).settle()
 
 

@@ -32,6 +32,8 @@ from torch.optim.optimizer import (
 
 from bem_peft.tuners.steps.sharded import own_part
 
+Arguments = tuple[Any, ...]
+Options = dict[str, Any]
 STATE_PREFIX = "bem_peft_"  # of what stands in a parameter's optimizer state
 
 
@@ -115,7 +117,7 @@ def watched_by(optimizer: Optimizer) -> list[Watched]:
     return sorted(concerned, key=lambda adapter: adapter.watch_order)
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+def _before_step(optimizer: Optimizer, args: Arguments, kwargs: Options) -> tuple[Arguments, Options] | None:
     frame = sys._getframe(1)
     running = _running.steps
     while running and not _is_running(running[-1].frame, frame):  # it ended in an exception
@@ -206,7 +208,7 @@ def _drop_unsound_gradients(optimizer: Optimizer) -> None:
                 gradient.masked_fill_(~torch.isfinite(gradient).all(), 0.0)
 
 
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _after_step(optimizer: Optimizer, args: Arguments, kwargs: Options) -> None:
     running, frame = _running.steps, sys._getframe(1)
     while running and running[-1].frame is not frame:
         running.pop()
