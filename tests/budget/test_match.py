@@ -23,7 +23,7 @@ from bem_peft import (
     match_budget,
 )
 from bem_peft.budget.check import adapted_copy
-from bem_peft.budget.match import ModelCost
+from bem_peft.budget.site_cost import ModelCost
 from tests.tiny_models import build
 
 BOTH = ["o_proj", "down_proj"]
