@@ -318,6 +318,22 @@ def at_sites_of(anchor: PeftConfig, adapted: Callable[[], nn.Module]) -> PeftCon
     return placed
 
 
+def budget_of(
+    model: nn.Module, anchor: PeftConfig, quantities: Sequence[str] = ("params", "flops"), tolerance_ratio: float = 0.05
+) -> BudgetConstraints:
+    """The budget of `anchor` on the base of the adapted `model`; without target_modules it stands at the same sites.
+
+    Raises:
+        ValueError: `model` is no PeftModel.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError("a budget by an anchor needs a PeftModel: call get_peft_model first, or pass `budget`.")
+    anchor = at_sites_of(anchor, lambda: model)
+    return BudgetConstraints.from_anchor(
+        unadapted_copy(model), anchor, quantities=quantities, tolerance_ratio=tolerance_ratio
+    )
+
+
 def copy_around_weights(model: nn.Module) -> nn.Module:
     """New modules around the same weights; freezing a parameter of the copy leaves the model's own as it is."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}

@@ -6,16 +6,13 @@ All of it works without this class too: `parameter_groups`, `BudgetCallback`, `S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig, PeftModel
-from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from bem_peft import field_checks as check
-from bem_peft.budget.check import BudgetConstraints, at_sites_of, unadapted_copy
+from bem_peft.budget.check import budget_of
 from bem_peft.budget.enforce import POLICIES, BudgetCallback
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import VARIANT_LR_MULTIPLIERS, check_multipliers, parameter_groups
@@ -140,19 +137,3 @@ class PTTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"no complete checkpoint in output_dir = {self.args.output_dir!r} to go on from.")
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-
-def budget_of(
-    model: nn.Module, anchor: PeftConfig, quantities: Sequence[str] = ("params", "flops"), tolerance_ratio: float = 0.05
-) -> BudgetConstraints:
-    """The budget of `anchor` on the base of the adapted `model`; without target_modules it stands at the same sites.
-
-    Raises:
-        ValueError: `model` is no PeftModel.
-    """
-    if not isinstance(model, PeftModel):
-        raise ValueError("a budget by an anchor needs a PeftModel: call get_peft_model first, or pass `budget`.")
-    anchor = at_sites_of(anchor, lambda: model)
-    return BudgetConstraints.from_anchor(
-        unadapted_copy(model), anchor, quantities=quantities, tolerance_ratio=tolerance_ratio
-    )
