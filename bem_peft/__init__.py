@@ -6,13 +6,14 @@
 from typing import TYPE_CHECKING
 
 from bem_peft._version import __version__
-from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetLine, BudgetReport, BudgetValidator
+from bem_peft.budget.check import BudgetConstraints, BudgetValidator
 from bem_peft.budget.enforce import BudgetCallback, BudgetWarning, check_budget, write_report
 from bem_peft.budget.flops import FlopCount, count_flops
 from bem_peft.budget.latency import LatencyComparison, compare_latency
 from bem_peft.budget.match import BudgetMatch, match_budget
 from bem_peft.budget.memory import MemoryCount, count_memory
 from bem_peft.budget.parameters import ParameterCount, count_parameters
+from bem_peft.budget.report import BudgetError, BudgetLine, BudgetReport
 from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
 from bem_peft.evaluation.intervals import Comparison, compare_means
 from bem_peft.evaluation.pareto import Objective, ParetoAnalyzer

@@ -9,10 +9,9 @@ Works for every PEFT method. A quantity that cannot be measured fails; it never 
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,11 +24,11 @@ from bem_peft.budget.flops import count_flops
 from bem_peft.budget.latency import compare_latency
 from bem_peft.budget.memory import count_memory
 from bem_peft.budget.parameters import count_parameters
+from bem_peft.budget.report import FAIL, PASS, BudgetLine, BudgetReport
 
 QUANTITIES = ("params", "flops", "memory", "stored", "latency")
 UNITS = {"params": "parameters", "flops": "FLOPs a token", "memory": "bytes", "stored": "bytes", "latency": "ratio"}
 SCOPES = ("adapter", "total")
-PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
 
 # base and adapter parameters of the stack that the performance track started from
 PRESETS: dict[str, dict[str, int]] = {"bem-v1.3": {"base": 124_439_808, "adapter": 524_288}}
@@ -121,70 +120,6 @@ class BudgetConstraints:
         numbers = PRESETS[name]
         params = numbers["adapter"] + (numbers["base"] if scope == "total" else 0)
         return cls(params=params, tolerance_ratio=tolerance_ratio, scope=scope)
-
-
-@dataclass(frozen=True)
-class BudgetLine:
-    """One quantity. `deviation_ratio` is measured / anchor - 1; `how` says how it was found, and whether exactly."""
-
-    quantity: str
-    unit: str
-    measured: float | None
-    anchor: float
-    deviation_ratio: float | None
-    lower: float
-    upper: float
-    verdict: str
-    how: str
-
-
-@dataclass(frozen=True)
-class BudgetReport:
-    """All lines of one check."""
-
-    lines: tuple[BudgetLine, ...]
-    scope: str
-    tolerance_ratio: float
-
-    @property
-    def is_met(self) -> bool:
-        """Whether every line passed."""
-        return all(line.verdict == PASS for line in self.lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "schema": 1,
-            "is_met": self.is_met,
-            "scope": self.scope,
-            "tolerance_ratio": self.tolerance_ratio,
-            "lines": [asdict(line) for line in self.lines],
-        }
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    def to_markdown(self) -> str:
-        head = ("quantity", "measured", "anchor", "deviation", "allowed", "verdict", "how")
-        rows = [(*_cells(line), line.how) for line in self.lines]
-        return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
-
-    def __str__(self) -> str:
-        rows = [("quantity", "measured", "anchor", "deviation", "allowed", "verdict"), *map(_cells, self.lines)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        how = [""] + [line.how for line in self.lines]
-        return "\n".join(f"{row}  {note}".rstrip() for row, note in zip(text, how, strict=True))
-
-
-class BudgetError(ValueError):
-    """A budget is not kept; `report` says by what."""
-
-    def __init__(self, report: BudgetReport) -> None:
-        self.report = report
-        super().__init__(
-            f"the budget is not kept (scope {report.scope}, tolerance {report.tolerance_ratio:.1%}):\n{report}\n"
-            "Choose sizes with bem_peft.match_budget, or widen `tolerance_ratio`."
-        )
 
 
 class BudgetValidator:
@@ -367,14 +302,3 @@ def _measure(quantity: str, model: nn.Module, inputs: Mapping[str, Any], scope: 
         return flops.total_per_token if is_total else flops.adapter_per_token
     memory = count_memory(model, inputs)
     return memory.peak_bytes if is_total else memory.adapter_bytes
-
-
-def _cells(line: BudgetLine) -> tuple[str, str, str, str, str, str]:
-    def number(value: float | None) -> str:
-        if value is None:
-            return "-"
-        return f"{value:.3f}" if line.quantity == "latency" else f"{value:,.0f}"
-
-    deviation = "-" if line.deviation_ratio is None else f"{line.deviation_ratio:+.2%}"
-    allowed = f"{number(line.lower)} to {number(line.upper)}"
-    return line.quantity, number(line.measured), number(line.anchor), deviation, allowed, line.verdict

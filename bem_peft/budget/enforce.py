@@ -16,8 +16,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetReport, BudgetValidator
+from bem_peft.budget.check import BudgetConstraints, BudgetValidator
 from bem_peft.budget.parameters import count_parameters
+from bem_peft.budget.report import BudgetError, BudgetReport
 from bem_peft.whole_file import write_whole
 
 POLICIES = ("raise", "warn", "stop")

@@ -21,8 +21,9 @@ import transformers
 from peft import PeftConfig
 from torch import nn
 
-from bem_peft.budget.check import BudgetConstraints, BudgetError, BudgetValidator, adapted_copy, at_sites_of
+from bem_peft.budget.check import BudgetConstraints, BudgetValidator, adapted_copy, at_sites_of
 from bem_peft.budget.match import match_budget
+from bem_peft.budget.report import BudgetError
 from bem_peft.budget.site_cost import MATCHED
 from bem_peft.experiments.experiment import DTYPES, DataSection, EvaluationSection, read_experiment
 from bem_peft.sites import find as sites
