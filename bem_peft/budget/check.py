@@ -19,7 +19,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from bem_peft.budget.fake_run import is_plain
+from bem_peft.budget.fake_run import is_plain, mode_of
 from bem_peft.budget.flops import count_flops
 from bem_peft.budget.latency import compare_latency
 from bem_peft.budget.memory import count_memory
@@ -154,20 +154,13 @@ class BudgetValidator:
             )
         inputs = self._inputs(model)
         upper = 1.0 + limits.tolerance_ratio
-        was_training = [m for part in (anchor, model) for m in part.modules() if m.training]
-        anchor.eval()
-        model.eval()
-        try:
-            with torch.inference_mode():
-                found = compare_latency(
-                    lambda: anchor(**inputs),
-                    lambda: model(**inputs),
-                    blocks=blocks,
-                    tolerance_ratio=limits.tolerance_ratio,
-                )
-        finally:
-            for module in was_training:
-                module.training = True
+        with mode_of(anchor, False), mode_of(model, False), torch.inference_mode():
+            found = compare_latency(
+                lambda: anchor(**inputs),
+                lambda: model(**inputs),
+                blocks=blocks,
+                tolerance_ratio=limits.tolerance_ratio,
+            )
         how = (
             f"measured: {found.blocks} ABBA blocks, ratio {found.ratio:.3f} [{found.ratio_low:.3f}, "
             f"{found.ratio_high:.3f}], A/A [{found.noise_low:.3f}, {found.noise_high:.3f}], "
