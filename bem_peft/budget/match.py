@@ -7,8 +7,9 @@ free sizes this is done on the last, for each choice of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from peft import PeftConfig
@@ -101,10 +102,7 @@ def match_budget(
         if not isinstance(given, PeftConfig):
             raise TypeError(f"`{name}` = {given!r}: must be a PeftConfig, as LoraConfig(r=8).")
     check_positive("tolerance_ratio", tolerance_ratio)
-    names = _free_names(config, free)
-    choices = {name: sorted(values) for name, values in free.items() if values} if isinstance(free, Mapping) else {}
-    search = _Search(config, tuple(sorted(names, key=lambda name: name not in choices)), choices, limit)
-    names = search.names  # the given choices first: along them nothing needs to grow
+    sizes = _sizes_of(config, free, limit)
     if not match or set(match) - set(MATCHED):
         raise ValueError(f"`match` = {list(match)}: must be a choice of {', '.join(MATCHED)}.")
     with torch.device("meta"):
@@ -112,48 +110,27 @@ def match_budget(
         try:  # which sites it has does not depend on the sizes
             cost = ModelCost(model, config)
         except ValueError:  # its own sizes do not fit
-            cost = ModelCost(model, search.smallest())
+            cost = ModelCost(model, sizes.smallest())
     goal = {name: target[name] for name in match}
     if not all(goal.values()):
         raise ValueError(f"the anchor {type(anchor).__name__} costs nothing in {[n for n in goal if not goal[n]]}.")
-    known: dict[tuple[int, ...], tuple[float, dict[str, float]] | None] = {}
-
-    def deviations(values: tuple[int, ...]) -> tuple[float, dict[str, float]] | None:
-        """(largest, all) deviations, or None where the sizes do not fit the sites."""
-        if values not in known:
-            changed = search.config_with(values)
-            with torch.device("meta"):
-                measured = None if changed is None else cost.try_sizes(changed)
-            if measured is None:
-                known[values] = None
-            else:
-                ratios = {name: measured[name] / goal[name] - 1 for name in goal}
-                known[values] = (max(map(abs, ratios.values())), ratios)
-        return known[values]
-
-    best: tuple[int, ...] | None = None
-
-    def best_so_far() -> float:
-        return min((found[0] for found in known.values() if found is not None), default=float("inf"))
-
-    for outer in search.outer(deviations, best_so_far):
-        for candidate in search.nearest(outer, deviations):
-            found = deviations(candidate)
-            if found is not None and (best is None or found[0] < known[best][0]):  # type: ignore[index]
-                best = candidate
+    search = _Search(sizes, cost, goal)
+    best = search.best()
     if best is None:
-        raise ValueError(f"no value of {', '.join(names)} up to {limit} fits the sites of {type(config).__name__}.")
-    ratios = known[best][1]  # type: ignore[index]
-    chosen = search.config_with(best)
+        raise ValueError(
+            f"no value of {', '.join(sizes.names)} up to {limit} fits the sites of {type(config).__name__}."
+        )
+    values, deviation = best
+    chosen = sizes.config_with(values)
     assert chosen is not None
     return BudgetMatch(
         config=chosen,
-        sizes=dict(zip(names, best, strict=True)),
-        measured={name: (ratio + 1) * goal[name] for name, ratio in ratios.items()},
+        sizes=dict(zip(sizes.names, values, strict=True)),
+        measured={name: (ratio + 1) * goal[name] for name, ratio in deviation.ratios.items()},
         anchor=goal,
-        deviation_ratio=ratios,
+        deviation_ratio=deviation.ratios,
         tolerance_ratio=tolerance_ratio,
-        tried=len(known),
+        tried=len(search.tried),
     )
 
 
@@ -171,11 +148,16 @@ def _free_names(config: PeftConfig, free: Iterable[str] | None) -> tuple[str, ..
     return names
 
 
-Deviations = Callable[[tuple[int, ...]], "tuple[float, dict[str, float]] | None"]
+def _sizes_of(
+    config: PeftConfig, free: Sequence[str] | Mapping[str, Sequence[int] | None] | None, limit: int
+) -> _Sizes:
+    choices = {name: sorted(values) for name, values in free.items() if values} if isinstance(free, Mapping) else {}
+    names = sorted(_free_names(config, free), key=lambda name: name not in choices)
+    return _Sizes(config, tuple(names), choices, limit)  # the given choices first: along them nothing needs to grow
 
 
 @dataclass(frozen=True)
-class _Search:
+class _Sizes:
     """The values of `names` in `config`: one of `choices`, or 1 to `limit`, where the config accepts them."""
 
     config: PeftConfig
@@ -216,64 +198,100 @@ class _Search:
             )
         return found
 
-    def outer(self, deviations: Deviations, best: Callable[[], float]) -> Iterator[tuple[int, ...]]:
-        """All values of the names but the last, up to where the smallest last one costs too much already."""
-        yield from self._heads((), deviations, best)
 
-    def _heads(
-        self, head: tuple[int, ...], deviations: Deviations, best: Callable[[], float]
-    ) -> Iterator[tuple[int, ...]]:
-        if len(head) == len(self.names) - 1:
+class _Deviation(NamedTuple):
+    """How far a cost is from the goal's, each quantity as measured / goal - 1, and the largest of them either way."""
+
+    worst: float
+    ratios: dict[str, float]
+
+    @property
+    def is_above(self) -> bool:
+        """Whether the highest is at least as far above the anchor as the lowest is below it."""
+        return max(self.ratios.values()) >= -min(self.ratios.values())
+
+
+class _Search:
+    """Looks for the sizes nearest to `goal`; `tried`: how far each is from it, None where it does not fit the sites."""
+
+    def __init__(self, sizes: _Sizes, cost: ModelCost, goal: Mapping[str, float]) -> None:
+        self.sizes, self.cost, self.goal = sizes, cost, goal
+        self.tried: dict[tuple[int, ...], _Deviation | None] = {}
+
+    def deviation(self, values: tuple[int, ...]) -> _Deviation | None:
+        """Of these sizes from the goal, or None where they do not fit the sites."""
+        if values not in self.tried:
+            changed, found = self.sizes.config_with(values), None
+            with torch.device("meta"):
+                measured = None if changed is None else self.cost.try_sizes(changed)
+            if measured is not None:
+                ratios = {name: measured[name] / self.goal[name] - 1 for name in self.goal}
+                found = _Deviation(max(map(abs, ratios.values())), ratios)
+            self.tried[values] = found
+        return self.tried[values]
+
+    def best(self) -> tuple[tuple[int, ...], _Deviation] | None:
+        """The nearest sizes, or None where none fits."""
+        best = None
+        for outer in self.outer(()):
+            for values in self.nearest(outer):
+                found = self.deviation(values)
+                if found is not None and (best is None or found.worst < best[1].worst):
+                    best = values, found
+        return best
+
+    def least_so_far(self) -> float:
+        return min((found.worst for found in self.tried.values() if found is not None), default=float("inf"))
+
+    def outer(self, head: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """`head` with values of all names but the last, up to where the smallest last one costs too much already."""
+        names, choices = self.sizes.names, self.sizes.choices
+        if len(head) == len(names) - 1:
             yield head
             return
-        is_given, has_fitted = self.names[len(head)] in self.choices, False
-        for i, value in enumerate(self.accepted(head)):
-            smallest = self.smallest_that_fits((*head, value), deviations)
+        is_given, has_fitted = names[len(head)] in choices, False
+        for i, value in enumerate(self.sizes.accepted(head)):
+            smallest = self.smallest_that_fits((*head, value))
             if smallest is None:
                 if not is_given and (has_fitted or i >= FIRST):
                     break  # too large for the sites
                 continue
             has_fitted = True
-            if not is_given and min(smallest[1].values()) > best():
+            if not is_given and min(smallest.ratios.values()) > self.least_so_far():
                 break  # every quantity is above the anchor, farther than what was found
-            yield from self._heads((*head, value), deviations, best)
+            yield from self.outer((*head, value))
 
-    def smallest_that_fits(
-        self, head: tuple[int, ...], deviations: Deviations
-    ) -> tuple[float, dict[str, float]] | None:
-        """The deviations at the smallest values of the other names that fit the sites, the last name's tried first."""
-        start = self.first(head)
-        found = deviations(start)
-        if found is not None or len(start) < len(self.names) or self.names[-1] in self.choices:
+    def smallest_that_fits(self, head: tuple[int, ...]) -> _Deviation | None:
+        """The deviation at the smallest values of the other names that fit the sites, the last name's tried first."""
+        names, start = self.sizes.names, self.sizes.first(head)
+        found = self.deviation(start)
+        if found is not None or len(start) < len(names) or names[-1] in self.sizes.choices:
             return found
-        for value in self.accepted(start[:-1])[1:FIRST]:
-            found = deviations((*start[:-1], value))
+        for value in self.sizes.accepted(start[:-1])[1:FIRST]:
+            found = self.deviation((*start[:-1], value))
             if found is not None:
                 break
         return found
 
-    def nearest(self, outer: tuple[int, ...], deviations: Deviations) -> list[tuple[int, ...]]:
+    def nearest(self, outer: tuple[int, ...]) -> list[tuple[int, ...]]:
         """The two neighbours among which the best last value lies; all of them where they are given."""
-        values = self.accepted(outer)
-        if self.names[-1] in self.choices:
+        values = self.sizes.accepted(outer)
+        if self.sizes.names[-1] in self.sizes.choices:
             return [(*outer, value) for value in values]
+
+        def is_above(i: int) -> bool:
+            found = self.deviation((*outer, values[i]))
+            return found is None or found.is_above
+
         low, high, step = 0, len(values), 1  # values[:low] lie below the crossing, values[high:] at or above it
-        while low < min(high, FIRST) - 1 and deviations((*outer, values[low])) is None:
+        while low < min(high, FIRST) - 1 and self.deviation((*outer, values[low])) is None:
             low += 1  # too small for the sites
         while low + step < high:  # double first: large sizes are the costly ones to try
-            if _is_above(deviations((*outer, values[low + step]))):
+            if is_above(low + step):
                 high = low + step
                 break
             low, step = low + step, step * 2
         while low < high:
             middle = (low + high) // 2
-            if _is_above(deviations((*outer, values[middle]))):
-                high = middle
-            else:
-                low = middle + 1
+            low, high = (low, middle) if is_above(middle) else (middle + 1, high)
         return [(*outer, values[i]) for i in (high - 1, high) if 0 <= i < len(values)]
-
-
-def _is_above(found: tuple[float, dict[str, float]] | None) -> bool:
-    """Whether the highest deviation is at least as far above the anchor as the lowest is below it."""
-    return found is None or max(found[1].values()) >= -min(found[1].values())
