@@ -57,6 +57,7 @@ from bem_peft import (
     probe,
     write_report,
 )
+from bem_peft.evaluation.report.files import write_files
 from bem_peft.experiments.items import score_items
 
 TASK = "CAUSAL_LM"
@@ -314,7 +315,7 @@ def main() -> None:
     print_report(results, held_out, settings)
     report = comparison(results, METHODS["lora"].title, asdict(settings))
     if report is not None:
-        print(f"\nreport: {report.write(run / 'report')[-1]}; {report.promotions[0].reasons[0]}")
+        print(f"\nreport: {write_files(report, run / 'report')[-1]}; {report.promotions[0].reasons[0]}")
     print(
         f"\nadapters: {run}/*/adapter; results: {run}/*/result.json; {(time.perf_counter() - began) / 60:.1f} minutes"
     )

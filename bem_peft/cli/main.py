@@ -220,6 +220,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
     from bem_peft.evaluation.profile_document import ProfileDocument
     from bem_peft.evaluation.report.card import check_card, write_card
+    from bem_peft.evaluation.report.files import write_files
     from bem_peft.evaluation.results import read_results
     from bem_peft.evaluation.slices import DEVELOPMENT, HELD_OUT
 
@@ -232,7 +233,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         profiles=None if arguments.profile is None else ProfileDocument.read(arguments.profile),
         progress=lambda names: tqdm(names, desc="comparing", disable=None),
     ).report()  # fmt: skip
-    written = report.write(arguments.out)
+    written = write_files(report, arguments.out)
     for system, folder in cards:
         written += write_card(report, system, folder, arguments.dataset, arguments.dataset_id)
     for promotion in report.promotions[:12]:

@@ -1,7 +1,7 @@
 """A whole comparison: systems against an anchor on every metric and slice, on the Pareto frontiers, and judged.
 
 report = ComprehensiveEvaluator(read_results(paths), anchor="anchor-lora", stands_on="slice_b").report()
-report.write(folder)                                         # report.json, report.md, report.html
+write_files(report, folder)                                  # report.json, report.md, report.html (report/files.py)
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bem_peft.evaluation.pareto import ParetoPoint
-from bem_peft.evaluation.slices import HELD_OUT, SliceResult, promoting
+from bem_peft.evaluation.slices import HELD_OUT, SliceResult, interval_text, promoting
 
 PROMOTED, NOT_PROMOTED, NO_VERDICT = "PROMOTED", "NOT PROMOTED", "NO VERDICT"
 FRONTIER_PROBABILITY = 0.95
@@ -74,9 +74,3 @@ def judge(
     if unknown:
         return Promotion(system, NO_VERDICT, (*unknown, *against, *reasons))
     return Promotion(system, NOT_PROMOTED if against else PROMOTED, (*against, *reasons))
-
-
-def interval_text(found: SliceResult) -> str:
-    """The difference with its interval: "+0.012 [+0.004, +0.020]"."""
-    c = found.comparison
-    return f"{c.estimate:+.3g} [{c.low:+.3g}, {c.high:+.3g}]"

@@ -40,6 +40,12 @@ class SliceResult:
         return {**vars(self), "comparison": self.comparison.to_dict()}
 
 
+def interval_text(found: SliceResult) -> str:
+    """The difference with its interval: "+0.012 [+0.004, +0.020]"."""
+    c = found.comparison
+    return f"{c.estimate:+.3g} [{c.low:+.3g}, {c.high:+.3g}]"
+
+
 def check_disjoint(development: Mapping[str, str], held_out: Mapping[str, str]) -> None:
     """Raise ValueError where an item of `held_out` (id -> sha256 of its content) stands in `development` too."""
     by_content = {digest: item for item, digest in development.items()}

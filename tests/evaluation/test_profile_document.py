@@ -15,6 +15,7 @@ from bem_peft.cli.main import main
 from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
 from bem_peft.evaluation.profile_document import ProfileDocument
 from bem_peft.evaluation.profiler import Profile, Workload
+from bem_peft.evaluation.report.files import write_files
 from bem_peft.evaluation.report.report import SCHEMA_FILE
 from bem_peft.evaluation.results import read_results
 from tests.evaluation.test_report import Page, write_run
@@ -67,7 +68,7 @@ def test_times_are_costs_and_stand_on_the_page(tmp_path: Path) -> None:
     assert {o.name for o in report.objectives} >= {"nll", "prefill_ms", "decode_ms"}
     values = {point.name: point.values for point in report.pareto}
     assert (values["anchor"]["decode_ms"], values["better"]["prefill_ms"]) == pytest.approx((11.0, 112.0))
-    report.write(tmp_path / "out")
+    write_files(report, tmp_path / "out")
     jsonschema.validate(json.loads((tmp_path / "out/report.json").read_text()), json.loads(SCHEMA_FILE.read_text()))
     text = (tmp_path / "out/report.html").read_text()
     page = Page()

@@ -17,7 +17,9 @@ import pytest
 from bem_peft.cli.main import main
 from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
 from bem_peft.evaluation.promotion import NO_VERDICT, NOT_PROMOTED, PROMOTED
-from bem_peft.evaluation.report.report import SCHEMA_FILE, number
+from bem_peft.evaluation.report.files import write_files
+from bem_peft.evaluation.report.report import SCHEMA_FILE
+from bem_peft.evaluation.report.text import number
 from bem_peft.evaluation.results import SystemResult, read_results
 
 ITEMS, SEEDS = 90, 4
@@ -127,7 +129,7 @@ def test_items_that_were_developed_on_cannot_promote(runs: dict[str, Path], tmp_
 
 def test_json_fits_its_schema_and_repeats_the_comparison(runs: dict[str, Path], tmp_path: Path) -> None:
     report = evaluator(runs, stands_on="slice_b").report()
-    report.write(tmp_path / "out")
+    write_files(report, tmp_path / "out")
     document = json.loads((tmp_path / "out" / "report.json").read_text())
     jsonschema.validate(document, json.loads(SCHEMA_FILE.read_text()))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.json", "report.md"]
@@ -190,7 +192,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(runs: dict[str, Path
     for path in (tmp_path / "evil" / "x").glob("seed-*/result.json"):
         path.write_text(path.read_text().replace('"better"', json.dumps("<script>alert('1')</script> & \"more\"")))
     report = evaluator({**runs, "evil": tmp_path / "evil" / "x"}, stands_on="slice_b").report()
-    report.write(tmp_path / "out")
+    write_files(report, tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text()
     page = Page()
     page.feed(text)
@@ -214,7 +216,7 @@ def test_axe_finds_nothing_and_nothing_overflows(
     from axe_playwright_python.sync_playwright import Axe
     from playwright.sync_api import sync_playwright
 
-    evaluator(runs, stands_on="slice_b").report().write(tmp_path / "out")
+    write_files(evaluator(runs, stands_on="slice_b").report(), tmp_path / "out")
     with sync_playwright() as tool:
         browser = tool.chromium.launch(
             executable_path=shutil.which("chromium"),

@@ -11,7 +11,9 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard
 from huggingface_hub import eval_result_entries_to_yaml as entries_to_yaml
 
-from bem_peft.evaluation.report.report import STANDS, Report
+from bem_peft.evaluation.report.markdown import to_markdown
+from bem_peft.evaluation.report.report import Report
+from bem_peft.evaluation.report.text import STANDS
 from bem_peft.evaluation.results import QUALITY
 from bem_peft.whole_file import write_whole
 
@@ -66,7 +68,7 @@ def write_card(report: Report, system: str, folder: Path, dataset: str, dataset_
     card.data.model_name = card.data.model_name or system
     card.data.eval_results = [*kept, *new]
     body = re.sub(rf"\n*{re.escape(START)}.*?{re.escape(END)}\n*", "\n", card.text, flags=re.S).rstrip()
-    card.text = f"{body}\n\n{START}\n\n{report.to_markdown()}\n{END}\n"
+    card.text = f"{body}\n\n{START}\n\n{to_markdown(report)}\n{END}\n"
     write_whole(path, str(card))
     written = [path]
     if dataset_id is not None:

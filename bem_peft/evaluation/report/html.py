@@ -7,10 +7,12 @@ from html import escape
 from pathlib import Path
 
 from bem_peft.evaluation.profile_document import COLUMNS, base_first
-from bem_peft.evaluation.promotion import NO_VERDICT, NOT_PROMOTED, PROMOTED, interval_text
+from bem_peft.evaluation.promotion import NO_VERDICT, NOT_PROMOTED, PROMOTED
 from bem_peft.evaluation.report.plots import LABELS, forest_plot, frontier_of_two, latency_plot, pareto_plot
-from bem_peft.evaluation.report.report import STANDS, Report, budget_text, number, verdict_text
+from bem_peft.evaluation.report.report import Report
+from bem_peft.evaluation.report.text import STANDS, budget_text, number, verdict_text
 from bem_peft.evaluation.results import SystemResult
+from bem_peft.evaluation.slices import interval_text
 
 STYLE = Path(__file__).with_name("report.css")
 CLASSES = {PROMOTED: "good", NOT_PROMOTED: "bad", NO_VERDICT: "none"}

@@ -14,9 +14,8 @@ import numpy as np
 
 from bem_peft.evaluation.pareto import Objective, ParetoPoint
 from bem_peft.evaluation.profiler import Profile
-from bem_peft.evaluation.promotion import interval_text
-from bem_peft.evaluation.report.report import number
-from bem_peft.evaluation.slices import SliceResult
+from bem_peft.evaluation.report.text import number
+from bem_peft.evaluation.slices import SliceResult, interval_text
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 420, 84, 56, 24, 24
 LABELS = 12  # names are written beside the points of the frontier, and of the others up to so many points

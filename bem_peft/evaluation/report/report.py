@@ -1,4 +1,4 @@
-"""The report of a comparison: `report.json` (versioned, with a JSON Schema), `report.md` for a card, `report.html`."""
+"""The report of a comparison, and what `report.json` says of it (versioned, with a JSON Schema)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from typing import Any
 
 from bem_peft.evaluation.pareto import Objective, ParetoPoint
 from bem_peft.evaluation.profile_document import ProfileDocument
-from bem_peft.evaluation.promotion import Promotion, interval_text
+from bem_peft.evaluation.promotion import Promotion
 from bem_peft.evaluation.results import QUALITY, SystemResult
 from bem_peft.evaluation.slices import SliceResult
-from bem_peft.whole_file import write_whole
 
 VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
-STANDS = {"slice_a": "Slice-A (development)", "slice_b": "Slice-B (held out)"}
 
 
 @dataclass
@@ -79,43 +77,6 @@ class Report:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
-    def to_markdown(self) -> str:
-        """Tables for a model card: verdicts, differences, values."""
-        lines = [
-            f"## {self.title}",
-            "",
-            f"Against `{self.anchor}` on {STANDS[self.stands_on]}; intervals of {self.confidence:.0%}, "
-            f"p-values corrected over metrics and slices ({self.correction}).",
-            "",
-        ]
-        names = self.values
-        lines += ["| system | method | " + " | ".join(names) + " | seeds | budget |"]
-        lines += ["| --- | --- |" + " ---: |" * len(names) + " ---: | --- |"]
-        for system in self.systems:
-            values = " | ".join(number(system.values[name]) for name in names)
-            count = len(system.seeds)
-            lines.append(f"| {system.name} | {system.method} | {values} | {count} | {budget_text(system)} |")
-        if self.comparisons:
-            lines += [
-                "",
-                "Differences are from the anchor; above zero is better, also where less of the metric is (nll).",
-            ]
-            lines += ["", "| system | metric | slice | difference | adjusted p | verdict |"]
-            lines += ["| --- | --- | --- | ---: | ---: | --- |"]
-        for name, results in self.comparisons.items():
-            for found in results:
-                p = f"{found.adjusted_p_value:.3g}"
-                cells = (name, found.metric, found.slice, interval_text(found), p, verdict_text(found))
-                lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", "| system | verdict | reasons |", "| --- | --- | --- |"]
-        lines += [f"| {p.system} | {p.verdict} | {'; '.join(p.reasons)} |" for p in self.promotions]
-        if self.profiles is not None:
-            lines += ["", self.profiles.to_markdown()]
-        warnings = self.warnings()
-        if warnings:
-            lines += ["", *[f"- {text}" for text in warnings]]
-        return "\n".join(lines) + "\n"
-
     def warnings(self) -> list[str]:
         """Each warning once, with the systems that it concerns."""
         found: dict[str, list[str]] = {}
@@ -127,39 +88,3 @@ class Report:
             who = ", ".join(names) if len(names) <= 3 else f"{len(names)} systems"
             lines.append(f"{text} ({who})")
         return lines
-
-    def write(self, folder: Path) -> list[Path]:
-        """Write report.json, report.md and report.html, each whole or not at all; returns their paths."""
-        from bem_peft.evaluation.report.html import to_html
-
-        folder.mkdir(parents=True, exist_ok=True)
-        written = []
-        for name, text in (
-            ("report.json", self.to_json()), ("report.md", self.to_markdown()), ("report.html", to_html(self)),
-        ):  # fmt: skip
-            path = folder / name
-            write_whole(path, text)
-            written.append(path)
-        return written
-
-
-def number(value: float) -> str:
-    """A value in few characters: 783,360; 0.965; 1.2e-05."""
-    if value == int(value) and abs(value) >= 1000:
-        return f"{int(value):,}"
-    return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
-
-
-def budget_text(system: SystemResult) -> str:
-    return {None: "not measured", True: "kept", False: "not kept"}[system.budget_is_met]
-
-
-def verdict_text(found: SliceResult) -> str:
-    """What a result says, in two words."""
-    if found.comparison.is_conditional:
-        return "one seed"
-    if found.is_better:
-        return "better"
-    if found.is_worse:
-        return "worse"
-    return "may be worse" if found.is_inferior else "no worse"
