@@ -17,8 +17,9 @@ from smollm2 import default_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from bem_peft.experiments.experiment import adapter_config, changed_document
+from bem_peft.experiments.experiment import adapter_config
 from bem_peft.experiments.fields import Problems, build_config
+from bem_peft.experiments.yaml_document import changed_document
 
 
 def main() -> None:

@@ -25,7 +25,8 @@ from bem_peft.budget.check import BudgetConstraints, BudgetValidator, adapted_co
 from bem_peft.budget.match import match_budget
 from bem_peft.budget.report import BudgetError
 from bem_peft.budget.site_cost import MATCHED
-from bem_peft.experiments.experiment import DTYPES, DataSection, EvaluationSection, read_experiment
+from bem_peft.experiments.experiment import read_experiment
+from bem_peft.experiments.sections import DTYPES, DataSection, EvaluationSection
 from bem_peft.sites import find as sites
 from bem_peft.sites import table as sites_table
 from bem_peft.tuners.adapter_spec import AdapterSpecError, parse_adapter

@@ -17,26 +17,30 @@
 from __future__ import annotations
 
 import copy
-import csv
-import gzip
-import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from peft import PeftConfig
 
 from bem_peft.budget.check import QUANTITIES
 from bem_peft.budget.enforce import POLICIES
 from bem_peft.evaluation.metrics import metric_problem
 from bem_peft.experiments.fields import Problems, build_config, fill, fits
+from bem_peft.experiments.items import columns_of, is_file_name
+from bem_peft.experiments.sections import (
+    DTYPES,
+    BudgetSection,
+    DataSection,
+    EvaluationSection,
+    Experiment,
+    ModelSection,
+)
+from bem_peft.experiments.yaml_document import changed_document
 from bem_peft.tuners.base import registry
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 # set for each seed, or from another section
 RESERVED_TRAINING = ("output_dir", "seed", "data_seed", "budget_anchor", "budget_policy", "budget_tolerance_ratio")
 
@@ -50,66 +54,6 @@ class ExperimentError(ValueError):
 
 
 @dataclass
-class ModelSection:
-    path: str
-    dtype: str = "auto"
-    revision: str | None = None
-    attn_implementation: str | None = None
-
-
-@dataclass
-class DataSection:
-    """`train` and `eval`: a file (jsonl, json, csv, parquet; .gz) or a dataset's hub id. Templates name columns."""
-
-    train: str
-    prompt: str
-    completion: str
-    eval: str | None = None
-    eval_share: float | None = None
-    group: str | None = None  # template of what must not be split between training and evaluation
-    group_pattern: str | None = None  # regular expression; its first group is taken from `group`
-    id: str | None = None  # template of an item's name; default its number
-    max_tokens: int = 512
-    eval_items: int | None = None
-
-
-@dataclass
-class BudgetSection:
-    anchor: dict[str, Any]
-    # fields of the adapter that are chosen to meet the anchor; or field -> the values to choose from (null: any)
-    match: list[str] | dict[str, Any] = field(default_factory=list)
-    quantities: list[str] = field(default_factory=lambda: ["params", "flops"])
-    tolerance_ratio: float = 0.05
-    policy: str = "raise"
-
-
-@dataclass
-class EvaluationSection:
-    """What is measured on the evaluation items. Metrics but the loss ("nll") are of greedily generated text."""
-
-    metrics: list[str] = field(default_factory=lambda: ["nll"])
-    max_new_tokens: int = 128
-    stop: str | None = None  # text that ends an answer, and is no part of it
-
-
-@dataclass
-class Experiment:
-    """A checked experiment. `document` is what the file said, with `--set` in it."""
-
-    name: str
-    model: ModelSection
-    adapter: PeftConfig
-    data: DataSection
-    evaluation: EvaluationSection
-    training: dict[str, Any]
-    budget: BudgetSection | None
-    anchor: PeftConfig | None
-    seeds: list[int]
-    output_dir: str
-    document: dict[str, Any]
-
-
-@dataclass
 class _Document:
     name: str
     model: dict[str, Any]
@@ -120,32 +64,6 @@ class _Document:
     training: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses a key that stands twice and reads 1e-3 as a number, as YAML 1.2 does."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """The document of `text`. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
 def read_experiment(path: str | Path, changes: Sequence[str] = ()) -> Experiment:
@@ -163,39 +81,6 @@ def read_experiment(path: str | Path, changes: Sequence[str] = ()) -> Experiment
     if problems or experiment is None:
         raise ExperimentError(str(path), problems)
     return experiment
-
-
-def changed_document(text: str, changes: Sequence[str], problems: Problems) -> Any:
-    """The mapping that the YAML `text` holds, with the "key=value" of `changes`; None with `problems` filled."""
-    try:
-        document = parse_yaml(text)
-    except yaml.YAMLError as error:
-        problems.append(f"no YAML: {error}")
-        return None
-    if not isinstance(document, dict):
-        problems.append("must be a mapping with the keys name, model, adapter, data, output_dir, ...")
-        return None
-    for change in changes:
-        _change(document, change, problems)
-    return document
-
-
-def _change(document: dict[str, Any], change: str, problems: Problems) -> None:
-    key, equals, text = change.partition("=")
-    if not equals or not key:
-        problems.append(f"--set {change}: write key=value, with dots between the levels of the key")
-        return
-    *parents, last = key.split(".")
-    place: Any = document
-    for name in parents:
-        place = place.setdefault(name, {}) if isinstance(place, dict) else None
-    if not isinstance(place, dict):
-        problems.append(f"--set {change}: {'.'.join(parents)} is no mapping")
-        return
-    try:
-        place[last] = parse_yaml(text)
-    except yaml.YAMLError:
-        problems.append(f"--set {change}: the value is no YAML")
 
 
 def check_experiment(document: Mapping[str, Any], problems: Problems) -> Experiment | None:
@@ -309,28 +194,6 @@ def _check_columns(data: DataSection, part: str, path: Path, problems: Problems)
             problems.append(f"data.{name} = {template!r}: {path} has no column {missing}; it has {sorted(columns)}")
 
 
-def columns_of(path: Path) -> set[str]:
-    """The columns of a file's first 1,000 records; empty for a .json file, which would have to be read whole.
-
-    Raises:
-        ValueError, OSError, EOFError: the file is not what its name says.
-    """
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    if kind == "parquet":
-        from pyarrow import parquet  # type: ignore[import-untyped]
-
-        return set(parquet.read_schema(path).names)
-    if kind == "json":
-        return set()
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        if kind == "csv":
-            return set(next(csv.reader(file), []))
-        records = [json.loads(line) for line in itertools.islice(file, 1000) if line.strip()]
-    if not all(isinstance(record, dict) for record in records):
-        raise ValueError("a line is no JSON object")
-    return set().union(*records)
-
-
 def check_evaluation(evaluation: EvaluationSection, where: str, problems: list[str]) -> None:
     """Append what is wrong with the metrics and the generation to `problems`; `where` stands before a field's name."""
     for name in evaluation.metrics:
@@ -363,8 +226,3 @@ def _check_budget(budget: BudgetSection, adapter: PeftConfig | None, problems: P
         for name, values in budget.match.items():
             if values is not None and (not values or not fits(values, list[int])):
                 problems.append(f"budget.match.{name} = {values!r}: must be a list of whole numbers, or null for any")
-
-
-def is_file_name(text: str) -> bool:
-    """Whether `text` names a file, not a dataset of the hub."""
-    return re.search(r"\.(jsonl|json|csv|parquet)(\.gz)?$", text) is not None

@@ -6,7 +6,11 @@ for every seed and every adapter.
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
+import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bem_peft.experiments.experiment import DataSection, is_file_name
+from bem_peft.experiments.sections import DataSection
 
 IGNORED = -100
 
@@ -87,6 +91,33 @@ def read_items_of(data: DataSection, source: str) -> list[Item]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"data.id = {data.id!r}: {twice!r} stands twice in {source}; an id must name one item.")
     return items
+
+
+def columns_of(path: Path) -> set[str]:
+    """The columns of a file's first 1,000 records; empty for a .json file, which would have to be read whole.
+
+    Raises:
+        ValueError, OSError, EOFError: the file is not what its name says.
+    """
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind == "parquet":
+        from pyarrow import parquet  # type: ignore[import-untyped]
+
+        return set(parquet.read_schema(path).names)
+    if kind == "json":
+        return set()
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        if kind == "csv":
+            return set(next(csv.reader(file), []))
+        records = [json.loads(line) for line in itertools.islice(file, 1000) if line.strip()]
+    if not all(isinstance(record, dict) for record in records):
+        raise ValueError("a line is no JSON object")
+    return set().union(*records)
+
+
+def is_file_name(text: str) -> bool:
+    """Whether `text` names a file, not a dataset of the hub."""
+    return re.search(r"\.(jsonl|json|csv|parquet)(\.gz)?$", text) is not None
 
 
 def _fill(template: str, row: Mapping[str, Any]) -> str:

@@ -14,9 +14,9 @@ from peft import PeftModel
 from bem_peft.budget.check import copy_around_weights
 from bem_peft.evaluation.profile_document import ProfileDocument
 from bem_peft.evaluation.profiler import ANCHOR, PerformanceProfiler, Workload
-from bem_peft.experiments.experiment import ModelSection
 from bem_peft.experiments.provenance import provenance
 from bem_peft.experiments.run import load_model
+from bem_peft.experiments.sections import ModelSection
 
 
 def adapter_of(folder: Path) -> tuple[str, str, str | None]:

@@ -27,10 +27,11 @@ from transformers import (
 from bem_peft.budget.check import BudgetConstraints, adapted_copy, at_sites_of, budget_of
 from bem_peft.budget.match import match_budget
 from bem_peft.budget.parameters import count_parameters
-from bem_peft.experiments.experiment import DataSection, EvaluationSection, Experiment, ModelSection, check_evaluation
+from bem_peft.experiments.experiment import check_evaluation
 from bem_peft.experiments.items import Item, encode, read_items, read_items_of
 from bem_peft.experiments.provenance import provenance
 from bem_peft.experiments.scoring import ItemScores, score_model
+from bem_peft.experiments.sections import DataSection, EvaluationSection, Experiment, ModelSection
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.trainer import PTTrainer, PTTrainingConfig
 from bem_peft.whole_file import write_whole

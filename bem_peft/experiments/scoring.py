@@ -18,9 +18,9 @@ from transformers import DataCollatorForSeq2Seq
 
 from bem_peft.evaluation.corpus import corpus_score
 from bem_peft.evaluation.metrics import CORPUS, LOSS, corpus_metric, text_scores
-from bem_peft.experiments.experiment import EvaluationSection
 from bem_peft.experiments.generation import generate_texts
 from bem_peft.experiments.items import Item, encode, score_items
+from bem_peft.experiments.sections import EvaluationSection
 from bem_peft.whole_file import write_whole
 
 

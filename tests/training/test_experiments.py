@@ -16,9 +16,10 @@ from sacrebleu.metrics import CHRF
 from transformers import AutoModelForCausalLM
 
 from bem_peft.cli.main import main
-from bem_peft.experiments.experiment import ExperimentError, parse_yaml, read_experiment
+from bem_peft.experiments.experiment import ExperimentError, read_experiment
 from bem_peft.experiments.generation import generate_texts
 from bem_peft.experiments.items import encode, score_items
+from bem_peft.experiments.yaml_document import parse_yaml
 from tests.tiny_models import build
 from tests.training.equalities import word_tokenizer
 

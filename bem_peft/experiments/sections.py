@@ -1,0 +1,70 @@
+"""The sections of an experiment, as its YAML file has them, and the experiment that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelSection:
+    path: str
+    dtype: str = "auto"
+    revision: str | None = None
+    attn_implementation: str | None = None
+
+
+@dataclass
+class DataSection:
+    """`train` and `eval`: a file (jsonl, json, csv, parquet; .gz) or a dataset's hub id. Templates name columns."""
+
+    train: str
+    prompt: str
+    completion: str
+    eval: str | None = None
+    eval_share: float | None = None
+    group: str | None = None  # template of what must not be split between training and evaluation
+    group_pattern: str | None = None  # regular expression; its first group is taken from `group`
+    id: str | None = None  # template of an item's name; default its number
+    max_tokens: int = 512
+    eval_items: int | None = None
+
+
+@dataclass
+class BudgetSection:
+    anchor: dict[str, Any]
+    # fields of the adapter that are chosen to meet the anchor; or field -> the values to choose from (null: any)
+    match: list[str] | dict[str, Any] = field(default_factory=list)
+    quantities: list[str] = field(default_factory=lambda: ["params", "flops"])
+    tolerance_ratio: float = 0.05
+    policy: str = "raise"
+
+
+@dataclass
+class EvaluationSection:
+    """What is measured on the evaluation items. Metrics but the loss ("nll") are of greedily generated text."""
+
+    metrics: list[str] = field(default_factory=lambda: ["nll"])
+    max_new_tokens: int = 128
+    stop: str | None = None  # text that ends an answer, and is no part of it
+
+
+@dataclass
+class Experiment:
+    """A checked experiment. `document` is what the file said, with `--set` in it."""
+
+    name: str
+    model: ModelSection
+    adapter: PeftConfig
+    data: DataSection
+    evaluation: EvaluationSection
+    training: dict[str, Any]
+    budget: BudgetSection | None
+    anchor: PeftConfig | None
+    seeds: list[int]
+    output_dir: str
+    document: dict[str, Any]
