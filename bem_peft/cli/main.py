@@ -30,7 +30,6 @@ from bem_peft.experiments.sections import DTYPES, DataSection, EvaluationSection
 from bem_peft.sites import find as sites
 from bem_peft.sites import table as sites_table
 from bem_peft.tuners.adapter_spec import AdapterSpecError, parse_adapter
-from bem_peft.tuners.base import registry
 
 _NOT_MET = 1
 _USER_ERROR = 2
@@ -258,7 +257,7 @@ def _margins(given: Sequence[str]) -> dict[str, float]:
 def _model_and_configs(arguments: argparse.Namespace) -> tuple[nn.Module, PeftConfig, PeftConfig]:
     """The model on the meta device; the anchor stands at the sites of the config where it names none."""
     model = sites.build_meta(arguments.model)
-    config, anchor = (parse_adapter(text, registry.config_classes()) for text in (arguments.config, arguments.anchor))
+    config, anchor = (parse_adapter(text) for text in (arguments.config, arguments.anchor))
     return model, config, at_sites_of(anchor, lambda: adapted_copy(model, config))
 
 

@@ -39,7 +39,7 @@ from bem_peft.experiments.sections import (
     ModelSection,
 )
 from bem_peft.experiments.yaml_document import changed_document
-from bem_peft.tuners.base import registry
+from bem_peft.tuners.adapter_spec import config_class, method_names
 
 # set for each seed, or from another section
 RESERVED_TRAINING = ("output_dir", "seed", "data_seed", "budget_anchor", "budget_policy", "budget_tolerance_ratio")
@@ -119,13 +119,11 @@ def check_experiment(document: Mapping[str, Any], problems: Problems) -> Experim
 
 def adapter_config(section: Mapping[str, Any], where: str, problems: Problems) -> PeftConfig | None:
     """The PEFT config of {method: kronecker, u_rank: 8, ...}; a composite's `methods` are such mappings too."""
-    known = registry.config_classes()
     fields = dict(section)
     method = fields.pop("method", None)
-    cls = known.get(str(method).lower()) or known.get(f"bem_{str(method).lower()}")
+    cls = config_class(str(method))
     if cls is None:
-        names = ", ".join(sorted(name.removeprefix("bem_") for name in known))
-        problems.append(f"{where}.method = {method!r}: must be one of {names}")
+        problems.append(f"{where}.method = {method!r}: must be one of {method_names()}")
         return None
     if "methods" in fields and isinstance(fields["methods"], list):
         parts = [

@@ -17,7 +17,6 @@ from bem_peft.budget.enforce import POLICIES, BudgetCallback
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import VARIANT_LR_MULTIPLIERS, check_multipliers, parameter_groups
 from bem_peft.tuners.adapter_spec import parse_adapter
-from bem_peft.tuners.base import registry
 from bem_peft.tuners.base.adapter_config import AdapterConfig, add_loading_section
 from bem_peft.tuners.calls.loop import AdapterCallback
 from bem_peft.tuners.governance import SpectralGovernance
@@ -74,7 +73,7 @@ class PTTrainingConfig(TrainingArguments):
         if not self.budget_quantities or not set(self.budget_quantities) <= set(known):
             raise check.field_error("budget_quantities", self.budget_quantities, f"must be a choice of {known}")
         if self.budget_anchor is not None:
-            parse_adapter(self.budget_anchor, registry.config_classes())
+            parse_adapter(self.budget_anchor)
 
 
 class PTTrainer(Trainer):
@@ -95,7 +94,7 @@ class PTTrainer(Trainer):
         if budget is not None and getattr(config, "budget_anchor", None) is not None:
             raise ValueError("`budget` and `budget_anchor` are both given: set one of them.")
         if getattr(config, "budget_anchor", None) is not None:
-            anchor = parse_adapter(config.budget_anchor, registry.config_classes())
+            anchor = parse_adapter(config.budget_anchor)
             budget = budget_of(self.model, anchor, config.budget_quantities, config.budget_tolerance_ratio)
         if budget is not None:
             BudgetCallback(budget, policy=getattr(config, "budget_policy", "raise")).attach(self)

@@ -9,19 +9,31 @@ or a FOLDER with an adapter_config.json. METHOD is a PEFT type in any case; a me
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+
+from bem_peft.tuners.base import registry
 
 
 class AdapterSpecError(ValueError):
     """The text names no config."""
 
 
-def parse_adapter(text: str, known: Mapping[str, type[PeftConfig]]) -> PeftConfig:
-    """The config that `text` describes; `known`: lower-case PEFT type -> config class.
+def config_class(method: str) -> type[PeftConfig] | None:
+    """The config class of METHOD; None: `method_names()` does not have it."""
+    known = registry.config_classes()
+    return known.get(method.lower()) or known.get(f"bem_{method.lower()}")
+
+
+def method_names() -> str:
+    """Every method that PEFT knows now, as METHOD is written."""
+    return ", ".join(sorted(name.removeprefix("bem_") for name in registry.config_classes()))
+
+
+def parse_adapter(text: str) -> PeftConfig:
+    """The config that `text` describes.
 
     Raises:
         AdapterSpecError: an unknown method or field, a missing `=`, or values that the config refuses.
@@ -29,10 +41,9 @@ def parse_adapter(text: str, known: Mapping[str, type[PeftConfig]]) -> PeftConfi
     if (Path(text) / "adapter_config.json").is_file():
         return PeftConfig.from_pretrained(text)
     method, _, rest = text.partition(":")
-    cls = known.get(method.lower()) or known.get(f"bem_{method.lower()}")
+    cls = config_class(method)
     if cls is None:
-        names = ", ".join(sorted(name.removeprefix("bem_") for name in known))
-        raise AdapterSpecError(f"{text!r}: no method and no folder of that name; methods: {names}.")
+        raise AdapterSpecError(f"{text!r}: no method and no folder of that name; methods: {method_names()}.")
     fields = {field.name for field in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
