@@ -1,0 +1,62 @@
+"""bem-peft budget and match: what an adapter costs against an anchor, and the sizes that cost what it does."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from peft import PeftConfig
+from torch import nn
+
+from bem_peft.budget.check import BudgetConstraints, BudgetValidator, adapted_copy, at_sites_of
+from bem_peft.budget.match import match_budget
+from bem_peft.budget.site_cost import MATCHED
+from bem_peft.sites import find as sites
+from bem_peft.tuners.adapter_spec import parse_adapter
+
+NOT_MET = 1
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `budget` and `match`."""
+    budget = commands.add_parser("budget", help="print what an adapter costs")
+    match = commands.add_parser("match", help="print the sizes that meet the anchor")
+    for command in (budget, match):
+        command.add_argument("model", help="model type of transformers, folder or hub id; config only, no weights")
+        command.add_argument("config", help="METHOD:field=value,... (kronecker:u_rank=8) or the folder of an adapter")
+        command.add_argument("--anchor", required=True, help="as CONFIG; without target_modules: at CONFIG's sites")
+        command.add_argument("--tolerance", type=float, default=0.05, help="ratio, 0.05 is 5 %% (default)")
+    budget.add_argument("--scope", choices=("adapter", "total"), default="adapter")
+    budget.add_argument("--quantities", nargs="+", default=list(MATCHED), help="params flops memory stored")
+    budget.set_defaults(run=_budget)
+    match.add_argument("--free", nargs="+", help="fields to choose; default: the method's own sizes")
+    match.add_argument("--match", nargs="+", default=list(MATCHED), help="params flops (default: both)")
+    match.set_defaults(run=_match)
+
+
+def _budget(arguments: argparse.Namespace) -> int:
+    model, config, anchor = _model_and_configs(arguments)
+    constraints = BudgetConstraints.from_anchor(
+        model, anchor, quantities=arguments.quantities, tolerance_ratio=arguments.tolerance, scope=arguments.scope
+    )
+    with torch.device("meta"):
+        adapted = adapted_copy(model, config)
+    report = BudgetValidator(constraints).validate_all(adapted)
+    print(report)
+    return 0 if report.is_met else NOT_MET
+
+
+def _match(arguments: argparse.Namespace) -> int:
+    model, config, anchor = _model_and_configs(arguments)
+    match = match_budget(
+        model, config, anchor, free=arguments.free, match=arguments.match, tolerance_ratio=arguments.tolerance
+    )
+    print(match)
+    return 0 if match.is_met else NOT_MET
+
+
+def _model_and_configs(arguments: argparse.Namespace) -> tuple[nn.Module, PeftConfig, PeftConfig]:
+    """The model on the meta device; the anchor stands at the sites of the config where it names none."""
+    model = sites.build_meta(arguments.model)
+    config, anchor = (parse_adapter(text) for text in (arguments.config, arguments.anchor))
+    return model, config, at_sites_of(anchor, lambda: adapted_copy(model, config))
