@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -29,6 +29,8 @@ from bem_peft.budget.report import FAIL, PASS, BudgetLine, BudgetReport
 QUANTITIES = ("params", "flops", "memory", "stored", "latency")
 UNITS = {"params": "parameters", "flops": "FLOPs a token", "memory": "bytes", "stored": "bytes", "latency": "ratio"}
 SCOPES = ("adapter", "total")
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 # base and adapter parameters of the stack that the performance track started from
 PRESETS: dict[str, dict[str, int]] = {"bem-v1.3": {"base": 124_439_808, "adapter": 524_288}}
@@ -209,7 +211,7 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"`{name}` = {value!r}: must be finite and above 0.")
 
 
-def adapted_copy(model: nn.Module, config: PeftConfig) -> nn.Module:
+def adapted_copy(model: nn.Module, config: PeftConfig) -> PeftModel:
     """`get_peft_model(model, config)` on new modules around the same weights; `model` stays as it is.
 
     Raises:
@@ -217,24 +219,22 @@ def adapted_copy(model: nn.Module, config: PeftConfig) -> nn.Module:
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("the model is adapted already: give the base model, before get_peft_model or add_adapter.")
-    adapted: nn.Module = get_peft_model(copy_around_weights(model), copy.deepcopy(config))
-    return adapted
+    return get_peft_model(copy_around_weights(model), copy.deepcopy(config))
 
 
 def unadapted_copy(model: PeftModel) -> nn.Module:
     """The base model of `model`, new modules around the same weights."""
-    whole: Any = copy_around_weights(model)
-    base: nn.Module = whole.unload()
+    base: nn.Module = copy_around_weights(model).unload()
     return base
 
 
-def adapted_sites(model: Any) -> list[str]:
-    """Names of the modules that the adapter of the PeftModel `model` stands at."""
+def adapted_sites(model: PeftModel) -> list[str]:
+    """Names of the modules that the adapter of `model` stands at."""
     return [name for name, m in model.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)]
 
 
-def at_sites_of(anchor: PeftConfig, adapted: Callable[[], nn.Module]) -> PeftConfig:
-    """`anchor` as it is, or, where it names no target_modules, a copy at the sites of the PeftModel `adapted()`.
+def at_sites_of(anchor: PeftConfig, adapted: Callable[[], PeftModel]) -> PeftConfig:
+    """`anchor` as it is, or, where it names no target_modules, a copy at the sites of `adapted()`.
 
     A model that is built for this alone is built on the meta device.
     """
@@ -262,7 +262,7 @@ def budget_of(
     )
 
 
-def copy_around_weights(model: nn.Module) -> nn.Module:
+def copy_around_weights(model: AnyModule) -> AnyModule:
     """New modules around the same weights; freezing a parameter of the copy leaves the model's own as it is."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():  # PEFT freezes what it adapts: not the model's own parameters

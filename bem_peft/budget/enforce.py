@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -20,6 +20,12 @@ from bem_peft.budget.check import BudgetConstraints, BudgetValidator
 from bem_peft.budget.parameters import count_parameters
 from bem_peft.budget.report import BudgetError, BudgetReport
 from bem_peft.whole_file import write_whole
+
+if TYPE_CHECKING:  # both take long to import
+    from accelerate import Accelerator
+    from transformers import Trainer
+
+AnyTrainer = TypeVar("AnyTrainer", bound="Trainer")
 
 POLICIES = ("raise", "warn", "stop")
 REPORT_FILE = "budget_report.json"
@@ -50,7 +56,7 @@ class BudgetCallback(TrainerCallback):
         self.report: BudgetReport | None = None
         self._trainable: int | None = None
 
-    def attach(self, trainer: Any) -> Any:
+    def attach(self, trainer: AnyTrainer) -> AnyTrainer:
         """Add the callback before the trainer's others, so that its trackers get the budget; returns the trainer."""
         trainer.add_callback(self)
         callbacks = trainer.callback_handler.callbacks
@@ -58,24 +64,35 @@ class BudgetCallback(TrainerCallback):
         return trainer
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: object
     ) -> None:
-        self._check(kwargs["model"], control, "before the first step")
+        self._check(model, control, "before the first step")
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._check(kwargs["model"], control, f"at the evaluation of step {state.global_step}")
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: object
+    ) -> None:
+        self._check(model, control, f"at the evaluation of step {state.global_step}")
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: object,
+    ) -> None:
         if self.report is not None:
-            kwargs["logs"].update(report_values(self.report))
+            logs.update(report_values(self.report))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._check(kwargs["model"], control, f"at the save of step {state.global_step}")
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: object
+    ) -> None:
+        self._check(model, control, f"at the save of step {state.global_step}")
         if state.is_world_process_zero and self.report is not None and args.output_dir is not None:
             write_report(self.report, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if state.is_world_process_zero and self.report is not None and args.output_dir is not None:
             write_report(self.report, Path(args.output_dir))
@@ -97,7 +114,7 @@ class BudgetCallback(TrainerCallback):
 
 
 def check_budget(
-    accelerator: Any, model: nn.Module, constraints: BudgetConstraints, *, policy: str = "raise"
+    accelerator: Accelerator, model: nn.Module, constraints: BudgetConstraints, *, policy: str = "raise"
 ) -> BudgetReport:
     """Check on every process of an accelerate run; call it on all of them, before training or at a save.
 

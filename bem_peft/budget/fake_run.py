@@ -52,7 +52,7 @@ class FakeRun:
     def __call__(self, inputs: Mapping[str, Any]) -> Any:
         return torch.func.functional_call(self.model, self.tensors, (), dict(inputs))
 
-    def call(self, *args: Any) -> Any:
+    def call(self, *args: torch.Tensor) -> Any:
         """`model(*args)`."""
         return torch.func.functional_call(self.model, self.tensors, args)
 

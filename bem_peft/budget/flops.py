@@ -14,7 +14,7 @@ to need a gradient, as it does above the lowest site, and everywhere under gradi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -29,18 +30,19 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 from bem_peft.budget.fake_run import FakeRun, adapters_off, can_fake, mode_of, without_checkpointing
 
 aten = torch.ops.aten
+Shape = Sequence[int]
 
 
-def _repeated(heads: int, shape: Sequence[int]) -> tuple[int, ...]:
+def _repeated(heads: int, shape: Shape) -> tuple[int, ...]:
     """The shape of keys or values whose heads several query heads share; torch's formula knows that since 2.13."""
     return (shape[0], heads, *shape[2:])
 
 
-def _cpu_attention(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _cpu_attention(q: Shape, k: Shape, v: Shape, *rest: object, **options: object) -> int:
     return int(sdpa_flop_count(q, _repeated(q[1], k), _repeated(q[1], v)))
 
 
-def _cpu_attention_backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _cpu_attention_backward(grad: Shape, q: Shape, k: Shape, v: Shape, *rest: object, **options: object) -> int:
     return int(sdpa_backward_flop_count(grad, q, _repeated(q[1], k), _repeated(q[1], v)))
 
 
@@ -84,7 +86,9 @@ class _Uncounted(TorchDispatchMode):
         super().__init__()
         self.elements: dict[str, int] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         if packet not in flop_registry and packet not in CPU_ATTENTION and not func.is_view:
@@ -161,7 +165,7 @@ def _inputs_take_gradients(model: nn.Module, wanted: list[torch.Tensor]) -> Iter
         wanted.append(args[0].detach().requires_grad_())
         return (wanted[-1], *args[1:])
 
-    def embedded(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def embedded(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         if output.is_leaf and output.requires_grad:  # as gradient checkpointing asks for
             wanted.append(output)
 
@@ -177,7 +181,7 @@ def _inputs_take_gradients(model: nn.Module, wanted: list[torch.Tensor]) -> Iter
 
 
 def count_passes(
-    forward: Callable[[], torch.Tensor], trainable: Sequence[torch.Tensor], mode: Any
+    forward: Callable[[], torch.Tensor], trainable: Sequence[torch.Tensor], mode: AbstractContextManager[object]
 ) -> tuple[int, int, dict[str, int]]:
     """FLOPs of `forward()`, a tensor, of its gradient for `trainable` (read after it), and the uncounted operators."""
     uncounted, counters = _Uncounted(), []
@@ -195,7 +199,7 @@ def count_passes(
     return counters[0].get_total_flops(), counters[1].get_total_flops(), seen
 
 
-def training_value(output: Any) -> torch.Tensor:
+def training_value(output: object) -> torch.Tensor:
     """What is differentiated: the loss where the model computes one, else the logits or the last hidden state."""
     for name in ("loss", "logits", "last_hidden_state"):
         value = getattr(output, name, None)

@@ -10,13 +10,14 @@ What the optimizer keeps is not in it: AdamW adds two float32 values for each tr
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -61,7 +62,7 @@ class LiveBytes(TorchDispatchMode):
             return
         size = storage.nbytes()
 
-        def end(_: Any, key: int = key, size: int = size) -> None:
+        def end(_: object, key: int = key, size: int = size) -> None:
             self.live -= size
             self._known.pop(key, None)
 
@@ -69,7 +70,9 @@ class LiveBytes(TorchDispatchMode):
         self.live += size
         self.peak = max(self.peak, self.live)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
@@ -96,8 +99,8 @@ def count_memory(model: nn.Module, inputs: Mapping[str, Any]) -> MemoryCount:
 
 def _peak(model: nn.Module, inputs: Mapping[str, Any], absent: Collection[str] = ()) -> tuple[int, int]:
     """Highest live bytes of a step, and the bytes of the weights alone; without the tensors named in `absent`."""
-    call: Callable[..., Any]
-    mode: Any
+    call: Callable[[Mapping[str, Any]], Any]
+    mode: AbstractContextManager[object]
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         if can_fake(model):

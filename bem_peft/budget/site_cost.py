@@ -59,7 +59,7 @@ class MethodCost:
         skeleton = adapted_copy(_on_meta(model), config)
         kinds: dict[Any, list[str]] = {}
         heads: dict[str, int | None] = {}
-        base: Any = skeleton.get_base_model()  # type: ignore[operator]
+        base = skeleton.get_base_model()
         for name, module in base.named_modules():
             if isinstance(module, BaseTunerLayer):
                 inner = module.get_base_layer()

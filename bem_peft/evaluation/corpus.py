@@ -11,12 +11,26 @@ sacrebleu's `significance`, whose counts and scores these are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
 
-def sentence_counts(metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> np.ndarray:
+class CorpusScore(Protocol):
+    score: float
+
+
+class CorpusMetric(Protocol):
+    """What is used of sacrebleu's metrics."""
+
+    def _extract_corpus_statistics(
+        self, hypotheses: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> list[list[float]]: ...
+
+    def _compute_score_from_stats(self, stats: list[float]) -> CorpusScore: ...
+
+
+def sentence_counts(metric: CorpusMetric, hypotheses: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """The counts of each sentence, (N, S), of a sacrebleu metric (`BLEU()`, `CHRF()`) with one reference each.
 
     Raises:
@@ -27,13 +41,13 @@ def sentence_counts(metric: Any, hypotheses: Sequence[str], references: Sequence
     return np.array(metric._extract_corpus_statistics(list(hypotheses), [list(references)]), dtype=np.float64)
 
 
-def corpus_score(metric: Any, counts: np.ndarray) -> float:
+def corpus_score(metric: CorpusMetric, counts: np.ndarray) -> float:
     """The corpus score of summed counts, (S,) or of sentences (N, S)."""
     total = counts if counts.ndim == 1 else counts.sum(0)
     return float(metric._compute_score_from_stats(total.tolist()).score)
 
 
-def pseudo_values(metric: Any, counts: np.ndarray) -> np.ndarray:
+def pseudo_values(metric: CorpusMetric, counts: np.ndarray) -> np.ndarray:
     """One value a sentence, (N,), whose mean is the corpus score s:  s + (N - 1) (mean_j s_without_j - s_without_i).
 
     The jackknife's pseudo-values, moved to the score itself, so that their spread tells the score's. With them
@@ -46,7 +60,13 @@ def pseudo_values(metric: Any, counts: np.ndarray) -> np.ndarray:
 
 
 def paired_bootstrap(
-    metric: Any, a: np.ndarray, b: np.ndarray, *, resamples: int = 1_000, random_seed: int = 0, confidence: float = 0.95
+    metric: CorpusMetric,
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    resamples: int = 1_000,
+    random_seed: int = 0,
+    confidence: float = 0.95,
 ) -> tuple[float, float, float, float]:
     """(difference, low, high, p) of the corpus scores of counts a and b (N, S) over resampled sentences, one seed each.
 
@@ -66,7 +86,7 @@ def paired_bootstrap(
 
 
 def paired_randomisation(
-    metric: Any, a: np.ndarray, b: np.ndarray, *, resamples: int = 10_000, random_seed: int = 0
+    metric: CorpusMetric, a: np.ndarray, b: np.ndarray, *, resamples: int = 10_000, random_seed: int = 0
 ) -> tuple[float, float]:
     """(difference, p): the systems' sentences are exchanged at random; differences at least as large count (>=)."""
     _check_pair(a, b)

@@ -18,11 +18,10 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 
-from bem_peft.evaluation.corpus import sentence_counts
+from bem_peft.evaluation.corpus import CorpusMetric, sentence_counts
 
 LOSS = "nll"
 NEEDS = {"bleu": "sacrebleu", "chrf": "sacrebleu", "rouge_l": "rouge_score"}
@@ -73,7 +72,7 @@ BY_ITEM: Mapping[str, Callable[[str, str], float]] = {
 GENERATED = (*BY_ITEM, *CORPUS)  # metrics that need generated text
 
 
-def corpus_metric(name: str) -> Any:
+def corpus_metric(name: str) -> CorpusMetric:
     """sacrebleu's metric, as it comes."""
     from sacrebleu.metrics import BLEU, CHRF
 

@@ -84,7 +84,7 @@ def _culprit(cls: type, values: Mapping[str, Any], error: str) -> str | None:
     return None
 
 
-def fits(value: Any, hint: Any) -> bool:
+def fits(value: object, hint: object) -> bool:
     """Whether a YAML value can stand for a type; types that this does not know pass, and the config itself judges."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
@@ -110,12 +110,18 @@ def fits(value: Any, hint: Any) -> bool:
     return not isinstance(hint, type) or not dataclasses.is_dataclass(hint) or isinstance(value, dict)
 
 
-def describe(hint: Any) -> str:
+def describe(hint: object) -> str:
     """A type in a user's words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(describe(option) for option in arguments))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    names: dict[object, str] = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
     if hint in names:
         return names[hint]
     if origin in (list, set, tuple):
@@ -125,7 +131,7 @@ def describe(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return {"str": "text", "NoneType": "null", "dict": "a mapping", "list": "a list"}.get(
         type(value).__name__, type(value).__name__
     )

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from bem_peft.experiments.items import Progress
 
 
 class _Stop(StoppingCriteria):
     """A row is done when its answer contains `stop`. (generate's own `stop_strings` fails for some tokenizers.)"""
 
-    def __init__(self, tokenizer: Any, stop: str, length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str, length: int) -> None:
         self.tokenizer, self.stop, self.length = tokenizer, stop, length
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.length :], skip_special_tokens=True)
         return torch.tensor([self.stop in text for text in texts], device=input_ids.device)
 
 
 @torch.no_grad()
 def generate_texts(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, stop: str | None, batch: int,
-    progress: Any, max_prompt_tokens: int | None = None,
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *,
+    max_new_tokens: int, stop: str | None, batch: int, progress: Progress, max_prompt_tokens: int | None = None,
 ) -> list[str]:  # fmt: skip
     """The continuation of each prompt (the output of an encoder-decoder), up to `stop`, which is not part of it.
 

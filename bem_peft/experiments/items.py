@@ -12,17 +12,21 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from bem_peft.experiments.sections import DataSection
 
 IGNORED = -100
+Encoded = dict[str, list[int]]
+Collator = Callable[[list[Encoded]], Mapping[str, torch.Tensor]]
+Progress = Callable[[range], Iterable[int]]  # wraps the batches while they are run, as tqdm does
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def _unit(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def encode(item: Item, tokenizer: Any, max_tokens: int, is_seq2seq: bool) -> dict[str, list[int]]:
+def encode(item: Item, tokenizer: PreTrainedTokenizerBase, max_tokens: int, is_seq2seq: bool) -> Encoded:
     """input_ids, attention_mask, labels; labels are -100 on a causal model's prompt."""
     prompt = list(tokenizer(item.prompt)["input_ids"])
     if is_seq2seq:
@@ -144,7 +148,7 @@ def encode(item: Item, tokenizer: Any, max_tokens: int, is_seq2seq: bool) -> dic
 
 @torch.no_grad()
 def score_items(
-    model: nn.Module, encoded: Sequence[dict[str, list[int]]], collator: Any, batch: int, progress: Any
+    model: nn.Module, encoded: Sequence[Encoded], collator: Collator, batch: int, progress: Progress
 ) -> list[tuple[float, int]]:
     """(negative log likelihood in nats, summed over the completion's tokens; number of tokens) of each item."""
     model.eval()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -51,7 +50,7 @@ def profile_results(
     kinds: Sequence[str] = ("prefill", "decode"),
     rounds: int = 50,
     tolerance_ratio: float = 0.05,
-    progress: Any = None,
+    progress: Callable[..., Iterable[int]] | None = None,
 ) -> ProfileDocument:
     """Times of the systems in `folders`, of which one is called `anchor`; all adapt one base model.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from bem_peft.budget.check import BudgetConstraints, adapted_copy, at_sites_of, budget_of
@@ -39,7 +42,7 @@ from bem_peft.whole_file import write_whole
 RESULT_VERSION = 1
 
 
-def run_experiment(experiment: Experiment, report: Any = print) -> list[dict[str, Any]]:
+def run_experiment(experiment: Experiment, report: Callable[[str], None] = print) -> list[dict[str, Any]]:
     """Run every seed that has no result yet; `report` gets lines of progress.
 
     Returns:
@@ -79,7 +82,11 @@ def _check_same_settings(experiment: Experiment, result: dict[str, Any], path: P
 
 
 def _run_seed(
-    experiment: Experiment, seed: int, folder: Path, items: tuple[list[Item], list[Item]], report: Any
+    experiment: Experiment,
+    seed: int,
+    folder: Path,
+    items: tuple[list[Item], list[Item]],
+    report: Callable[[str], None],
 ) -> dict[str, Any]:
     transformers.set_seed(seed)
     model, tokenizer = load_model(experiment.model)
@@ -126,7 +133,7 @@ def _run_seed(
 
 
 def _result(
-    name: str, seed: int, config: PeftConfig, model: Any, scores: ItemScores, settings: dict[str, Any]
+    name: str, seed: int, config: PeftConfig, model: PeftModel, scores: ItemScores, settings: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "version": RESULT_VERSION,
@@ -188,7 +195,7 @@ def evaluate_adapter(
     return result
 
 
-def load_model(section: ModelSection) -> tuple[Any, Any]:
+def load_model(section: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer), causal or encoder-decoder as its config says."""
     config = AutoConfig.from_pretrained(section.path, revision=section.revision)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -203,7 +210,7 @@ def load_model(section: ModelSection) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _matched(experiment: Experiment, model: Any, report: Any) -> PeftConfig:
+def _matched(experiment: Experiment, model: PreTrainedModel, report: Callable[[str], None]) -> PeftConfig:
     """The adapter's config with the sizes that meet the anchor. Raises ValueError where none does."""
     budget = experiment.budget
     assert budget is not None

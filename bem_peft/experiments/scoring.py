@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from bem_peft.evaluation.corpus import corpus_score
 from bem_peft.evaluation.metrics import CORPUS, LOSS, corpus_metric, text_scores
 from bem_peft.experiments.generation import generate_texts
-from bem_peft.experiments.items import Item, encode, score_items
+from bem_peft.experiments.items import Item, Progress, encode, score_items
 from bem_peft.experiments.sections import EvaluationSection
 from bem_peft.whole_file import write_whole
 
@@ -54,12 +55,12 @@ class ItemScores:
 
 
 def score_model(
-    model: Any, tokenizer: Any, items: Sequence[Item], *, max_tokens: int, evaluation: EvaluationSection, batch: int,
-    label: str, is_quiet: bool = False,
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], *, max_tokens: int,
+    evaluation: EvaluationSection, batch: int, label: str, is_quiet: bool = False,
 ) -> ItemScores:  # fmt: skip
     """All scores that `evaluation` asks for, with progress bars named `label`."""
 
-    def progress(what: str) -> Any:
+    def progress(what: str) -> Progress:
         return lambda steps: tqdm(steps, desc=f"{what} {label}", disable=is_quiet)
 
     is_seq2seq = bool(model.config.is_encoder_decoder)

@@ -14,7 +14,7 @@ from bem_peft.experiments.fields import Problems
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which refuses a key that stands twice and reads 1e-3 as a number, as YAML 1.2 does."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if key.value in seen:

@@ -53,7 +53,7 @@ class LearningRates:
         check_multipliers(self)
 
 
-def check_multipliers(config: Any) -> None:
+def check_multipliers(config: LearningRates | TrainingArguments) -> None:
     """Raise ValueError or TypeError where a multiplier's name or value is wrong."""
     pairs = {f"{variant}/{group}" for variant in VARIANT_LR_MULTIPLIERS for group in GROUPS}
     allowed = {

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from bem_peft import field_checks as check
-from bem_peft.budget.check import budget_of
+from bem_peft.budget.check import BudgetConstraints, budget_of
 from bem_peft.budget.enforce import POLICIES, BudgetCallback
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import VARIANT_LR_MULTIPLIERS, check_multipliers, parameter_groups
@@ -87,7 +89,12 @@ class PTTrainer(Trainer):
     """
 
     def __init__(
-        self, model: Any = None, args: TrainingArguments | None = None, *pos: Any, budget: Any = None, **kwargs: Any
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *pos: Any,
+        budget: BudgetConstraints | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(model, args, *pos, **kwargs)
         config = self.args
@@ -107,7 +114,7 @@ class PTTrainer(Trainer):
             self.callback_handler.callbacks.insert(0, own[0])
         own[0].trainer = self
 
-    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """The optimizer that `args.optim` names, over the methods' parameter groups."""
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         taken = sorted({"params", "model", "optimizer_dict"} & set(options))
@@ -125,7 +132,7 @@ class PTTrainer(Trainer):
         if isinstance(config, AdapterConfig) and self.is_world_process_zero() and self.args.output_dir is not None:
             add_loading_section(self.args.output_dir, config)
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As Trainer's; True goes on from the newest checkpoint that was written to its end.
 
         Raises:
