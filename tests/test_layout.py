@@ -48,6 +48,15 @@ def test_imports_point_down(file: Path) -> None:
             assert parts[1] in allowed, f"{file.name} imports {name}, which stands above it"
 
 
+@pytest.mark.parametrize(("room", "below"), [("steps", ""), ("calls", "steps"), ("base", "steps calls")])
+def test_the_rooms_of_the_tuners_point_down(graph: dict[str, set[str]], room: str, below: str) -> None:
+    inside = {name for name in graph if name.startswith(f"bem_peft.tuners.{room}.")}
+    allowed = tuple(f"bem_peft.tuners.{name}." for name in (room, *below.split()))
+    for name in inside:
+        above = {used for used in graph[name] if used.startswith("bem_peft.tuners.") and not used.startswith(allowed)}
+        assert above == set(), f"{name} imports {above}, which stands above it"
+
+
 def test_every_folder_has_its_floor() -> None:
     folders = {file.relative_to(PACKAGE).parts[0] for file in FILES if len(file.relative_to(PACKAGE).parts) > 1}
     assert folders == set(MAY_IMPORT)
@@ -142,19 +151,12 @@ def test_a_circle_is_found_where_its_imports_run(files: dict[str, str], found: l
 
 
 FORMS = ("bem_peft.kernels.backend", "bem_peft.kernels.cpp", "bem_peft.kernels.triton_")
-# TEMPORARY, to be empty once each kernel chooses its form itself: what the methods still name
-FORMS_NAMED_FOR_NOW = {
-    "pt1_head_gating": {"backend", "cpp", "triton_head_gating"},
-    "pt2_rank_mask": {"backend", "cpp", "triton_rank_mask"},
-    "pt3_kronecker": {"backend", "cpp", "triton_kronecker"},
-    "pt4_film": {"backend", "cpp", "triton_film"},
-}
 
 
 @pytest.mark.parametrize("method", sorted(file.stem for file in PACKAGE.glob("tuners/pt*.py")))
 def test_a_method_does_not_name_the_form_that_computes_it(graph: dict[str, set[str]], method: str) -> None:
     named = {name.rpartition(".")[2] for name in graph[f"bem_peft.tuners.{method}"] if name.startswith(FORMS)}
-    assert named - FORMS_NAMED_FOR_NOW.get(method, set()) == set()
+    assert named == set()
 
 
 def test_one_file_touches_the_private_tables_of_peft() -> None:
