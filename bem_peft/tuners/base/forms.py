@@ -104,6 +104,7 @@ class Formula(Penalised, Watched):
                     kept[SITE] = cpp.make_site(self.kernel, self._parameters, packed, sizes)
                 return self.operator(x, y, *packed, overwrite=may_overwrite and y.is_contiguous())
             if self.fits_training(y):
+                cpp.name_caller(self)
                 return self.training_operator(x.to(y.dtype).contiguous(), y.contiguous())
         if torch.is_autocast_enabled(y.device.type):
             with torch.autocast(y.device.type, enabled=False):
@@ -170,7 +171,6 @@ class Formula(Penalised, Watched):
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """`transform` by an operator that autograd knows; x (..., in) and y (..., out) contiguous, of one dtype."""
-        cpp.name_caller(self)
         return CPP_FORMS[self.kernel].train(self, x, y)
 
     def torch_gradients(
