@@ -178,6 +178,14 @@ auto operation(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// Keeps with the call whose it is, as `name_caller` has said.
+void remember_caller(AutogradContext* ctx);
+
+// The gradients of x, y and the masters (undefined where there is none) by autograd through the torch form: where this
+// backward is differentiated again (create_graph), or runs under vmap, in a dual level or on tensors of a subclass.
+// `options` undefined ones follow. Empty: the operator may compute it.
+variable_list by_torch_form(AutogradContext* ctx, const variable_list& inputs, const Tensor& gradient, int options);
+
 // stands for a y that is added and was not kept
 inline Tensor like_output(const Tensor& x, const Tensor& gradient) { return at::zeros(gradient.sizes(), x.options()); }
 

@@ -10,8 +10,8 @@
 
 #include <ATen/record_function.h>
 
+#include "gradients.h"
 #include "plain.h"
-#include "rows.h"
 
 #include <functional>
 #include <memory>
@@ -308,9 +308,80 @@ PyObject* run_site(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 }  // namespace
 
+// ---- whose backward is differentiated again
+
+namespace {
+
+// Who calls: a number that Python knows an adapter by, and whether the adapter is in training. Python names the caller
+// just before the call (`name_caller`); a call without one has no torch form.
+struct Caller {
+  int64_t number = 0;
+  bool is_training = false;
+};
+thread_local Caller next_caller;
+PyObject* torch_form = nullptr;  // (number, is_training, [x, y, masters], gradient) -> their gradients, or None
+
+// name_caller(number, is_training)
+PyObject* name_caller(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 2, "name_caller(number, is_training)");
+  next_caller = Caller{PyLong_AsLongLong(args[0]), args[1] == Py_True};
+  if (PyErr_Occurred()) return nullptr;
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// set_torch_form(function)
+PyObject* set_torch_form(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 1, "set_torch_form(function)");
+  Py_XSETREF(torch_form, Py_NewRef(args[0]));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace
+
 namespace bem {
-PyObject* name_caller(PyObject*, PyObject* const*, Py_ssize_t);
-PyObject* set_torch_form(PyObject*, PyObject* const*, Py_ssize_t);
+
+void remember_caller(AutogradContext* ctx) {
+  ctx->saved_data["caller"] = next_caller.number;
+  ctx->saved_data["is_training"] = next_caller.is_training;
+  next_caller = Caller{};
+}
+
+variable_list by_torch_form(AutogradContext* ctx, const variable_list& inputs, const Tensor& gradient, int options) {
+  if (!at::GradMode::is_enabled() && is_plain(gradient)) return {};
+  variable_list gradients;
+  const PyGILState_STATE state = PyGILState_Ensure();
+  PyObject* given = PyList_New(0);
+  for (const Tensor& input : inputs) {
+    PyObject* item = input.defined() ? THPVariable_Wrap(input) : Py_NewRef(Py_None);
+    PyList_Append(given, item);
+    Py_DECREF(item);
+  }
+  PyObject* found = PyObject_CallFunction(
+      torch_form, "LONN", static_cast<long long>(ctx->saved_data["caller"].toInt()),
+      ctx->saved_data["is_training"].toBool() ? Py_True : Py_False, given, THPVariable_Wrap(gradient));
+  if (found == nullptr) {
+    python_error error;
+    error.persist();
+    PyGILState_Release(state);
+    throw std::move(error);
+  }
+  if (found != Py_None) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(found); ++i) {
+      PyObject* item = PyList_GET_ITEM(found, i);
+      gradients.push_back(item == Py_None ? Tensor() : THPVariable_Unpack(item));
+    }
+    if (!inputs[1].requires_grad()) gradients[1] = gradient;  // y that was not kept: it is added, or wants no gradient
+    gradients.resize(gradients.size() + options);
+  }
+  Py_DECREF(found);
+  PyGILState_Release(state);
+  return gradients;
+}
+
 }  // namespace bem
 
 namespace {
@@ -318,8 +389,8 @@ namespace {
 PyMethodDef methods[] = {
     {"site", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(make_site)), METH_FASTCALL, nullptr},
     {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_site)), METH_FASTCALL, nullptr},
-    {"name_caller", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(bem::name_caller)), METH_FASTCALL, nullptr},
-    {"set_torch_form", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(bem::set_torch_form)), METH_FASTCALL, nullptr},
+    {"name_caller", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(name_caller)), METH_FASTCALL, nullptr},
+    {"set_torch_form", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(set_torch_form)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "bem_peft_cpu", nullptr, -1, methods};
 

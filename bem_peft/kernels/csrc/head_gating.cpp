@@ -1,0 +1,225 @@
+// PT1: y' = y + s sum_g 2 sigmoid(gate_w stats(x) / temperature + bias)_g B_g A_g x_g
+
+#include "gradients.h"
+
+namespace {
+
+using namespace bem;
+
+template <typename T>
+struct HeadGating {
+  int64_t heads, groups, rank, head_dim, group_dim, padded_heads, padded_groups;
+  Floats a, b, gate_t, bias;
+
+  HeadGating(const Tensor& a_, const Tensor& b_, const Tensor& gate_w, const Tensor& gate_bias, int64_t in, int64_t width,
+             int64_t heads_, at::IntArrayRef ranks, double temperature) {
+    heads = heads_, groups = static_cast<int64_t>(ranks.size()), rank = a_.size(0);
+    TORCH_CHECK(std::accumulate(ranks.begin(), ranks.end(), int64_t{0}) == rank && in % heads == 0 && heads % groups == 0,
+                "heads, groups and ranks do not fit");
+    head_dim = in / heads, group_dim = in / groups, padded_heads = whole_vectors(heads), padded_groups = whole_vectors(groups);
+    const float *from = master(a_, rank, group_dim, "A"), inverse = static_cast<float>(1.0 / temperature);
+    a = Floats(from, from + rank * group_dim);
+    b = turned(master(b_, width, rank, "B"), width, rank, width);
+    round_to_type<T>(a);
+    round_to_type<T>(b);
+    gate_t = turned(master(gate_w, groups, 2 * heads, "gate_weight"), groups, 2 * heads, padded_groups, inverse);
+    bias = widened_rows(master(gate_bias, 1, groups, "gate_bias"), 1, groups, padded_groups, inverse);
+  }
+};
+
+// y', A_g x_g (N, R) and sigmoid (N, G padded)
+std::tuple<Tensor, Tensor, Tensor> head_gating_forward(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
+                                                       const Tensor& gate_w, const Tensor& gate_bias, int64_t heads,
+                                                       at::IntArrayRef ranks, double temperature, double scaling) {
+  check_rows(x, y);
+  const int64_t in = x.size(-1), width = y.size(-1), rows = rows_of(y), rank = a.size(0);
+  const int64_t padded = whole_vectors(static_cast<int64_t>(ranks.size()));
+  Tensor out = at::empty_like(y), low = at::empty({rows, rank}, at::kFloat), half = at::empty({rows, padded}, at::kFloat);
+  for_type(y, [&](auto zero) {
+    using T = decltype(zero);
+    const HeadGating<T> w(a, b, gate_w, gate_bias, in, width, heads, ranks, temperature);
+    const T *px = x.const_data_ptr<T>(), *py = y.const_data_ptr<T>();
+    T* po = out.mutable_data_ptr<T>();
+    float *pl = low.mutable_data_ptr<float>(), *ph = half.mutable_data_ptr<float>();
+    const float twice = 2.0f * static_cast<float>(scaling);
+    over_rows(rows, [&](int64_t row, auto count) {
+      constexpr int ROWS = decltype(count)::value;
+      thread_local Floats scratch;
+      scratch.assign(ROWS * rank + 4 * w.padded_heads, 1.0f);
+      float *z = scratch.data(), *room = z + ROWS * rank, *mine = pl + row * rank;
+      HeadStatistics stats{room, room + w.padded_heads, room + 2 * w.padded_heads, room + 3 * w.padded_heads};
+      for (int64_t g = 0, start = 0; g < w.groups; start += ranks[g++])
+        dots<ROWS>(px + row * in + g * w.group_dim, in, w.group_dim, w.a.data() + start * w.group_dim, ranks[g], mine + start,
+                   rank);
+      for (int i = 0; i < ROWS; ++i) {
+        float* gates = ph + (row + i) * padded;
+        head_statistics(px + (row + i) * in, heads, w.head_dim, stats);
+        gate_row(stats, heads, w.gate_t.data(), w.bias.data(), padded, 1.0f, gates);
+        for (int64_t g = 0, start = 0; g < w.groups; start += ranks[g++])
+          for (int64_t j = start; j < start + ranks[g]; ++j) z[i * rank + j] = twice * gates[g] * mine[i * rank + j];
+      }
+      up<ROWS>(Rows<T, float>{py + row * width, po + row * width, width, z, rank, rank, w.b.data()});
+    });
+  });
+  return {out, low, half};
+}
+
+// gradients of x, a, b, gate_w, gate_bias; that of y is `given`
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_gating_backward(
+    const Tensor& given, const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& gate_w, const Tensor& gate_bias,
+    const Tensor& low, const Tensor& half, int64_t heads, at::IntArrayRef ranks, double temperature, double scaling,
+    bool needs_x) {
+  const Tensor gradient = given.contiguous();
+  const int64_t in = x.size(-1), width = gradient.size(-1), rows = rows_of(gradient), rank = a.size(0), padded = half.size(1);
+  const int64_t stats_width = whole_vectors(2 * heads);
+  Tensor gx = needs_x ? at::empty_like(x) : Tensor(), ga, gb, ggate, gbias;
+  for_type(gradient, [&](auto zero) {
+    using T = decltype(zero);
+    const HeadGating<T> w(a, b, gate_w, gate_bias, in, width, heads, ranks, temperature);
+    const float inverse = static_cast<float>(1.0 / temperature), twice = 2.0f * static_cast<float>(scaling);
+    const Floats gate_rows = widened_rows(gate_w.const_data_ptr<float>(), w.groups, 2 * heads, stats_width, inverse);
+    const T *px = x.const_data_ptr<T>(), *p = gradient.const_data_ptr<T>();
+    const float *pl = low.const_data_ptr<float>(), *ph = half.const_data_ptr<float>();
+    T* pgx = needs_x ? gx.mutable_data_ptr<T>() : nullptr;
+    Floats gated(rows * rank), of_low(rows * rank), of_logits(rows * padded, 0.0f), all_stats(rows * stats_width, 0.0f);
+    over_rows(rows, [&](int64_t row, auto count) {
+      constexpr int ROWS = decltype(count)::value;
+      thread_local Floats scratch;
+      scratch.assign(ROWS * rank + 4 * w.padded_heads + stats_width + 2 * ROWS * heads + in, 1.0f);
+      float *up_z = scratch.data(), *room = up_z + ROWS * rank, *of_stats = room + 4 * w.padded_heads;
+      float *along = of_stats + stats_width, *flat = along + ROWS * heads, *wide = flat + ROWS * heads;
+      HeadStatistics stats{room, room + w.padded_heads, room + 2 * w.padded_heads, room + 3 * w.padded_heads};
+      dots<ROWS>(p + row * width, width, width, w.b.data(), rank, up_z, rank);
+      for (int i = 0; i < ROWS; ++i) {
+        const int64_t n = row + i;
+        head_statistics(px + n * in, heads, w.head_dim, stats);
+        std::copy_n(stats.energy, heads, &all_stats[n * stats_width]);
+        std::copy_n(stats.evenness, heads, &all_stats[n * stats_width + heads]);
+        for (int64_t g = 0, start = 0; g < w.groups; start += ranks[g++]) {
+          const float sigmoid = ph[n * padded + g], gate = twice * sigmoid;
+          float of_gate = 0.0f;
+          for (int64_t j = start; j < start + ranks[g]; ++j) {
+            of_gate += up_z[i * rank + j] * pl[n * rank + j];
+            of_low[n * rank + j] = up_z[i * rank + j] * gate;
+            gated[n * rank + j] = gate * pl[n * rank + j];
+          }
+          of_logits[n * padded + g] = of_gate * gate * (1.0f - sigmoid);
+        }
+        if (!needs_x) continue;
+        small_product(&of_logits[n * padded], w.groups, gate_rows.data(), stats_width, of_stats);
+        float whole = 0.0f;
+        for (int64_t h = 0; h < heads; ++h) whole += of_stats[h];
+        for (int64_t h = 0; h < heads; ++h) {  // d stats / d x_h = along x_h + flat, in terms of x_h / |x_h|
+          const float norm = stats.norm[h], energy = of_stats[h], even = of_stats[heads + h];
+          const bool is_zero = !(norm > 1e-20f);
+          const float unit = (2.0f * energy - 2.0f * stats.evenness[h] * even) / norm -
+                             2.0f * whole * (norm / stats.largest) / (stats.largest * stats.total);
+          along[i * heads + h] = is_zero ? 0.0f : unit / norm;
+          flat[i * heads + h] = is_zero ? 0.0f : 2.0f * stats.cosine[h] * even / norm;
+        }
+      }
+      if (!needs_x) return;
+      for (int i = 0; i < ROWS; ++i) {
+        const int64_t n = row + i;
+        const float* line = widened(px + n * in, in, wide);
+        for (int64_t h = 0; h < heads; ++h) {
+          const float factor = along[i * heads + h], constant = flat[i * heads + h];
+          int64_t at = h * w.head_dim;
+          const int64_t stop = at + w.head_dim;
+          for (; at + kLanes <= stop; at += kLanes) store(wide + at, factor * load(line + at) + constant);
+          for (; at < stop; ++at) wide[at] = factor * line[at] + constant;
+        }
+        for (int64_t g = 0, start = 0; g < w.groups; start += ranks[g++])
+          for (int64_t at = 0; at < w.group_dim; at += kLanes) {
+            const int64_t left = std::min(kLanes, w.group_dim - at), place = g * w.group_dim + at;
+            if (left == kLanes) {
+              vf total = load(wide + place);
+              for (int64_t j = start; j < start + ranks[g]; ++j)
+                total += of_low[n * rank + j] * load(w.a.data() + j * w.group_dim + at);
+              store(pgx + n * in + place, total);
+              continue;
+            }
+            for (int64_t k = 0; k < left; ++k) {
+              float total = wide[place + k];
+              for (int64_t j = start; j < start + ranks[g]; ++j) total += of_low[n * rank + j] * w.a[j * w.group_dim + at + k];
+              pgx[n * in + place + k] = static_cast<T>(total);
+            }
+          }
+      }
+    });
+    gb = turned_back(sum_over_rows(gated.data(), rank, rank, p, rows, width), rank, width);
+    // the rows of A of a group meet its columns of x alone
+    ga = at::empty({rank, w.group_dim}, at::kFloat);
+    float* pga = ga.mutable_data_ptr<float>();
+    std::vector<T> columns(rows * w.group_dim);
+    for (int64_t g = 0, start = 0; g < w.groups; start += ranks[g++]) {
+      for (int64_t n = 0; n < rows; ++n)
+        std::copy_n(px + n * in + g * w.group_dim, w.group_dim, &columns[n * w.group_dim]);
+      const Floats part = sum_over_rows(&of_low[start], rank, ranks[g], columns.data(), rows, w.group_dim);
+      std::copy(part.begin(), part.end(), pga + start * w.group_dim);
+    }
+    const Floats control = sum_over_rows(of_logits.data(), padded, w.groups, all_stats.data(), rows, stats_width);
+    ggate = at::empty({w.groups, 2 * heads}, at::kFloat);
+    float* pgate = ggate.mutable_data_ptr<float>();
+    for (int64_t g = 0; g < w.groups; ++g)
+      for (int64_t j = 0; j < 2 * heads; ++j) pgate[g * 2 * heads + j] = inverse * control[g * stats_width + j];
+    Floats sums = column_sums(of_logits, rows, padded, w.groups);
+    for (float& value : sums) value *= inverse;
+    gbias = as_tensor(sums, {w.groups});
+  });
+  return {gx, ga, gb, ggate, gbias};
+}
+
+struct HeadGates : torch::autograd::Function<HeadGates> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
+                        const Tensor& gate_w, const Tensor& gate_bias, int64_t heads, at::IntArrayRef ranks,
+                        double temperature, double scaling) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto op = operation<decltype(head_gating_forward)>("bem_peft_cpu::head_gating_train");
+    auto [out, low, half] = op.call(x, y, a, b, gate_w, gate_bias, heads, ranks, temperature, scaling);
+    remember_caller(ctx);
+    ctx->save_for_backward({x, a, b, gate_w, gate_bias, low, half});
+    ctx->saved_data["heads"] = heads;
+    ctx->saved_data["ranks"] = ranks.vec();
+    ctx->saved_data["temperature"] = temperature;
+    ctx->saved_data["scaling"] = scaling;
+    return out;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
+    const auto saved = ctx->get_saved_variables();
+    const variable_list inputs{saved[0], like_output(saved[0], gradients[0]), saved[1], saved[2], saved[3], saved[4]};
+    if (variable_list found = by_torch_form(ctx, inputs, gradients[0], 4); !found.empty()) return found;
+    static const auto op = operation<decltype(head_gating_backward)>("bem_peft_cpu::head_gating_backward");
+    const auto ranks = ctx->saved_data["ranks"].toIntVector();
+    auto [gx, ga, gb, ggate, gbias] = op.call(
+        gradients[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], ctx->saved_data["heads"].toInt(),
+        ranks, ctx->saved_data["temperature"].toDouble(), ctx->saved_data["scaling"].toDouble(), ctx->needs_input_grad(0));
+    return {gx, gradients[0], ga, gb, ggate, gbias, Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+// what the dispatcher calls where a gradient is asked for; the coefficients that are kept are of no use outside
+std::tuple<Tensor, Tensor, Tensor> head_gating_autograd(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
+                                                        const Tensor& gate_w, const Tensor& gate_bias, int64_t heads,
+                                                        at::IntArrayRef ranks, double temperature, double scaling) {
+  return {HeadGates::apply(x, y, a, b, gate_w, gate_bias, heads, ranks, temperature, scaling), at::empty({0}), at::empty({0})};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
+  m.def("head_gating_train(Tensor x, Tensor y, Tensor a, Tensor b, Tensor gate_w, Tensor gate_bias, int heads, int[] ranks, "
+        "float temperature, float scaling) -> (Tensor, Tensor, Tensor)");
+  m.def("head_gating_backward(Tensor gradient, Tensor x, Tensor a, Tensor b, Tensor gate_w, Tensor gate_bias, Tensor low, "
+        "Tensor half, int heads, int[] ranks, float temperature, float scaling, bool needs_x) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(bem_peft_cpu, CPU, m) {
+  m.impl("head_gating_train", head_gating_forward);
+  m.impl("head_gating_backward", head_gating_backward);
+}
+
+TORCH_LIBRARY_IMPL(bem_peft_cpu, AutogradCPU, m) {
+  m.impl("head_gating_train", head_gating_autograd);
+}

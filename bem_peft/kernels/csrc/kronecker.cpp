@@ -1,0 +1,166 @@
+// PT3: y' = y + s B vec(U X V^T)
+
+#include "gradients.h"
+
+namespace {
+
+using namespace bem;
+
+// y' and s z (N, u_rank v_rank)
+std::tuple<Tensor, Tensor> kronecker_forward(const Tensor& x, const Tensor& y, const Tensor& u, const Tensor& v,
+                                             const Tensor& b, double scaling) {
+  check_rows(x, y);
+  const int64_t in = x.size(-1), width = y.size(-1), rows = rows_of(y), u_rank = u.size(0), u_dim = u.size(1);
+  const int64_t v_rank = v.size(0), v_dim = v.size(1), rank = u_rank * v_rank, padded = whole_vectors(v_rank);
+  TORCH_CHECK(u_dim * v_dim == in, "u and v do not fit x");
+  Tensor out = at::empty_like(y), z = at::empty({rows, rank}, at::kFloat);
+  for_type(y, [&](auto zero) {
+    using T = decltype(zero);
+    const float* from = master(u, u_rank, u_dim, "U");
+    Floats pu(from, from + u_rank * u_dim), pv = turned(master(v, v_rank, v_dim, "V"), v_rank, v_dim, padded);
+    Floats pb = turned(master(b, width, rank, "B"), width, rank, width);
+    for (Floats* w : {&pu, &pv, &pb}) round_to_type<T>(*w);
+    const T *px = x.const_data_ptr<T>(), *py = y.const_data_ptr<T>();
+    T* po = out.mutable_data_ptr<T>();
+    float* pz = z.mutable_data_ptr<float>();
+    over_rows(rows, [&](int64_t row, auto count) {
+      constexpr int ROWS = decltype(count)::value;
+      thread_local Floats scratch;
+      scratch.resize(in + u_rank * v_dim + padded);
+      float *wide = scratch.data(), *left = wide + in, *one = left + u_rank * v_dim, *mine = pz + row * rank;
+      for (int i = 0; i < ROWS; ++i)
+        kronecker_row(widened(px + (row + i) * in, in, wide), pu.data(), u_rank, u_dim, pv.data(), v_rank, v_dim, padded,
+                      scaling, left, one, mine + i * rank);
+      up<ROWS>(Rows<T, float>{py + row * width, po + row * width, width, mine, rank, rank, pb.data()});
+    });
+  });
+  return {out, z};
+}
+
+// gradients of x, u, v, b; that of y is `given`
+std::tuple<Tensor, Tensor, Tensor, Tensor> kronecker_backward(const Tensor& given, const Tensor& x, const Tensor& u,
+                                                              const Tensor& v, const Tensor& b, const Tensor& z,
+                                                              double scaling, bool needs_x) {
+  const Tensor gradient = given.contiguous();
+  const int64_t in = x.size(-1), width = gradient.size(-1), rows = rows_of(gradient), u_rank = u.size(0), u_dim = u.size(1);
+  const int64_t v_rank = v.size(0), v_dim = v.size(1), rank = u_rank * v_rank, stride = whole_vectors(v_dim);
+  const int64_t chunks = (rows + kChunk - 1) / kChunk;
+  Tensor gx = needs_x ? at::empty_like(x) : Tensor(), gu, gv, gb;
+  for_type(gradient, [&](auto zero) {
+    using T = decltype(zero);
+    const float* from = master(u, u_rank, u_dim, "U");
+    Floats pu(from, from + u_rank * u_dim), pv = widened_rows(master(v, v_rank, v_dim, "V"), v_rank, v_dim, stride);
+    Floats pb = turned(master(b, width, rank, "B"), width, rank, width);
+    for (Floats* w : {&pu, &pv, &pb}) round_to_type<T>(*w);
+    const T *px = x.const_data_ptr<T>(), *p = gradient.const_data_ptr<T>();
+    T* pgx = needs_x ? gx.mutable_data_ptr<T>() : nullptr;
+    Floats of_z(rows * rank), of_u(chunks * u_rank * u_dim), of_v(chunks * v_rank * stride, 0.0f);
+    over_rows(rows, [&](int64_t row, auto count) {
+      constexpr int ROWS = decltype(count)::value;
+      dots<ROWS>(p + row * width, width, width, pb.data(), rank, &of_z[row * rank], rank);
+    });
+    for (float& value : of_z) value *= static_cast<float>(scaling);
+    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      thread_local Floats scratch;
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        scratch.assign(u_dim * stride + 2 * u_rank * stride + u_rank * u_dim * kLanes + stride, 0.0f);
+        float *wide = scratch.data(), *left = wide + u_dim * stride, *of_left = left + u_rank * stride;
+        float *lanes = of_left + u_rank * stride, *line = lanes + u_rank * u_dim * kLanes;
+        float* mine_v = &of_v[chunk * v_rank * stride];
+        for (int64_t n = chunk * kChunk; n < std::min(rows, (chunk + 1) * kChunk); ++n) {
+          for (int64_t i = 0; i < u_dim; ++i) {
+            const T* from_x = px + n * in + i * v_dim;
+            int64_t j = 0;
+            for (; j + kLanes <= v_dim; j += kLanes) store(wide + i * stride + j, load(from_x + j));
+            for (; j < v_dim; ++j) wide[i * stride + j] = static_cast<float>(from_x[j]);
+          }
+          int64_t a = 0;
+          for (; a + 4 <= u_rank; a += 4) left_rows<4>(wide, pu.data() + a * u_dim, u_dim, stride, left + a * stride);
+          for (; a < u_rank; ++a) left_rows<1>(wide, pu.data() + a * u_dim, u_dim, stride, left + a * stride);
+          for (a = 0; a < u_rank; ++a) {
+            const float* g = &of_z[n * rank + a * v_rank];
+            small_product(g, v_rank, pv.data(), stride, of_left + a * stride);
+            for (int64_t j = 0; j < v_rank; ++j)
+              for (int64_t at = 0; at < stride; at += kLanes)
+                store(mine_v + j * stride + at, load(mine_v + j * stride + at) + g[j] * load(left + a * stride + at));
+          }
+          for (int64_t i = 0; i < u_dim; ++i)
+            for (a = 0; a < u_rank; ++a) {
+              vf total = load(lanes + (a * u_dim + i) * kLanes);
+              for (int64_t at = 0; at < stride; at += kLanes)
+                total += load(of_left + a * stride + at) * load(wide + i * stride + at);
+              store(lanes + (a * u_dim + i) * kLanes, total);
+            }
+          if (needs_x) {
+            for (int64_t i = 0; i < u_dim; ++i) {
+              T* to = pgx + n * in + i * v_dim;
+              for (int64_t at = 0; at < stride; at += kLanes) {
+                vf total = {};
+                for (a = 0; a < u_rank; ++a) total += pu[a * u_dim + i] * load(of_left + a * stride + at);
+                if (at + kLanes <= v_dim) {
+                  store(to + at, total);
+                } else {
+                  store(line, total);
+                  for (int64_t j = at; j < v_dim; ++j) to[j] = static_cast<T>(line[j - at]);
+                }
+              }
+            }
+          }
+        }
+        for (int64_t i = 0; i < u_rank * u_dim; ++i) of_u[chunk * u_rank * u_dim + i] = sum(load(lanes + i * kLanes));
+      }
+    });
+    gb = turned_back(sum_over_rows(z.const_data_ptr<float>(), rank, rank, p, rows, width), rank, width);
+    gu = as_tensor(column_sums(of_u, chunks, u_rank * u_dim, u_rank * u_dim), {u_rank, u_dim});
+    const Floats total_v = column_sums(of_v, chunks, v_rank * stride, v_rank * stride);
+    gv = at::empty({v_rank, v_dim}, at::kFloat);
+    for (int64_t j = 0; j < v_rank; ++j)
+      std::copy_n(&total_v[j * stride], v_dim, gv.mutable_data_ptr<float>() + j * v_dim);
+  });
+  return {gx, gu, gv, gb};
+}
+
+struct Kronecker : torch::autograd::Function<Kronecker> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const Tensor& u, const Tensor& v,
+                        const Tensor& b, double scaling) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto op = operation<decltype(kronecker_forward)>("bem_peft_cpu::kronecker_train");
+    auto [out, z] = op.call(x, y, u, v, b, scaling);
+    remember_caller(ctx);
+    ctx->save_for_backward({x, u, v, b, z});
+    ctx->saved_data["scaling"] = scaling;
+    return out;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
+    const auto saved = ctx->get_saved_variables();
+    const variable_list inputs{saved[0], like_output(saved[0], gradients[0]), saved[1], saved[2], saved[3]};
+    if (variable_list found = by_torch_form(ctx, inputs, gradients[0], 1); !found.empty()) return found;
+    static const auto op = operation<decltype(kronecker_backward)>("bem_peft_cpu::kronecker_backward");
+    auto [gx, gu, gv, gb] = op.call(gradients[0], saved[0], saved[1], saved[2], saved[3], saved[4],
+                                    ctx->saved_data["scaling"].toDouble(), ctx->needs_input_grad(0));
+    return {gx, gradients[0], gu, gv, gb, Tensor()};
+  }
+};
+
+// what the dispatcher calls where a gradient is asked for; the coefficients that are kept are of no use outside
+std::tuple<Tensor, Tensor> kronecker_autograd(const Tensor& x, const Tensor& y, const Tensor& u, const Tensor& v,
+                                              const Tensor& b, double scaling) {
+  return {Kronecker::apply(x, y, u, v, b, scaling), at::empty({0})};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
+  m.def("kronecker_train(Tensor x, Tensor y, Tensor u, Tensor v, Tensor b, float scaling) -> (Tensor, Tensor)");
+  m.def("kronecker_backward(Tensor gradient, Tensor x, Tensor u, Tensor v, Tensor b, Tensor z, float scaling, bool needs_x) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(bem_peft_cpu, CPU, m) {
+  m.impl("kronecker_train", kronecker_forward);
+  m.impl("kronecker_backward", kronecker_backward);
+}
+
+TORCH_LIBRARY_IMPL(bem_peft_cpu, AutogradCPU, m) {
+  m.impl("kronecker_train", kronecker_autograd);
+}

@@ -1,0 +1,239 @@
+// PT2: y' = y + s B (m * (1 + tanh(C u)) * z),  z = A x,  u = sqrt(R) z / |z|,  m: the k largest logits M u
+
+#include "gradients.h"
+
+namespace {
+
+using namespace bem;
+
+// the orthonormal Walsh-Hadamard transform along the rows of (rows, width); rows a power of two
+void hadamard(Floats& w, int64_t rows, int64_t width) {
+  for (int64_t half = 1; half < rows; half *= 2)
+    for (int64_t start = 0; start < rows; start += 2 * half)
+      for (int64_t i = start; i < start + half; ++i)
+        for (int64_t j = 0; j < width; ++j) {
+          const float low = w[i * width + j], high = w[(i + half) * width + j];
+          w[i * width + j] = low + high;
+          w[(i + half) * width + j] = low - high;
+        }
+  const float scale = 1.0f / std::sqrt(static_cast<float>(rows));
+  for (float& value : w) value *= scale;
+}
+
+template <typename T>
+struct RankMask {
+  Floats a, b, c_t, m_t;
+  Control control;
+
+  RankMask(const Tensor& a_, const Tensor& b_, const Maybe& c_, const Tensor& m_, int64_t in, int64_t width, int64_t active,
+           bool is_task_mask, bool has_hadamard) {
+    const int64_t rank = a_.size(0), padded = whole_vectors(rank);
+    const float *from = master(a_, rank, in, "A"), root = std::sqrt(static_cast<float>(rank));
+    a = Floats(from, from + rank * in);
+    b = turned(master(b_, width, rank, "B"), width, rank, width);
+    if (has_hadamard) {
+      hadamard(a, rank, in);
+      hadamard(b, rank, width);
+    }
+    round_to_type<T>(a);
+    round_to_type<T>(b);
+    if (c_.has_value()) c_t = turned(master(*c_, rank, rank, "C"), rank, rank, padded, root);
+    m_t = is_task_mask ? widened_rows(master(m_, 1, rank, "mask_weight"), 1, rank, padded)
+                       : turned(master(m_, rank, rank, "mask_weight"), rank, rank, padded, root);
+    control = Control{c_t.data(), m_t.data(), c_.has_value(), is_task_mask, rank, padded, active};
+  }
+};
+
+// y' and z (N, R padded)
+std::tuple<Tensor, Tensor> rank_mask_forward(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
+                                             const Maybe& c, const Tensor& m, int64_t active, bool is_task_mask,
+                                             bool has_hadamard, double temperature, double scaling) {
+  check_rows(x, y);
+  const int64_t in = x.size(-1), width = y.size(-1), rows = rows_of(y), rank = a.size(0), padded = whole_vectors(rank);
+  Tensor out = at::empty_like(y), z = at::zeros({rows, padded}, at::kFloat);
+  for_type(y, [&](auto zero) {
+    using T = decltype(zero);
+    const RankMask<T> w(a, b, c, m, in, width, active, is_task_mask, has_hadamard);
+    const T *px = x.const_data_ptr<T>(), *py = y.const_data_ptr<T>();
+    T* po = out.mutable_data_ptr<T>();
+    float* pz = z.mutable_data_ptr<float>();
+    const float s = static_cast<float>(scaling);
+    over_rows(rows, [&](int64_t row, auto count) {
+      constexpr int ROWS = decltype(count)::value;
+      thread_local Floats scratch;
+      scratch.assign((ROWS + 4) * padded, 0.0f);
+      float *h = scratch.data(), *unit = h + ROWS * padded, *gate = unit + padded, *logits = gate + padded;
+      float* kept = logits + padded;
+      dots<ROWS>(px + row * in, in, in, w.a.data(), rank, pz + row * padded, padded);
+      for (int i = 0; i < ROWS; ++i) {
+        const float* line = pz + (row + i) * padded;
+        control_row(w.control, line, unit, gate, logits, kept);
+        for (int64_t at = 0; at < padded; at += kLanes)
+          store(h + i * padded + at, load(line + at) * (s * load(kept + at)) * (1.0f + load(gate + at)));
+      }
+      up<ROWS>(Rows<T, float>{py + row * width, po + row * width, width, h, rank, padded, w.b.data()});
+    });
+  });
+  return {out, z};
+}
+
+// slope of the straight-through mask at each logit: that of sigmoid((l - t) / temperature), t midway between the k-th
+// and the next largest logit; 0 where all are kept
+inline void mask_slope(const float* logits, int64_t rank, int64_t active, float temperature, float* slope) {
+  if (active == rank) {
+    std::fill(slope, slope + rank, 0.0f);
+    return;
+  }
+  float last = 0.0f, next = 0.0f;
+  for (int64_t i = 0; i < rank; ++i) {
+    int64_t before = 0;
+    for (int64_t j = 0; j < rank; ++j) before += logits[j] > logits[i] || (logits[j] == logits[i] && j < i);
+    if (before == active - 1) last = logits[i];
+    if (before == active) next = logits[i];
+  }
+  const float threshold = (last + next) / 2.0f;
+  for (int64_t i = 0; i < rank; ++i) {
+    const float soft = 1.0f / (1.0f + std::exp((threshold - logits[i]) / temperature));
+    slope[i] = soft * (1.0f - soft) / temperature;
+  }
+}
+
+// gradients of x, a, b, c, m; that of y is `given`
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rank_mask_backward(
+    const Tensor& given, const Tensor& x, const Tensor& a, const Tensor& b, const Maybe& c, const Tensor& m, const Tensor& z,
+    int64_t active, bool is_task_mask, bool has_hadamard, double temperature, double scaling, bool needs_x) {
+  const Tensor gradient = given.contiguous();
+  const int64_t in = x.size(-1), width = gradient.size(-1), rows = rows_of(gradient), rank = a.size(0), padded = z.size(1);
+  Tensor gx = needs_x ? at::empty_like(x) : Tensor(), ga, gb, gc, gm;
+  for_type(gradient, [&](auto zero) {
+    using T = decltype(zero);
+    const RankMask<T> w(a, b, c, m, in, width, active, is_task_mask, has_hadamard);
+    const float s = static_cast<float>(scaling), root = std::sqrt(static_cast<float>(rank));
+    const Floats c_rows = c.has_value() ? widened_rows(c->const_data_ptr<float>(), rank, rank, padded, root) : Floats();
+    const Floats m_rows = is_task_mask ? Floats() : widened_rows(m.const_data_ptr<float>(), rank, rank, padded, root);
+    const T *px = x.const_data_ptr<T>(), *p = gradient.const_data_ptr<T>();
+    const float* pz = z.const_data_ptr<float>();
+    T* pgx = needs_x ? gx.mutable_data_ptr<T>() : nullptr;
+    // a token each: s m (1 + g) z, the gradients of z, of C u and of the logits (or of the mask, for a task's), and u
+    Floats h(rows * padded, 0.0f), of_z(rows * padded, 0.0f), of_c(rows * padded, 0.0f), of_m(rows * padded, 0.0f);
+    Floats units(rows * padded, 0.0f);
+    over_rows(rows, [&](int64_t row, auto count) {
+      constexpr int ROWS = decltype(count)::value;
+      thread_local Floats scratch;
+      scratch.assign((ROWS + 6) * padded, 0.0f);
+      float *up_z = scratch.data(), *gate = up_z + ROWS * padded, *logits = gate + padded, *kept = logits + padded;
+      float *slope = kept + padded, *of_unit = slope + padded, *part = of_unit + padded;
+      dots<ROWS>(p + row * width, width, width, w.b.data(), rank, up_z, padded);
+      for (int i = 0; i < ROWS; ++i) {
+        const int64_t at = (row + i) * padded;
+        const float* line = pz + at;
+        float *unit = &units[at], *mine_z = &of_z[at], *mine_c = &of_c[at], *mine_m = &of_m[at];
+        const float norm = control_row(w.control, line, unit, gate, logits, kept);
+        if (!is_task_mask) mask_slope(logits, rank, active, static_cast<float>(temperature), slope);
+        for (int64_t j = 0; j < rank; ++j) {
+          const float g = s * up_z[i * padded + j], factor = 1.0f + gate[j];
+          h[at + j] = s * kept[j] * factor * line[j];
+          mine_z[j] = g * kept[j] * factor;
+          mine_c[j] = g * kept[j] * line[j] * (1.0f - gate[j] * gate[j]);
+          mine_m[j] = g * factor * line[j] * (is_task_mask ? 1.0f : slope[j]);
+        }
+        if (w.control.has_gate || !is_task_mask) {
+          std::fill(of_unit, of_unit + padded, 0.0f);
+          if (w.control.has_gate) small_product(mine_c, rank, c_rows.data(), padded, of_unit);
+          if (!is_task_mask) {
+            small_product(mine_m, rank, m_rows.data(), padded, part);
+            for (int64_t j = 0; j < rank; ++j) of_unit[j] += part[j];
+          }
+          float along = 0.0f;
+          if (norm > 1e-20f)
+            for (int64_t j = 0; j < rank; ++j) along += of_unit[j] * unit[j];
+          for (int64_t j = 0; j < rank; ++j) mine_z[j] += (of_unit[j] - unit[j] * along) / norm;
+        }
+      }
+      if (needs_x)
+        up<ROWS>(Rows<T, float>{nullptr, pgx + row * in, in, &of_z[row * padded], rank, padded, w.a.data()});
+    });
+    Floats sum_a = sum_over_rows(of_z.data(), padded, rank, px, rows, in);
+    Floats sum_b = sum_over_rows(h.data(), padded, rank, p, rows, width);
+    if (has_hadamard) {
+      hadamard(sum_a, rank, in);
+      hadamard(sum_b, rank, width);
+    }
+    ga = as_tensor(sum_a, {rank, in});
+    gb = turned_back(sum_b, rank, width);
+    const auto control_sum = [&](const Floats& of) {
+      const Floats wide = sum_over_rows(of.data(), padded, rank, units.data(), rows, padded);
+      Tensor out = at::empty({rank, rank}, at::kFloat);
+      float* to = out.mutable_data_ptr<float>();
+      for (int64_t i = 0; i < rank; ++i)
+        for (int64_t j = 0; j < rank; ++j) to[i * rank + j] = root * wide[i * padded + j];
+      return out;
+    };
+    if (c.has_value()) gc = control_sum(of_c);
+    if (is_task_mask) {
+      Floats total = column_sums(of_m, rows, padded, rank), slope(rank);
+      mask_slope(w.m_t.data(), rank, active, static_cast<float>(temperature), slope.data());
+      for (int64_t j = 0; j < rank; ++j) total[j] *= slope[j];
+      gm = as_tensor(total, {rank});
+    } else {
+      gm = control_sum(of_m);
+    }
+  });
+  return {gx, ga, gb, gc, gm};
+}
+
+struct RankMasking : torch::autograd::Function<RankMasking> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
+                        const Maybe& c, const Tensor& m, int64_t active, bool is_task_mask, bool has_hadamard,
+                        double temperature, double scaling) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto op = operation<decltype(rank_mask_forward)>("bem_peft_cpu::rank_mask_train");
+    auto [out, z] = op.call(x, y, a, b, c, m, active, is_task_mask, has_hadamard, temperature, scaling);
+    remember_caller(ctx);
+    ctx->save_for_backward({x, a, b, or_nothing(c), m, z});
+    ctx->saved_data["active"] = active;
+    ctx->saved_data["is_task_mask"] = is_task_mask;
+    ctx->saved_data["has_hadamard"] = has_hadamard;
+    ctx->saved_data["temperature"] = temperature;
+    ctx->saved_data["scaling"] = scaling;
+    return out;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
+    const auto saved = ctx->get_saved_variables();
+    const variable_list inputs{saved[0], like_output(saved[0], gradients[0]), saved[1], saved[2], saved[3], saved[4]};
+    if (variable_list found = by_torch_form(ctx, inputs, gradients[0], 5); !found.empty()) return found;
+    static const auto op = operation<decltype(rank_mask_backward)>("bem_peft_cpu::rank_mask_backward");
+    auto [gx, ga, gb, gc, gm] = op.call(
+        gradients[0], saved[0], saved[1], saved[2], or_none(saved[3]), saved[4], saved[5], ctx->saved_data["active"].toInt(),
+        ctx->saved_data["is_task_mask"].toBool(), ctx->saved_data["has_hadamard"].toBool(),
+        ctx->saved_data["temperature"].toDouble(), ctx->saved_data["scaling"].toDouble(), ctx->needs_input_grad(0));
+    return {gx, gradients[0], ga, gb, gc, gm, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+// what the dispatcher calls where a gradient is asked for; the coefficients that are kept are of no use outside
+std::tuple<Tensor, Tensor> rank_mask_autograd(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
+                                              const Maybe& c, const Tensor& m, int64_t active, bool is_task_mask,
+                                              bool has_hadamard, double temperature, double scaling) {
+  return {RankMasking::apply(x, y, a, b, c, m, active, is_task_mask, has_hadamard, temperature, scaling),
+          at::empty({0})};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
+  m.def("rank_mask_train(Tensor x, Tensor y, Tensor a, Tensor b, Tensor? c, Tensor m, int active, bool is_task_mask, "
+        "bool has_hadamard, float temperature, float scaling) -> (Tensor, Tensor)");
+  m.def("rank_mask_backward(Tensor gradient, Tensor x, Tensor a, Tensor b, Tensor? c, Tensor m, Tensor z, int active, "
+        "bool is_task_mask, bool has_hadamard, float temperature, float scaling, bool needs_x) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(bem_peft_cpu, CPU, m) {
+  m.impl("rank_mask_train", rank_mask_forward);
+  m.impl("rank_mask_backward", rank_mask_backward);
+}
+
+TORCH_LIBRARY_IMPL(bem_peft_cpu, AutogradCPU, m) {
+  m.impl("rank_mask_train", rank_mask_autograd);
+}
