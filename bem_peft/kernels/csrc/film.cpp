@@ -1,12 +1,43 @@
 // PT4: y' = y (1 + gamma) + beta rho
 
 #include "gradients.h"
+#include "site.h"
 
 #include <atomic>
 
 namespace {
 
 using namespace bem;
+
+// c = tanh(x w + bias); g = c[:gamma_dim]; z = c[:beta_dim] (rms(y))
+Tensor film(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& w, const Tensor& bias,
+                const Tensor& gamma, const Tensor& beta, bool is_rms) {
+  const int64_t in = x.size(-1), width = y.size(-1), units = w.size(0), padded = bias.size(1);
+  const int64_t gamma_dim = gamma.size(0), beta_dim = beta.size(0);
+  const float* p_bias = weight<float>(bias, 1, padded, "bias");
+  TORCH_CHECK(padded % kLanes == 0 && units <= padded && gamma_dim <= units && beta_dim <= units, "units do not fit");
+  return for_dtype(x, y, overwrite, [&](auto px, auto py, auto po) {
+    using T = std::remove_pointer_t<decltype(po)>;
+    const T *pw = weight<T>(w, units, in, "w"), *pg = weight<T>(gamma, gamma_dim, width, "gamma");
+    const T* pt = weight<T>(beta, beta_dim, width, "beta");
+    over_rows(rows_of(y), [&](int64_t row, auto count) {
+      constexpr int ROWS = decltype(count)::value;
+      thread_local std::vector<float> scratch;
+      scratch.assign(2 * ROWS * padded, 0.0f);
+      float *c = scratch.data(), *z = c + ROWS * padded;
+      dots<ROWS>(px + row * in, in, in, pw, units, c, padded);
+      for (int i = 0; i < ROWS; ++i) {
+        const float factor = is_rms && beta_dim > 0 ? root_mean_square(py + (row + i) * width, width) : 1.0f;
+        for (int64_t at = 0; at < padded; at += kLanes) {
+          vf value = vtanh(load(c + i * padded + at) + load(p_bias + at));
+          store(c + i * padded + at, value);
+          store(z + i * padded + at, value * factor);
+        }
+      }
+      up<ROWS>(Rows<T, T>{py + row * width, po + row * width, width, z, beta_dim, padded, pt, c, gamma_dim, padded, pg});
+    });
+  });
+}
 
 // G^T (units, out), a row of coefficients bounded as a whole: bound s w / (1 + s |w|_1), rounded to T
 template <typename T>
@@ -212,9 +243,12 @@ std::tuple<Tensor, Tensor, Tensor> film_autograd(
   return {out, at::empty({0}), at::empty({0})};
 }
 
+[[maybe_unused]] const SiteKind& site_kind = add_site_kind<film>("film", /*wide=*/0);
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
+  define_inference(m, "film", "Tensor w, Tensor bias, Tensor gamma, Tensor beta, bool is_rms");
   m.def("film_train(Tensor x, Tensor y, Tensor w, Tensor bias, Tensor? gamma, Tensor? beta, float scaling, "
         "float clamp_range, float max_beta, bool is_rms, Tensor(a!)? unstable, float threshold) -> (Tensor, Tensor, Tensor)");
   m.def("film_backward(Tensor gradient, Tensor x, Tensor y, Tensor w, Tensor? gamma, Tensor? beta, Tensor c, Tensor rms, "
@@ -222,6 +256,7 @@ TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
 }
 
 TORCH_LIBRARY_IMPL(bem_peft_cpu, CPU, m) {
+  implement_inference<film>(m, "film");
   m.impl("film_train", film_forward);
   m.impl("film_backward", film_backward);
 }

@@ -1,10 +1,46 @@
 // PT1: y' = y + s sum_g 2 sigmoid(gate_w stats(x) / temperature + bias)_g B_g A_g x_g
 
 #include "gradients.h"
+#include "site.h"
 
 namespace {
 
 using namespace bem;
+
+// z_g = scaling 2 sigmoid(gate_w stats(x) + bias)_g A_g x_g; statistics of each head's output
+Tensor head_gating(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
+                       const Tensor& gate_w, const Tensor& gate_bias, int64_t heads,
+                       at::IntArrayRef ranks, double scaling) {
+  const int64_t in = x.size(-1), width = y.size(-1), gate_padded = gate_w.size(1);
+  const int64_t padded_heads = (heads + kLanes - 1) / kLanes * kLanes;
+  const int64_t groups = static_cast<int64_t>(ranks.size()), rank = b.size(0);
+  const int64_t head_dim = in / heads, group_dim = in / groups;
+  TORCH_CHECK(std::accumulate(ranks.begin(), ranks.end(), int64_t{0}) == rank, "the ranks do not add up to b's rows");
+  const float* pw = weight<float>(gate_w, 2 * heads, gate_padded, "gate_w");
+  const float* pbias = weight<float>(gate_bias, 1, gate_padded, "gate_bias");
+  TORCH_CHECK(gate_padded % kLanes == 0 && groups <= gate_padded && heads % groups == 0 && in % heads == 0, "heads do not fit");
+  const float s = static_cast<float>(scaling) * 2.0f;
+  return for_dtype(x, y, overwrite, [&](auto px, auto py, auto po) {
+    using T = std::remove_pointer_t<decltype(po)>;
+    const T *pa = weight<T>(a, rank, group_dim, "a"), *pb = weight<T>(b, rank, width, "b");
+    over_rows(rows_of(y), [&](int64_t row, auto count) {
+      constexpr int ROWS = decltype(count)::value;
+      thread_local std::vector<float> scratch;
+      scratch.assign(ROWS * rank + 4 * padded_heads + gate_padded, 1.0f);
+      float *z = scratch.data(), *room = z + ROWS * rank, *gates = room + 4 * padded_heads;
+      HeadStatistics stats{room, room + padded_heads, room + 2 * padded_heads, room + 3 * padded_heads};
+      for (int64_t g = 0, start = 0; g < groups; start += ranks[g++])
+        dots<ROWS>(px + row * in + g * group_dim, in, group_dim, pa + start * group_dim, ranks[g], z + start, rank);
+      for (int i = 0; i < ROWS; ++i) {
+        head_statistics(px + (row + i) * in, heads, head_dim, stats);
+        gate_row(stats, heads, pw, pbias, gate_padded, s, gates);
+        for (int64_t g = 0, start = 0; g < groups; start += ranks[g++])
+          for (int64_t j = 0; j < ranks[g]; ++j) z[i * rank + start + j] *= gates[g];
+      }
+      up<ROWS>(Rows<T, T>{py + row * width, po + row * width, width, z, rank, rank, pb});
+    });
+  });
+}
 
 template <typename T>
 struct HeadGating {
@@ -205,9 +241,12 @@ std::tuple<Tensor, Tensor, Tensor> head_gating_autograd(const Tensor& x, const T
   return {HeadGates::apply(x, y, a, b, gate_w, gate_bias, heads, ranks, temperature, scaling), at::empty({0}), at::empty({0})};
 }
 
+[[maybe_unused]] const SiteKind& site_kind = add_site_kind<head_gating>("head_gating", /*wide=*/0);
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
+  define_inference(m, "head_gating", "Tensor a, Tensor b, Tensor gate_w, Tensor gate_bias, int heads, int[] ranks, float scaling");
   m.def("head_gating_train(Tensor x, Tensor y, Tensor a, Tensor b, Tensor gate_w, Tensor gate_bias, int heads, int[] ranks, "
         "float temperature, float scaling) -> (Tensor, Tensor, Tensor)");
   m.def("head_gating_backward(Tensor gradient, Tensor x, Tensor a, Tensor b, Tensor gate_w, Tensor gate_bias, Tensor low, "
@@ -216,6 +255,7 @@ TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
 }
 
 TORCH_LIBRARY_IMPL(bem_peft_cpu, CPU, m) {
+  implement_inference<head_gating>(m, "head_gating");
   m.impl("head_gating_train", head_gating_forward);
   m.impl("head_gating_backward", head_gating_backward);
 }

@@ -1,10 +1,36 @@
 // PT3: y' = y + s B vec(U X V^T)
 
 #include "gradients.h"
+#include "site.h"
 
 namespace {
 
 using namespace bem;
+
+// z = scaling vec(U X V^T), X = x as (u_dim, v_dim)
+Tensor kronecker(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& u, const Tensor& v_t,
+                     const Tensor& b, int64_t v_rank, double scaling) {
+  const int64_t in = x.size(-1), width = y.size(-1), u_rank = u.size(0), u_dim = u.size(1), v_dim = v_t.size(0);
+  const int64_t padded = v_t.size(1), rank = u_rank * v_rank;
+  const float *pu = weight<float>(u, u_rank, u_dim, "u"), *pv = weight<float>(v_t, v_dim, padded, "v_t");
+  TORCH_CHECK(u_dim * v_dim == in && padded % kLanes == 0 && v_rank <= padded, "u and v do not fit x");
+  const float s = static_cast<float>(scaling);
+  return for_dtype(x, y, overwrite, [&](auto px, auto py, auto po) {
+    using T = std::remove_pointer_t<decltype(po)>;
+    const T* pb = weight<T>(b, rank, width, "b");
+    over_rows(rows_of(y), [&](int64_t row, auto count) {
+      constexpr int ROWS = decltype(count)::value;
+      thread_local std::vector<float> scratch;
+      scratch.resize(in + u_rank * v_dim + padded + ROWS * rank);
+      float *wide = scratch.data(), *left = wide + in, *one = left + u_rank * v_dim, *z = one + padded;
+      for (int i = 0; i < ROWS; ++i) {
+        const float* line = widened(px + (row + i) * in, in, wide);
+        kronecker_row(line, pu, u_rank, u_dim, pv, v_rank, v_dim, padded, s, left, one, z + i * rank);
+      }
+      up<ROWS>(Rows<T, T>{py + row * width, po + row * width, width, z, rank, rank, pb});
+    });
+  });
+}
 
 // y' and s z (N, u_rank v_rank)
 std::tuple<Tensor, Tensor> kronecker_forward(const Tensor& x, const Tensor& y, const Tensor& u, const Tensor& v,
@@ -148,15 +174,19 @@ std::tuple<Tensor, Tensor> kronecker_autograd(const Tensor& x, const Tensor& y, 
   return {Kronecker::apply(x, y, u, v, b, scaling), at::empty({0})};
 }
 
+[[maybe_unused]] const SiteKind& site_kind = add_site_kind<kronecker>("kronecker", /*wide=*/2);
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
+  define_inference(m, "kronecker", "Tensor u, Tensor v_t, Tensor b, int v_rank, float scaling");
   m.def("kronecker_train(Tensor x, Tensor y, Tensor u, Tensor v, Tensor b, float scaling) -> (Tensor, Tensor)");
   m.def("kronecker_backward(Tensor gradient, Tensor x, Tensor u, Tensor v, Tensor b, Tensor z, float scaling, bool needs_x) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(bem_peft_cpu, CPU, m) {
+  implement_inference<kronecker>(m, "kronecker");
   m.impl("kronecker_train", kronecker_forward);
   m.impl("kronecker_backward", kronecker_backward);
 }

@@ -1,10 +1,43 @@
 // PT2: y' = y + s B (m * (1 + tanh(C u)) * z),  z = A x,  u = sqrt(R) z / |z|,  m: the k largest logits M u
 
 #include "gradients.h"
+#include "site.h"
 
 namespace {
 
 using namespace bem;
+
+// z = scaling m (1 + tanh(C u)) a, a = A x, u = sqrt(R) a / |a|; m: the k largest logits M u (or of the task)
+Tensor rank_mask(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
+                     const Tensor& gate_t, const Tensor& mask_t, int64_t active, bool is_task_mask,
+                     double scaling) {
+  const int64_t in = x.size(-1), width = y.size(-1), padded = mask_t.size(1), rank = b.size(0);
+  const bool has_gate = gate_t.size(0) > 0;
+  const float* pc = weight<float>(gate_t, has_gate ? rank : 0, padded, "gate_t");
+  const float* pm = weight<float>(mask_t, is_task_mask ? 1 : rank, padded, "mask_t");
+  TORCH_CHECK(padded % kLanes == 0 && rank <= padded, "mask_t must be padded to 16 columns");
+  const Control control{pc, pm, has_gate, is_task_mask, rank, padded, active};
+  const float s = static_cast<float>(scaling);
+  return for_dtype(x, y, overwrite, [&](auto px, auto py, auto po) {
+    using T = std::remove_pointer_t<decltype(po)>;
+    const T *pa = weight<T>(a, rank, in, "a"), *pb = weight<T>(b, rank, width, "b");
+    over_rows(rows_of(y), [&](int64_t row, auto count) {
+      constexpr int ROWS = decltype(count)::value;
+      thread_local std::vector<float> scratch;
+      scratch.assign((ROWS + 4) * padded, 0.0f);
+      float *z = scratch.data(), *unit = z + ROWS * padded, *gate = unit + padded, *logits = gate + padded;
+      float* kept = logits + padded;
+      dots<ROWS>(px + row * in, in, in, pa, rank, z, padded);
+      for (int i = 0; i < ROWS; ++i) {
+        float* line = z + i * padded;
+        control_row(control, line, unit, gate, logits, kept);
+        for (int64_t at = 0; at < padded; at += kLanes)
+          store(line + at, load(line + at) * (s * load(kept + at)) * (1.0f + load(gate + at)));
+      }
+      up<ROWS>(Rows<T, T>{py + row * width, po + row * width, width, z, rank, padded, pb});
+    });
+  });
+}
 
 // the orthonormal Walsh-Hadamard transform along the rows of (rows, width); rows a power of two
 void hadamard(Floats& w, int64_t rows, int64_t width) {
@@ -219,9 +252,12 @@ std::tuple<Tensor, Tensor> rank_mask_autograd(const Tensor& x, const Tensor& y, 
           at::empty({0})};
 }
 
+[[maybe_unused]] const SiteKind& site_kind = add_site_kind<rank_mask>("rank_mask", /*wide=*/0);
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
+  define_inference(m, "rank_mask", "Tensor a, Tensor b, Tensor gate_t, Tensor mask_t, int active, bool is_task_mask, float scaling");
   m.def("rank_mask_train(Tensor x, Tensor y, Tensor a, Tensor b, Tensor? c, Tensor m, int active, bool is_task_mask, "
         "bool has_hadamard, float temperature, float scaling) -> (Tensor, Tensor)");
   m.def("rank_mask_backward(Tensor gradient, Tensor x, Tensor a, Tensor b, Tensor? c, Tensor m, Tensor z, int active, "
@@ -230,6 +266,7 @@ TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
 }
 
 TORCH_LIBRARY_IMPL(bem_peft_cpu, CPU, m) {
+  implement_inference<rank_mask>(m, "rank_mask");
   m.impl("rank_mask_train", rank_mask_forward);
   m.impl("rank_mask_backward", rank_mask_backward);
 }

@@ -366,4 +366,22 @@ const T* weight(const at::Tensor& w, int64_t rows, int64_t columns, const char* 
   return w.const_data_ptr<T>();
 }
 
+// f(x, y, where the result goes) as pointers of y's dtype; the result is y itself where it may be overwritten
+template <typename F>
+at::Tensor for_dtype(const at::Tensor& given_x, const at::Tensor& given_y, bool overwrite, const F& f) {
+  const at::Tensor y = given_y.contiguous(), x = given_x.to(y.scalar_type()).contiguous();
+  TORCH_CHECK(x.dim() > 0 && y.dim() > 0 && x.numel() / std::max<int64_t>(1, x.size(-1)) == rows_of(y),
+              "x ", x.sizes(), " and y ", y.sizes(), " must have the same rows");
+  // a row is read whole before it is written, so that y may be where the result goes
+  TORCH_CHECK(!overwrite || given_y.is_contiguous(), "only a contiguous y can be overwritten");
+  at::Tensor out = overwrite ? given_y : at::empty(y.sizes(), y.options());
+  if (x.scalar_type() == at::kFloat) {
+    f(x.const_data_ptr<float>(), y.const_data_ptr<float>(), out.mutable_data_ptr<float>());
+  } else {
+    TORCH_CHECK(x.scalar_type() == at::kBFloat16, "y must be float32 or bfloat16, is ", x.scalar_type());
+    f(x.const_data_ptr<at::BFloat16>(), y.const_data_ptr<at::BFloat16>(), out.mutable_data_ptr<at::BFloat16>());
+  }
+  return out;
+}
+
 }  // namespace bem
