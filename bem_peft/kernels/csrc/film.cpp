@@ -9,6 +9,20 @@ namespace {
 
 using namespace bem;
 
+template <typename T>
+float root_mean_square(const T* line, int64_t width) {
+  vf squares[4] = {};
+  int64_t at = 0;
+  for (; at + 4 * kLanes <= width; at += 4 * kLanes)
+    for (int v = 0; v < 4; ++v) {
+      const vf value = load(line + at + v * kLanes);
+      squares[v] += value * value;
+    }
+  float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  for (; at < width; ++at) total += static_cast<float>(line[at]) * static_cast<float>(line[at]);
+  return std::sqrt(total / static_cast<float>(width));
+}
+
 // c = tanh(x w + bias); g = c[:gamma_dim]; z = c[:beta_dim] (rms(y))
 Tensor film(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& w, const Tensor& bias,
                 const Tensor& gamma, const Tensor& beta, bool is_rms) {

@@ -7,6 +7,76 @@ namespace {
 
 using namespace bem;
 
+// natural logarithm of positive, normal numbers, to some 2 ulp
+vf vlog(vf x) {
+  vi bits = (vi)x;
+  vi exponent = ((bits - 0x3f3504f3) >> 23);  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+  vf m = (vf)(bits - (exponent << 23)) - 1.0f;
+  vf e = __builtin_convertvector(exponent, vf), square = m * m;
+  vf p = splat(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  vf low = p * m * square + e * -2.12194440e-4f - 0.5f * square;
+  return choose(x == x, (m + low) + e * 0.693359375f, x);
+}
+
+// PT1's statistics of one token's heads; each (heads rounded up to 16, filled with ones)
+struct HeadStatistics {
+  float *energy, *evenness, *norm, *cosine;  // log (|o|^2 / sum |o|^2), cosine^2; |o|, sum(o) / |o|
+  float largest, total;  // of the norms; sum of their squares relative to it
+};
+
+template <typename T>
+void head_statistics(const T* x, int64_t heads, int64_t head_dim, HeadStatistics& found) {
+  for (int64_t h = 0; h < heads; ++h) {
+    const T* line = x + h * head_dim;
+    vf squares = {}, sums = {};
+    int64_t at = 0;
+    for (; at + kLanes <= head_dim; at += kLanes) {
+      const vf value = load(line + at);
+      squares += value * value;
+      sums += value;
+    }
+    float square = sum(squares), added = sum(sums);
+    for (; at < head_dim; ++at) {
+      const float value = static_cast<float>(line[at]);
+      square += value * value;
+      added += value;
+    }
+    found.norm[h] = std::max(std::sqrt(square), 1e-20f);
+    found.cosine[h] = added / found.norm[h];
+    found.evenness[h] = found.cosine[h] * found.cosine[h];
+  }
+  // log (|o_h|^2 / sum |o|^2) = 2 log |o_h| - 2 log |o|, |o| from norms relative to the largest: no overflow
+  float largest = 0.0f, total = 0.0f;
+  for (int64_t h = 0; h < heads; ++h)
+    largest = found.norm[h] > largest || found.norm[h] != found.norm[h] ? found.norm[h] : largest;
+  for (int64_t h = 0; h < heads; ++h) total += (found.norm[h] / largest) * (found.norm[h] / largest);
+  const float shift = 2.0f * std::log(largest) + std::log(total);
+  for (int64_t at = 0; at < heads; at += kLanes) store(found.energy + at, 2.0f * vlog(load(found.norm + at)) - shift);
+  found.largest = largest;
+  found.total = total;
+}
+
+// gates (padded) = factor sigmoid(W stats + bias), w (2 heads, padded)
+void gate_row(const HeadStatistics& stats, int64_t heads, const float* w, const float* bias, int64_t padded,
+                     float factor, float* gates) {
+  for (int64_t at = 0; at < padded; at += kLanes) {
+    vf logits = load(bias + at);
+    for (int64_t h = 0; h < heads; ++h) {
+      logits += stats.energy[h] * load(w + h * padded + at);
+      logits += stats.evenness[h] * load(w + (heads + h) * padded + at);
+    }
+    store(gates + at, factor / (1.0f + vexp(-logits)));
+  }
+}
+
 // z_g = scaling 2 sigmoid(gate_w stats(x) + bias)_g A_g x_g; statistics of each head's output
 Tensor head_gating(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
                        const Tensor& gate_w, const Tensor& gate_bias, int64_t heads,

@@ -7,6 +7,42 @@ namespace {
 
 using namespace bem;
 
+// left (RANKS, v_dim) = U X for RANKS rows of U and one token's X (u_dim, v_dim)
+template <int RANKS>
+void left_rows(const float* x, const float* u, int64_t u_dim, int64_t v_dim, float* left) {
+  int64_t at = 0;
+  for (; at + kLanes <= v_dim; at += kLanes) {
+    vf sums[2 * RANKS] = {};
+    int64_t k = 0;
+    for (; k + 2 <= u_dim; k += 2)
+      for (int half = 0; half < 2; ++half) {
+        const vf value = load(x + (k + half) * v_dim + at);
+        for (int a = 0; a < RANKS; ++a) sums[2 * a + half] += u[a * u_dim + k + half] * value;
+      }
+    if (k < u_dim)
+      for (int a = 0; a < RANKS; ++a) sums[2 * a] += u[a * u_dim + k] * load(x + k * v_dim + at);
+    for (int a = 0; a < RANKS; ++a) store(left + a * v_dim + at, sums[2 * a] + sums[2 * a + 1]);
+  }
+  for (; at < v_dim; ++at)
+    for (int a = 0; a < RANKS; ++a) {
+      float total = 0.0f;
+      for (int64_t k = 0; k < u_dim; ++k) total += u[a * u_dim + k] * x[k * v_dim + at];
+      left[a * v_dim + at] = total;
+    }
+}
+
+// z (u_rank v_rank) = scaling vec(U X V^T) of one token's X (u_dim, v_dim); left: room for (u_rank, v_dim), one: (padded)
+void kronecker_row(const float* x, const float* u, int64_t u_rank, int64_t u_dim, const float* v_t, int64_t v_rank,
+                          int64_t v_dim, int64_t padded, float scaling, float* left, float* one, float* z) {
+  int64_t a = 0;
+  for (; a + 4 <= u_rank; a += 4) left_rows<4>(x, u + a * u_dim, u_dim, v_dim, left + a * v_dim);
+  for (; a < u_rank; ++a) left_rows<1>(x, u + a * u_dim, u_dim, v_dim, left + a * v_dim);
+  for (a = 0; a < u_rank; ++a) {
+    small_product(left + a * v_dim, v_dim, v_t, padded, one);
+    for (int64_t j = 0; j < v_rank; ++j) z[a * v_rank + j] = scaling * one[j];
+  }
+}
+
 // z = scaling vec(U X V^T), X = x as (u_dim, v_dim)
 Tensor kronecker(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& u, const Tensor& v_t,
                      const Tensor& b, int64_t v_rank, double scaling) {

@@ -7,6 +7,39 @@ namespace {
 
 using namespace bem;
 
+// PT2's control of one token: c_t, m_t (rank, padded), or m_t (1, padded) the logits of a task's mask
+struct Control {
+  const float *c_t, *m_t;
+  bool has_gate, is_task_mask;
+  int64_t rank, padded, active;
+};
+
+// unit = z / |z|, gate = tanh(C unit), logits = M unit, kept in {0, 1}: exactly `active` ones; all (padded). Returns |z|.
+float control_row(const Control& w, const float* z, float* unit, float* gate, float* logits, float* kept) {
+  float squares = 0.0f;
+  for (int64_t j = 0; j < w.rank; ++j) squares += z[j] * z[j];
+  const float norm = std::max(std::sqrt(squares), 1e-20f), inverse = 1.0f / norm;
+  for (int64_t j = 0; j < w.rank; ++j) unit[j] = z[j] * inverse;
+  if (w.has_gate) small_product(unit, w.rank, w.c_t, w.padded, gate);
+  if (w.is_task_mask) {
+    std::copy(w.m_t, w.m_t + w.padded, logits);
+  } else {
+    small_product(unit, w.rank, w.m_t, w.padded, logits);
+  }
+  for (int64_t at = 0; at < w.padded; at += kLanes) {
+    const vf mine = load(logits + at);
+    vi index, before = {};
+    for (int64_t lane = 0; lane < kLanes; ++lane) index[lane] = static_cast<int32_t>(at + lane);
+    for (int64_t j = 0; j < w.rank; ++j) {
+      const vf other = splat(logits[j]);
+      before -= (other > mine) | ((other == mine) & (static_cast<int32_t>(j) < index));
+    }
+    store(kept + at, choose(before < static_cast<int32_t>(w.active), splat(1.0f), vf{}));
+    if (w.has_gate) store(gate + at, vtanh(load(gate + at)));
+  }
+  return norm;
+}
+
 // z = scaling m (1 + tanh(C u)) a, a = A x, u = sqrt(R) a / |a|; m: the k largest logits M u (or of the task)
 Tensor rank_mask(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
                      const Tensor& gate_t, const Tensor& mask_t, int64_t active, bool is_task_mask,

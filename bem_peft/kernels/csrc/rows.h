@@ -69,25 +69,6 @@ inline vf vtanh(vf x) {
   return choose(x == x, choose(is_small, series, large), x);  // NaN stays NaN
 }
 
-// natural logarithm of positive, normal numbers, to some 2 ulp
-inline vf vlog(vf x) {
-  vi bits = (vi)x;
-  vi exponent = ((bits - 0x3f3504f3) >> 23);  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
-  vf m = (vf)(bits - (exponent << 23)) - 1.0f;
-  vf e = __builtin_convertvector(exponent, vf), square = m * m;
-  vf p = splat(7.0376836292e-2f);
-  p = p * m - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  vf low = p * m * square + e * -2.12194440e-4f - 0.5f * square;
-  return choose(x == x, (m + low) + e * 0.693359375f, x);
-}
-
 typedef float vf8 __attribute__((vector_size(32)));
 typedef float vf4 __attribute__((vector_size(16)));
 
@@ -96,20 +77,6 @@ inline float sum(vf value) {
               __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
   vf4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
   return (four[0] + four[1]) + (four[2] + four[3]);
-}
-
-template <typename T>
-inline float root_mean_square(const T* line, int64_t width) {
-  vf squares[4] = {};
-  int64_t at = 0;
-  for (; at + 4 * kLanes <= width; at += 4 * kLanes)
-    for (int v = 0; v < 4; ++v) {
-      const vf value = load(line + at + v * kLanes);
-      squares[v] += value * value;
-    }
-  float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
-  for (; at < width; ++at) total += static_cast<float>(line[at]) * static_cast<float>(line[at]);
-  return std::sqrt(total / static_cast<float>(width));
 }
 
 inline const float* widened(const float* x, int64_t, float*) { return x; }
@@ -224,126 +191,6 @@ void up(const Rows<T, W>& f) {
       if (f.y != nullptr) added += static_cast<float>(f.y[row * width + at]) * factor;
       f.out[row * width + at] = static_cast<T>(added);
     }
-}
-
-// left (RANKS, v_dim) = U X for RANKS rows of U and one token's X (u_dim, v_dim)
-template <int RANKS>
-void left_rows(const float* x, const float* u, int64_t u_dim, int64_t v_dim, float* left) {
-  int64_t at = 0;
-  for (; at + kLanes <= v_dim; at += kLanes) {
-    vf sums[2 * RANKS] = {};
-    int64_t k = 0;
-    for (; k + 2 <= u_dim; k += 2)
-      for (int half = 0; half < 2; ++half) {
-        const vf value = load(x + (k + half) * v_dim + at);
-        for (int a = 0; a < RANKS; ++a) sums[2 * a + half] += u[a * u_dim + k + half] * value;
-      }
-    if (k < u_dim)
-      for (int a = 0; a < RANKS; ++a) sums[2 * a] += u[a * u_dim + k] * load(x + k * v_dim + at);
-    for (int a = 0; a < RANKS; ++a) store(left + a * v_dim + at, sums[2 * a] + sums[2 * a + 1]);
-  }
-  for (; at < v_dim; ++at)
-    for (int a = 0; a < RANKS; ++a) {
-      float total = 0.0f;
-      for (int64_t k = 0; k < u_dim; ++k) total += u[a * u_dim + k] * x[k * v_dim + at];
-      left[a * v_dim + at] = total;
-    }
-}
-
-// z (u_rank v_rank) = scaling vec(U X V^T) of one token's X (u_dim, v_dim); left: room for (u_rank, v_dim), one: (padded)
-inline void kronecker_row(const float* x, const float* u, int64_t u_rank, int64_t u_dim, const float* v_t, int64_t v_rank,
-                          int64_t v_dim, int64_t padded, float scaling, float* left, float* one, float* z) {
-  int64_t a = 0;
-  for (; a + 4 <= u_rank; a += 4) left_rows<4>(x, u + a * u_dim, u_dim, v_dim, left + a * v_dim);
-  for (; a < u_rank; ++a) left_rows<1>(x, u + a * u_dim, u_dim, v_dim, left + a * v_dim);
-  for (a = 0; a < u_rank; ++a) {
-    small_product(left + a * v_dim, v_dim, v_t, padded, one);
-    for (int64_t j = 0; j < v_rank; ++j) z[a * v_rank + j] = scaling * one[j];
-  }
-}
-
-// PT2's control of one token: c_t, m_t (rank, padded), or m_t (1, padded) the logits of a task's mask
-struct Control {
-  const float *c_t, *m_t;
-  bool has_gate, is_task_mask;
-  int64_t rank, padded, active;
-};
-
-// unit = z / |z|, gate = tanh(C unit), logits = M unit, kept in {0, 1}: exactly `active` ones; all (padded). Returns |z|.
-inline float control_row(const Control& w, const float* z, float* unit, float* gate, float* logits, float* kept) {
-  float squares = 0.0f;
-  for (int64_t j = 0; j < w.rank; ++j) squares += z[j] * z[j];
-  const float norm = std::max(std::sqrt(squares), 1e-20f), inverse = 1.0f / norm;
-  for (int64_t j = 0; j < w.rank; ++j) unit[j] = z[j] * inverse;
-  if (w.has_gate) small_product(unit, w.rank, w.c_t, w.padded, gate);
-  if (w.is_task_mask) {
-    std::copy(w.m_t, w.m_t + w.padded, logits);
-  } else {
-    small_product(unit, w.rank, w.m_t, w.padded, logits);
-  }
-  for (int64_t at = 0; at < w.padded; at += kLanes) {
-    const vf mine = load(logits + at);
-    vi index, before = {};
-    for (int64_t lane = 0; lane < kLanes; ++lane) index[lane] = static_cast<int32_t>(at + lane);
-    for (int64_t j = 0; j < w.rank; ++j) {
-      const vf other = splat(logits[j]);
-      before -= (other > mine) | ((other == mine) & (static_cast<int32_t>(j) < index));
-    }
-    store(kept + at, choose(before < static_cast<int32_t>(w.active), splat(1.0f), vf{}));
-    if (w.has_gate) store(gate + at, vtanh(load(gate + at)));
-  }
-  return norm;
-}
-
-// PT1's statistics of one token's heads; each (heads rounded up to 16, filled with ones)
-struct HeadStatistics {
-  float *energy, *evenness, *norm, *cosine;  // log (|o|^2 / sum |o|^2), cosine^2; |o|, sum(o) / |o|
-  float largest, total;  // of the norms; sum of their squares relative to it
-};
-
-template <typename T>
-inline void head_statistics(const T* x, int64_t heads, int64_t head_dim, HeadStatistics& found) {
-  for (int64_t h = 0; h < heads; ++h) {
-    const T* line = x + h * head_dim;
-    vf squares = {}, sums = {};
-    int64_t at = 0;
-    for (; at + kLanes <= head_dim; at += kLanes) {
-      const vf value = load(line + at);
-      squares += value * value;
-      sums += value;
-    }
-    float square = sum(squares), added = sum(sums);
-    for (; at < head_dim; ++at) {
-      const float value = static_cast<float>(line[at]);
-      square += value * value;
-      added += value;
-    }
-    found.norm[h] = std::max(std::sqrt(square), 1e-20f);
-    found.cosine[h] = added / found.norm[h];
-    found.evenness[h] = found.cosine[h] * found.cosine[h];
-  }
-  // log (|o_h|^2 / sum |o|^2) = 2 log |o_h| - 2 log |o|, |o| from norms relative to the largest: no overflow
-  float largest = 0.0f, total = 0.0f;
-  for (int64_t h = 0; h < heads; ++h)
-    largest = found.norm[h] > largest || found.norm[h] != found.norm[h] ? found.norm[h] : largest;
-  for (int64_t h = 0; h < heads; ++h) total += (found.norm[h] / largest) * (found.norm[h] / largest);
-  const float shift = 2.0f * std::log(largest) + std::log(total);
-  for (int64_t at = 0; at < heads; at += kLanes) store(found.energy + at, 2.0f * vlog(load(found.norm + at)) - shift);
-  found.largest = largest;
-  found.total = total;
-}
-
-// gates (padded) = factor sigmoid(W stats + bias), w (2 heads, padded)
-inline void gate_row(const HeadStatistics& stats, int64_t heads, const float* w, const float* bias, int64_t padded,
-                     float factor, float* gates) {
-  for (int64_t at = 0; at < padded; at += kLanes) {
-    vf logits = load(bias + at);
-    for (int64_t h = 0; h < heads; ++h) {
-      logits += stats.energy[h] * load(w + h * padded + at);
-      logits += stats.evenness[h] * load(w + (heads + h) * padded + at);
-    }
-    store(gates + at, factor / (1.0f + vexp(-logits)));
-  }
 }
 
 // Blocks of rows on all threads: f(first row, number of rows), 8 rows or 1.
