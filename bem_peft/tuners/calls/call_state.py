@@ -21,7 +21,7 @@ from bem_peft.tuners.calls.attention_stats import register_exact
 from bem_peft.tuners.calls.call_frame import CallFrames, CallValues
 from bem_peft.tuners.calls.penalty_call import LoopScale, PenaltyLog, penalty_call
 from bem_peft.tuners.calls.retrieval import CHECKS, check_quality, check_scores
-from bem_peft.tuners.steps.sharded import refuse_partitioned
+from bem_peft.tuners.steps.optimizer_hooks import refuse_partitioned
 
 Values = torch.Tensor | Sequence[Any]
 
@@ -118,9 +118,12 @@ class _ReceiveCall:
 
 def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """The rows of a call of a model; None: its arguments do not tell."""
-    named = (kwargs.get(n) for n in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"))
-    found = next((value for value in (*named, *args) if isinstance(value, torch.Tensor) and value.dim()), None)
-    return None if found is None else int(found.shape[0])
+    # here and below no next(..., default), which torch 2.7 does not compile
+    named = [kwargs.get(n) for n in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")]
+    for value in (*named, *args):
+        if isinstance(value, torch.Tensor) and value.dim():
+            return int(value.shape[0])
+    return None
 
 
 class _EndCall:

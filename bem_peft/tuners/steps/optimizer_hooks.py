@@ -108,6 +108,23 @@ class _Running(threading.local):
 _running = _Running()
 
 
+def refuse_partitioned(model: nn.Module) -> None:
+    """Raise where DeepSpeed's ZeRO keeps the parameters' masters, which no hook of an optimizer step would reach.
+
+    Raises:
+        RuntimeError: the modules of `model` that are watched are in the hands of ZeRO.
+    """
+    for module in model.modules():
+        if isinstance(module, Watched) and module.is_watched:
+            if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in module.parameters()):
+                raise RuntimeError(
+                    "under DeepSpeed's ZeRO nothing can be done around an optimizer step, because ZeRO keeps copies of "
+                    "the parameters: set emergency_stabilization=False, and leave max_singular_value, fro_budget and "
+                    "decorrelation_anneal_steps out; or use DDP or FSDP2."
+                )
+            return
+
+
 def watched_by(optimizer: Optimizer) -> list[Watched]:
     """The watched adapters that `optimizer` trains, in the order of their creation."""
     if not _watched:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -32,19 +32,3 @@ def write(parameter: torch.Tensor, value: torch.Tensor) -> None:
 def is_distributed() -> bool:
     """Whether this process belongs to a group, in which a parameter's storage may change unseen."""
     return distributed.is_available() and distributed.is_initialized()
-
-
-def refuse_partitioned(model: nn.Module) -> None:
-    """Raise where DeepSpeed's ZeRO keeps the parameters' masters, which no hook of an optimizer step would reach.
-
-    Raises:
-        RuntimeError: the adapters of `model` that are watched are in the hands of ZeRO.
-    """
-    adapter = next((module for module in model.modules() if getattr(module, "is_watched", False)), None)
-    parameter = None if adapter is None else next(adapter.parameters(), None)
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-        raise RuntimeError(
-            "under DeepSpeed's ZeRO nothing can be done around an optimizer step, because ZeRO keeps copies of the "
-            "parameters: set emergency_stabilization=False, and leave max_singular_value, fro_budget and "
-            "decorrelation_anneal_steps out; or use DDP or FSDP2."
-        )
