@@ -24,8 +24,8 @@ float root_mean_square(const T* line, int64_t width) {
 }
 
 // c = tanh(x w + bias); g = c[:gamma_dim]; z = c[:beta_dim] (rms(y))
-Tensor film(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& w, const Tensor& bias,
-                const Tensor& gamma, const Tensor& beta, bool is_rms) {
+Tensor film(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& w, const Tensor& bias, const Tensor& gamma,
+            const Tensor& beta, bool is_rms) {
   const int64_t in = x.size(-1), width = y.size(-1), units = w.size(0), padded = bias.size(1);
   const int64_t gamma_dim = gamma.size(0), beta_dim = beta.size(0);
   const float* p_bias = weight<float>(bias, 1, padded, "bias");
@@ -220,41 +220,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> film_backward(
   return {gx, gy, gw, gbias, ggamma, gbeta};
 }
 
-struct Film : torch::autograd::Function<Film> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const Tensor& w, const Tensor& bias,
-                        const Maybe& gamma, const Maybe& beta, double scaling, double clamp_range, double max_beta,
-                        bool is_rms, const Maybe& unstable, double threshold) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    static const auto op = operation<decltype(film_forward)>("bem_peft_cpu::film_train");
-    auto [out, c, rms] = op.call(x, y, w, bias, gamma, beta, scaling, clamp_range, max_beta, is_rms,
-                                 unstable, threshold);
-    remember_caller(ctx);
-    ctx->save_for_backward({x, y, w, bias, or_nothing(gamma), or_nothing(beta), c, rms});
-    ctx->saved_data["scaling"] = scaling;
-    ctx->saved_data["clamp_range"] = clamp_range;
-    ctx->saved_data["max_beta"] = max_beta;
-    return out;
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
-    const auto saved = ctx->get_saved_variables();
-    const variable_list inputs{saved[0], saved[1], saved[2], saved[3], saved[4], saved[5]};
-    if (variable_list found = by_torch_form(ctx, inputs, gradients[0], 6); !found.empty()) return found;
-    static const auto op = operation<decltype(film_backward)>("bem_peft_cpu::film_backward");
-    auto [gx, gy, gw, gbias, ggamma, gbeta] = op.call(
-        gradients[0], saved[0], saved[1], saved[2], or_none(saved[4]), or_none(saved[5]), saved[6], saved[7],
-        ctx->saved_data["scaling"].toDouble(), ctx->saved_data["clamp_range"].toDouble(),
-        ctx->saved_data["max_beta"].toDouble(), ctx->needs_input_grad(0));
-    return {gx, gy, gw, gbias, ggamma, gbeta, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
-  }
-};
+Tensors film_gradients(Context* ctx, const Tensor& gradient) {
+  const Tensors saved = kept(ctx);
+  const Tensors inputs{saved[0], saved[1], saved[2], saved[3], saved[4], saved[5]};
+  if (Tensors found = by_torch_form(ctx, inputs, gradient); !found.empty()) return found;
+  static const auto op = operation<decltype(film_backward)>("bem_peft_cpu::film_backward");
+  auto [gx, gy, gw, gbias, ggamma, gbeta] = op.call(
+      gradient, saved[0], saved[1], saved[2], or_none(saved[4]), or_none(saved[5]), saved[6], saved[7],
+      kept(ctx, "scaling").toDouble(), kept(ctx, "clamp_range").toDouble(), kept(ctx, "max_beta").toDouble(), needs_x(ctx));
+  return {gx, gy, gw, gbias, ggamma, gbeta};
+}
 
 // what the dispatcher calls where a gradient is asked for; the coefficients that are kept are of no use outside
 std::tuple<Tensor, Tensor, Tensor> film_autograd(
     const Tensor& x, const Tensor& y, const Tensor& w, const Tensor& bias, const Maybe& gamma, const Maybe& beta,
     double scaling, double clamp_range, double max_beta, bool is_rms, const Maybe& unstable, double threshold) {
-  Tensor out = Film::apply(x, y, w, bias, gamma, beta, scaling, clamp_range, max_beta, is_rms,
-                           unstable, threshold);
-  return {out, at::empty({0}), at::empty({0})};
+  const auto forward = [&](Context* ctx) {
+    static const auto op = operation<decltype(film_forward)>("bem_peft_cpu::film_train");
+    auto [out, c, rms] = op.call(x, y, w, bias, gamma, beta, scaling, clamp_range, max_beta, is_rms, unstable, threshold);
+    keep(ctx, {x, y, w, bias, or_nothing(gamma), or_nothing(beta), c, rms});
+    keep(ctx, "scaling", scaling);
+    keep(ctx, "clamp_range", clamp_range);
+    keep(ctx, "max_beta", max_beta);
+    return out;
+  };
+  return {differentiable({x, y, w, bias, gamma, beta}, forward, film_gradients), at::empty({0}), at::empty({0})};
 }
 
 [[maybe_unused]] const SiteKind& site_kind = add_site_kind<film>("film", /*wide=*/0);

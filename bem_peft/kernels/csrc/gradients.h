@@ -8,19 +8,23 @@
 
 #pragma once
 
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/variable.h>
+#include <torch/library.h>
 
 #include "rows.h"
 
+#include <array>
+#include <functional>
 #include <optional>
 #include <tuple>
+
+namespace torch::autograd {
+struct AutogradContext;
+}
 
 namespace bem {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+typedef std::vector<Tensor> Tensors;
 typedef std::optional<Tensor> Maybe;
 typedef std::vector<float> Floats;
 
@@ -172,19 +176,34 @@ inline void check_rows(const Tensor& x, const Tensor& y) {
 }
 
 // ---- autograd
+//
+// One torch::autograd::Function (operators.cpp) stands for all methods: to the compiler, one costs as much as a method's
+// maths.
 
+typedef torch::autograd::AutogradContext Context;
+
+// The operator of that name, called through the dispatcher.
 template <typename Signature>
 auto operation(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// Keeps with the call whose it is, as `name_caller` has said.
-void remember_caller(AutogradContext* ctx);
+// What a call keeps for its backward: tensors, all at once, and options by name.
+void keep(Context* ctx, Tensors tensors);
+void keep(Context* ctx, const char* name, const c10::IValue& option);
+Tensors kept(Context* ctx);
+const c10::IValue& kept(Context* ctx, const char* name);
+bool needs_x(Context* ctx);
+
+// y' of `forward`, which runs below autograd. `inputs`: x, y and the masters; `backward` gives their gradients, in this order.
+typedef std::array<Maybe, 6> Inputs;
+typedef Tensors (*Backward)(Context* ctx, const Tensor& gradient);
+Tensor differentiable(const Inputs& inputs, const std::function<Tensor(Context*)>& forward, Backward backward);
 
 // The gradients of x, y and the masters (undefined where there is none) by autograd through the torch form: where this
 // backward is differentiated again (create_graph), or runs under vmap, in a dual level or on tensors of a subclass.
-// `options` undefined ones follow. Empty: the operator may compute it.
-variable_list by_torch_form(AutogradContext* ctx, const variable_list& inputs, const Tensor& gradient, int options);
+// Empty: the operator may compute it.
+Tensors by_torch_form(Context* ctx, const Tensors& inputs, const Tensor& gradient);
 
 // stands for a y that is added and was not kept
 inline Tensor like_output(const Tensor& x, const Tensor& gradient) { return at::zeros(gradient.sizes(), x.options()); }

@@ -79,8 +79,7 @@ void gate_row(const HeadStatistics& stats, int64_t heads, const float* w, const 
 
 // z_g = scaling 2 sigmoid(gate_w stats(x) + bias)_g A_g x_g; statistics of each head's output
 Tensor head_gating(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
-                       const Tensor& gate_w, const Tensor& gate_bias, int64_t heads,
-                       at::IntArrayRef ranks, double scaling) {
+                   const Tensor& gate_w, const Tensor& gate_bias, int64_t heads, at::IntArrayRef ranks, double scaling) {
   const int64_t in = x.size(-1), width = y.size(-1), gate_padded = gate_w.size(1);
   const int64_t padded_heads = (heads + kLanes - 1) / kLanes * kLanes;
   const int64_t groups = static_cast<int64_t>(ranks.size()), rank = b.size(0);
@@ -276,39 +275,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_gating_backward(
   return {gx, ga, gb, ggate, gbias};
 }
 
-struct HeadGates : torch::autograd::Function<HeadGates> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
-                        const Tensor& gate_w, const Tensor& gate_bias, int64_t heads, at::IntArrayRef ranks,
-                        double temperature, double scaling) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    static const auto op = operation<decltype(head_gating_forward)>("bem_peft_cpu::head_gating_train");
-    auto [out, low, half] = op.call(x, y, a, b, gate_w, gate_bias, heads, ranks, temperature, scaling);
-    remember_caller(ctx);
-    ctx->save_for_backward({x, a, b, gate_w, gate_bias, low, half});
-    ctx->saved_data["heads"] = heads;
-    ctx->saved_data["ranks"] = ranks.vec();
-    ctx->saved_data["temperature"] = temperature;
-    ctx->saved_data["scaling"] = scaling;
-    return out;
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
-    const auto saved = ctx->get_saved_variables();
-    const variable_list inputs{saved[0], like_output(saved[0], gradients[0]), saved[1], saved[2], saved[3], saved[4]};
-    if (variable_list found = by_torch_form(ctx, inputs, gradients[0], 4); !found.empty()) return found;
-    static const auto op = operation<decltype(head_gating_backward)>("bem_peft_cpu::head_gating_backward");
-    const auto ranks = ctx->saved_data["ranks"].toIntVector();
-    auto [gx, ga, gb, ggate, gbias] = op.call(
-        gradients[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], ctx->saved_data["heads"].toInt(),
-        ranks, ctx->saved_data["temperature"].toDouble(), ctx->saved_data["scaling"].toDouble(), ctx->needs_input_grad(0));
-    return {gx, gradients[0], ga, gb, ggate, gbias, Tensor(), Tensor(), Tensor(), Tensor()};
-  }
-};
+Tensors head_gating_gradients(Context* ctx, const Tensor& gradient) {
+  const Tensors saved = kept(ctx);
+  const Tensors inputs{saved[0], like_output(saved[0], gradient), saved[1], saved[2], saved[3], saved[4]};
+  if (Tensors found = by_torch_form(ctx, inputs, gradient); !found.empty()) return found;
+  static const auto op = operation<decltype(head_gating_backward)>("bem_peft_cpu::head_gating_backward");
+  const auto ranks = kept(ctx, "ranks").toIntVector();
+  auto [gx, ga, gb, ggate, gbias] = op.call(
+      gradient, saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], kept(ctx, "heads").toInt(), ranks,
+      kept(ctx, "temperature").toDouble(), kept(ctx, "scaling").toDouble(), needs_x(ctx));
+  return {gx, gradient, ga, gb, ggate, gbias};
+}
 
 // what the dispatcher calls where a gradient is asked for; the coefficients that are kept are of no use outside
 std::tuple<Tensor, Tensor, Tensor> head_gating_autograd(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
                                                         const Tensor& gate_w, const Tensor& gate_bias, int64_t heads,
                                                         at::IntArrayRef ranks, double temperature, double scaling) {
-  return {HeadGates::apply(x, y, a, b, gate_w, gate_bias, heads, ranks, temperature, scaling), at::empty({0}), at::empty({0})};
+  const auto forward = [&](Context* ctx) {
+    static const auto op = operation<decltype(head_gating_forward)>("bem_peft_cpu::head_gating_train");
+    auto [out, low, half] = op.call(x, y, a, b, gate_w, gate_bias, heads, ranks, temperature, scaling);
+    keep(ctx, {x, a, b, gate_w, gate_bias, low, half});
+    keep(ctx, "heads", heads);
+    keep(ctx, "ranks", ranks.vec());
+    keep(ctx, "temperature", temperature);
+    keep(ctx, "scaling", scaling);
+    return out;
+  };
+  return {differentiable({x, y, a, b, gate_w, gate_bias}, forward, head_gating_gradients), at::empty({0}), at::empty({0})};
 }
 
 [[maybe_unused]] const SiteKind& site_kind = add_site_kind<head_gating>("head_gating", /*wide=*/0);

@@ -44,8 +44,8 @@ void kronecker_row(const float* x, const float* u, int64_t u_rank, int64_t u_dim
 }
 
 // z = scaling vec(U X V^T), X = x as (u_dim, v_dim)
-Tensor kronecker(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& u, const Tensor& v_t,
-                     const Tensor& b, int64_t v_rank, double scaling) {
+Tensor kronecker(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& u, const Tensor& v_t, const Tensor& b,
+                 int64_t v_rank, double scaling) {
   const int64_t in = x.size(-1), width = y.size(-1), u_rank = u.size(0), u_dim = u.size(1), v_dim = v_t.size(0);
   const int64_t padded = v_t.size(1), rank = u_rank * v_rank;
   const float *pu = weight<float>(u, u_rank, u_dim, "u"), *pv = weight<float>(v_t, v_dim, padded, "v_t");
@@ -182,32 +182,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kronecker_backward(const Tensor& give
   return {gx, gu, gv, gb};
 }
 
-struct Kronecker : torch::autograd::Function<Kronecker> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const Tensor& u, const Tensor& v,
-                        const Tensor& b, double scaling) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    static const auto op = operation<decltype(kronecker_forward)>("bem_peft_cpu::kronecker_train");
-    auto [out, z] = op.call(x, y, u, v, b, scaling);
-    remember_caller(ctx);
-    ctx->save_for_backward({x, u, v, b, z});
-    ctx->saved_data["scaling"] = scaling;
-    return out;
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
-    const auto saved = ctx->get_saved_variables();
-    const variable_list inputs{saved[0], like_output(saved[0], gradients[0]), saved[1], saved[2], saved[3]};
-    if (variable_list found = by_torch_form(ctx, inputs, gradients[0], 1); !found.empty()) return found;
-    static const auto op = operation<decltype(kronecker_backward)>("bem_peft_cpu::kronecker_backward");
-    auto [gx, gu, gv, gb] = op.call(gradients[0], saved[0], saved[1], saved[2], saved[3], saved[4],
-                                    ctx->saved_data["scaling"].toDouble(), ctx->needs_input_grad(0));
-    return {gx, gradients[0], gu, gv, gb, Tensor()};
-  }
-};
+Tensors kronecker_gradients(Context* ctx, const Tensor& gradient) {
+  const Tensors saved = kept(ctx);
+  const Tensors inputs{saved[0], like_output(saved[0], gradient), saved[1], saved[2], saved[3]};
+  if (Tensors found = by_torch_form(ctx, inputs, gradient); !found.empty()) return found;
+  static const auto op = operation<decltype(kronecker_backward)>("bem_peft_cpu::kronecker_backward");
+  auto [gx, gu, gv, gb] = op.call(gradient, saved[0], saved[1], saved[2], saved[3], saved[4],
+                                  kept(ctx, "scaling").toDouble(), needs_x(ctx));
+  return {gx, gradient, gu, gv, gb};
+}
 
 // what the dispatcher calls where a gradient is asked for; the coefficients that are kept are of no use outside
 std::tuple<Tensor, Tensor> kronecker_autograd(const Tensor& x, const Tensor& y, const Tensor& u, const Tensor& v,
                                               const Tensor& b, double scaling) {
-  return {Kronecker::apply(x, y, u, v, b, scaling), at::empty({0})};
+  const auto forward = [&](Context* ctx) {
+    static const auto op = operation<decltype(kronecker_forward)>("bem_peft_cpu::kronecker_train");
+    auto [out, z] = op.call(x, y, u, v, b, scaling);
+    keep(ctx, {x, u, v, b, z});
+    keep(ctx, "scaling", scaling);
+    return out;
+  };
+  return {differentiable({x, y, u, v, b}, forward, kronecker_gradients), at::empty({0})};
 }
 
 [[maybe_unused]] const SiteKind& site_kind = add_site_kind<kronecker>("kronecker", /*wide=*/2);

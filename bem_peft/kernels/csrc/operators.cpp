@@ -1,6 +1,7 @@
-// The module: what belongs to no method.
+// The module: what belongs to no method. Each method has a file of its own, which registers its operators itself.
 
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <ATen/record_function.h>
@@ -103,7 +104,7 @@ PyObject* run_site(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 }  // namespace
 
-// ---- whose backward is differentiated again
+// ---- autograd, and who is asked where a backward is differentiated again
 
 namespace {
 
@@ -139,15 +140,37 @@ PyObject* set_torch_form(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 namespace bem {
 
-void remember_caller(AutogradContext* ctx) {
-  ctx->saved_data["caller"] = next_caller.number;
-  ctx->saved_data["is_training"] = next_caller.is_training;
-  next_caller = Caller{};
+struct Training : torch::autograd::Function<Training> {
+  static Tensor forward(Context* ctx, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Maybe&,
+                        const std::function<Tensor(Context*)>& run, Backward back) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    Tensor out = run(ctx);
+    ctx->saved_data["backward"] = reinterpret_cast<int64_t>(back);
+    ctx->saved_data["caller"] = next_caller.number;
+    ctx->saved_data["is_training"] = next_caller.is_training;
+    next_caller = Caller{};
+    return out;
+  }
+  static Tensors backward(Context* ctx, const Tensors& gradients) {
+    Tensors found = reinterpret_cast<Backward>(ctx->saved_data["backward"].toInt())(ctx, gradients[0]);
+    found.resize(std::tuple_size_v<Inputs> + 2);
+    return found;
+  }
+};
+
+Tensor differentiable(const Inputs& inputs, const std::function<Tensor(Context*)>& forward, Backward backward) {
+  return std::apply([&](const auto&... input) { return Training::apply(input..., forward, backward); }, inputs);
 }
 
-variable_list by_torch_form(AutogradContext* ctx, const variable_list& inputs, const Tensor& gradient, int options) {
+void keep(Context* ctx, Tensors tensors) { ctx->save_for_backward(std::move(tensors)); }
+void keep(Context* ctx, const char* name, const c10::IValue& option) { ctx->saved_data[name] = option; }
+Tensors kept(Context* ctx) { return ctx->get_saved_variables(); }
+const c10::IValue& kept(Context* ctx, const char* name) { return ctx->saved_data.at(name); }
+bool needs_x(Context* ctx) { return ctx->needs_input_grad(0); }
+
+Tensors by_torch_form(Context* ctx, const Tensors& inputs, const Tensor& gradient) {
   if (!at::GradMode::is_enabled() && is_plain(gradient)) return {};
-  variable_list gradients;
+  Tensors gradients;
   const PyGILState_STATE state = PyGILState_Ensure();
   PyObject* given = PyList_New(0);
   for (const Tensor& input : inputs) {
@@ -170,7 +193,6 @@ variable_list by_torch_form(AutogradContext* ctx, const variable_list& inputs, c
       gradients.push_back(item == Py_None ? Tensor() : THPVariable_Unpack(item));
     }
     if (!inputs[1].requires_grad()) gradients[1] = gradient;  // y that was not kept: it is added, or wants no gradient
-    gradients.resize(gradients.size() + options);
   }
   Py_DECREF(found);
   PyGILState_Release(state);

@@ -1,8 +1,10 @@
 // Whether a call is nothing but the values of its tensors: no subclass, no transform, no tracer, no mode, no tangent.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 

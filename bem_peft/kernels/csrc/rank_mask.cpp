@@ -42,8 +42,7 @@ float control_row(const Control& w, const float* z, float* unit, float* gate, fl
 
 // z = scaling m (1 + tanh(C u)) a, a = A x, u = sqrt(R) a / |a|; m: the k largest logits M u (or of the task)
 Tensor rank_mask(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
-                     const Tensor& gate_t, const Tensor& mask_t, int64_t active, bool is_task_mask,
-                     double scaling) {
+                 const Tensor& gate_t, const Tensor& mask_t, int64_t active, bool is_task_mask, double scaling) {
   const int64_t in = x.size(-1), width = y.size(-1), padded = mask_t.size(1), rank = b.size(0);
   const bool has_gate = gate_t.size(0) > 0;
   const float* pc = weight<float>(gate_t, has_gate ? rank : 0, padded, "gate_t");
@@ -248,41 +247,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rank_mask_backward(
   return {gx, ga, gb, gc, gm};
 }
 
-struct RankMasking : torch::autograd::Function<RankMasking> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
-                        const Maybe& c, const Tensor& m, int64_t active, bool is_task_mask, bool has_hadamard,
-                        double temperature, double scaling) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    static const auto op = operation<decltype(rank_mask_forward)>("bem_peft_cpu::rank_mask_train");
-    auto [out, z] = op.call(x, y, a, b, c, m, active, is_task_mask, has_hadamard, temperature, scaling);
-    remember_caller(ctx);
-    ctx->save_for_backward({x, a, b, or_nothing(c), m, z});
-    ctx->saved_data["active"] = active;
-    ctx->saved_data["is_task_mask"] = is_task_mask;
-    ctx->saved_data["has_hadamard"] = has_hadamard;
-    ctx->saved_data["temperature"] = temperature;
-    ctx->saved_data["scaling"] = scaling;
-    return out;
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
-    const auto saved = ctx->get_saved_variables();
-    const variable_list inputs{saved[0], like_output(saved[0], gradients[0]), saved[1], saved[2], saved[3], saved[4]};
-    if (variable_list found = by_torch_form(ctx, inputs, gradients[0], 5); !found.empty()) return found;
-    static const auto op = operation<decltype(rank_mask_backward)>("bem_peft_cpu::rank_mask_backward");
-    auto [gx, ga, gb, gc, gm] = op.call(
-        gradients[0], saved[0], saved[1], saved[2], or_none(saved[3]), saved[4], saved[5], ctx->saved_data["active"].toInt(),
-        ctx->saved_data["is_task_mask"].toBool(), ctx->saved_data["has_hadamard"].toBool(),
-        ctx->saved_data["temperature"].toDouble(), ctx->saved_data["scaling"].toDouble(), ctx->needs_input_grad(0));
-    return {gx, gradients[0], ga, gb, gc, gm, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
-  }
-};
+Tensors rank_mask_gradients(Context* ctx, const Tensor& gradient) {
+  const Tensors saved = kept(ctx);
+  const Tensors inputs{saved[0], like_output(saved[0], gradient), saved[1], saved[2], saved[3], saved[4]};
+  if (Tensors found = by_torch_form(ctx, inputs, gradient); !found.empty()) return found;
+  static const auto op = operation<decltype(rank_mask_backward)>("bem_peft_cpu::rank_mask_backward");
+  auto [gx, ga, gb, gc, gm] = op.call(
+      gradient, saved[0], saved[1], saved[2], or_none(saved[3]), saved[4], saved[5], kept(ctx, "active").toInt(),
+      kept(ctx, "is_task_mask").toBool(), kept(ctx, "has_hadamard").toBool(), kept(ctx, "temperature").toDouble(),
+      kept(ctx, "scaling").toDouble(), needs_x(ctx));
+  return {gx, gradient, ga, gb, gc, gm};
+}
 
 // what the dispatcher calls where a gradient is asked for; the coefficients that are kept are of no use outside
 std::tuple<Tensor, Tensor> rank_mask_autograd(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
                                               const Maybe& c, const Tensor& m, int64_t active, bool is_task_mask,
                                               bool has_hadamard, double temperature, double scaling) {
-  return {RankMasking::apply(x, y, a, b, c, m, active, is_task_mask, has_hadamard, temperature, scaling),
-          at::empty({0})};
+  const auto forward = [&](Context* ctx) {
+    static const auto op = operation<decltype(rank_mask_forward)>("bem_peft_cpu::rank_mask_train");
+    auto [out, z] = op.call(x, y, a, b, c, m, active, is_task_mask, has_hadamard, temperature, scaling);
+    keep(ctx, {x, a, b, or_nothing(c), m, z});
+    keep(ctx, "active", active);
+    keep(ctx, "is_task_mask", is_task_mask);
+    keep(ctx, "has_hadamard", has_hadamard);
+    keep(ctx, "temperature", temperature);
+    keep(ctx, "scaling", scaling);
+    return out;
+  };
+  return {differentiable({x, y, a, b, c, m}, forward, rank_mask_gradients), at::empty({0})};
 }
 
 [[maybe_unused]] const SiteKind& site_kind = add_site_kind<rank_mask>("rank_mask", /*wide=*/0);
