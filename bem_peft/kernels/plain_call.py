@@ -7,8 +7,6 @@ FlopCounterMode and FakeTensorMode, and any mode with an attribute `only_counts`
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -22,7 +20,7 @@ _functions, _dispatches = torch._C._len_torch_function_stack, torch._C._len_torc
 _transforms, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 
 
-def is_plain_call(*tensors: Any) -> bool:
+def is_plain_call(*tensors: torch.Tensor | None) -> bool:
     """Whether `tensors` (None among them stands for nothing) are plain ones on a CPU, and nothing watches the call."""
     if torch.compiler.is_compiling() or not is_plain_thread():
         return False
@@ -47,7 +45,7 @@ def is_plain_thread() -> bool:
     return not _dispatches() or all(_only_counts(mode) for mode in _get_current_dispatch_mode_stack())
 
 
-def _only_counts(mode: Any) -> bool:
+def _only_counts(mode: object) -> bool:
     kind = type(mode)
     return (
         kind is FakeTensorMode or kind.__module__ == "torch.utils.flop_counter" or getattr(kind, "only_counts", False)

@@ -16,7 +16,7 @@ form, which keeps gamma.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 import triton
@@ -26,6 +26,8 @@ from torch.utils.flop_counter import register_flop_formula
 from bem_peft.kernels.triton_tiles import (
     IS_INTERPRETED,
     UPDATE_TILES,
+    Context,
+    Shape,
     configs,
     dot,
     load_tile,
@@ -177,7 +179,9 @@ def _modulate_backward(
         store_tile(plane + GAMMA * OUT, sum_t, units, channels, OUT, 1, BETA, OUT)
 
 
-def _sizes(y: torch.Tensor, c: torch.Tensor, gamma_t: Any, beta_t: Any, is_rms: bool) -> dict[str, Any]:
+def _sizes(
+    y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None, is_rms: bool
+) -> dict[str, int]:
     return {
         "OUT": y.shape[1], "GAMMA": 0 if gamma_t is None else gamma_t.shape[0],
         "BETA": 0 if beta_t is None else beta_t.shape[0], "HAS_RMS": is_rms and beta_t is not None,
@@ -206,7 +210,7 @@ def film_update(
     out = y.new_empty(y.shape)
     if out.numel():
         sizes = _sizes(y, c, gamma_t, beta_t, is_rms)
-        rms = _token_rms(y, sizes["HAS_RMS"])
+        rms = _token_rms(y, bool(sizes["HAS_RMS"]))
         wide = [c if t is None else t for t in (gamma_t, beta_t)]  # one that is absent is not read
         _modulate[tile_grid(*y.shape)](
             y, c, *wide, rms, out, y.shape[0], rows_key(y.shape[0]),
@@ -216,7 +220,9 @@ def film_update(
 
 
 @film_update.register_fake
-def _(y: Any, c: Any, gamma_t: Any, beta_t: Any, is_rms: bool) -> Any:
+def _(
+    y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None, is_rms: bool
+) -> torch.Tensor:
     return y.new_empty(y.shape)
 
 
@@ -238,7 +244,7 @@ def _backward(
     """dy, dc, dgamma_t and dbeta_t; an absent one is empty, and dc where it is not needed."""
     rows, channels = y.shape
     sizes = _sizes(y, c, gamma_t, beta_t, is_rms)
-    gamma_dim, beta_dim, has_rms, units = sizes["GAMMA"], sizes["BETA"], sizes["HAS_RMS"], sizes["PADDED_U"]
+    gamma_dim, beta_dim, has_rms, units = sizes["GAMMA"], sizes["BETA"], bool(sizes["HAS_RMS"]), sizes["PADDED_U"]
     grad_y, grad_c = y.new_empty(y.shape), c.new_empty(c.shape)
     partial = y.new_zeros(CHUNKS if rows else 1, gamma_dim + beta_dim, channels, dtype=torch.float32)
     if rows:
@@ -278,17 +284,27 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad: Any, y: Any, c: Any, gamma_t: Any, beta_t: Any, is_rms: bool, needs: Sequence[bool]) -> Any:
+def _(
+    grad: torch.Tensor, y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None,
+    is_rms: bool, needs: Sequence[bool],
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     weights = [c.new_empty(0) if t is None else t.new_empty(t.shape) for t in (gamma_t, beta_t)]
     return y.new_empty(y.shape), c.new_empty(c.shape if needs[1] else 0), *weights
 
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+class _Context(Context, Protocol):
+    is_rms: bool
+
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, bool]
+
+
+def _setup(ctx: _Context, inputs: Inputs, output: torch.Tensor) -> None:
     *tensors, ctx.is_rms = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor) -> Any:
+def _differentiate(ctx: _Context, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
     found = _backward(grad, *ctx.saved_tensors, ctx.is_rms, needs)
     return *(part if need else None for part, need in zip(found, needs, strict=True)), None
@@ -300,14 +316,15 @@ _backward.register_vmap(looping(_backward))
 
 
 @register_flop_formula(torch.ops.bem_peft.film_update)
-def _forward_flops(y: Any, c: Any, gamma_t: Any, beta_t: Any, *_: Any, **__: Any) -> int:
+def _forward_flops(y: Shape, c: Shape, gamma_t: Shape | None, beta_t: Shape | None, *_: object, **__: object) -> int:
     return int(sum(2 * y[0] * y[1] * t[0] for t in (gamma_t, beta_t) if t is not None))
 
 
 @register_flop_formula(torch.ops.bem_peft.film_update_backward)
 def _backward_flops(
-    grad: Any, y: Any, c: Any, gamma_t: Any, beta_t: Any, is_rms: Any, needs: Any, *_: Any, **__: Any
-) -> int:
+    grad: Shape, y: Shape, c: Shape, gamma_t: Shape | None, beta_t: Shape | None, is_rms: bool, needs: Sequence[bool],
+    *_: object, **__: object,
+) -> int:  # fmt: skip
     needs_y, needs_c, needs_gamma, needs_beta = needs
     products = 0 if gamma_t is None else gamma_t[0] * (needs_c + needs_gamma)
     if beta_t is not None:

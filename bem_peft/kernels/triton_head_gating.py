@@ -12,7 +12,7 @@ rounded to the dtype of y, as the torch form rounds it; the groups have one rank
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 import triton
@@ -21,6 +21,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from bem_peft.kernels.triton_tiles import (
     UPDATE_TILES,
+    Context,
+    Shape,
     configs,
     dot,
     load_tile,
@@ -104,7 +106,7 @@ def gated_update(
 
 
 @gated_update.register_fake
-def _(y: Any, low: Any, gate: Any, b_t: Any, scaling: float) -> Any:
+def _(y: torch.Tensor, low: torch.Tensor, gate: torch.Tensor, b_t: torch.Tensor, scaling: float) -> torch.Tensor:
     return y.new_empty(y.shape)
 
 
@@ -141,17 +143,26 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad: Any, low: Any, gate: Any, b_t: Any, scaling: float, needs: Sequence[bool]) -> Any:
+def _(
+    grad: torch.Tensor, low: torch.Tensor, gate: torch.Tensor, b_t: torch.Tensor, scaling: float, needs: Sequence[bool]
+) -> tuple[torch.Tensor, ...]:
     wanted = (needs[0], needs[0], needs[1])
     return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((low, gate, b_t), wanted, strict=True))
 
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+class _Context(Context, Protocol):
+    scaling: float
+
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]
+
+
+def _setup(ctx: _Context, inputs: Inputs, output: torch.Tensor) -> None:
     _, low, gate, b_t, ctx.scaling = inputs
     ctx.save_for_backward(low, gate, b_t)
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor) -> Any:
+def _differentiate(ctx: _Context, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     _, low, gate, b_t, _ = ctx.needs_input_grad
     if not (low or gate or b_t):
         return grad, None, None, None, None
@@ -165,10 +176,12 @@ _backward.register_vmap(looping(_backward))
 
 
 @register_flop_formula(torch.ops.bem_peft.gated_update)
-def _forward_flops(y: Any, low: Any, gate: Any, b_t: Any, *_: Any, **__: Any) -> int:
+def _forward_flops(y: Shape, low: Shape, gate: Shape, b_t: Shape, *_: object, **__: object) -> int:
     return int(2 * y[0] * b_t[0] * b_t[1])
 
 
 @register_flop_formula(torch.ops.bem_peft.gated_update_backward)
-def _backward_flops(grad: Any, low: Any, gate: Any, b_t: Any, scaling: Any, needs: Any, *_: Any, **__: Any) -> int:
+def _backward_flops(
+    grad: Shape, low: Shape, gate: Shape, b_t: Shape, scaling: float, needs: Sequence[bool], *_: object, **__: object
+) -> int:
     return int(2 * grad[0] * b_t[0] * b_t[1] * sum(needs))

@@ -14,7 +14,7 @@ counted as those of the torch form, which multiplies by U first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 import triton
@@ -23,6 +23,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from bem_peft.kernels.triton_tiles import (
     IS_INTERPRETED,
+    Context,
+    Shape,
     configs,
     dot,
     load_tile,
@@ -150,7 +152,9 @@ def _update(
 
 
 @_update.register_fake
-def _(x: Any, y: Any, u: Any, v: Any, b_t: Any, scaling: float) -> Any:
+def _(
+    x: torch.Tensor, y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, b_t: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     return y.new_empty(y.shape), x.new_empty(x.shape[0], b_t.shape[0])
 
 
@@ -195,19 +199,29 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad: Any, x: Any, z: Any, u: Any, v: Any, b_t: Any, scaling: float, needs: Sequence[bool]) -> Any:
+def _(
+    grad: torch.Tensor, x: torch.Tensor, z: torch.Tensor, u: torch.Tensor, v: torch.Tensor, b_t: torch.Tensor,
+    scaling: float, needs: Sequence[bool],
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((x, u, v, b_t), needs, strict=True))
 
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+class _Context(Context, Protocol):
+    scaling: float
+
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]
+
+
+def _setup(ctx: _Context, inputs: Inputs, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, _, u, v, b_t, ctx.scaling = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], u, v, b_t)
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
+def _differentiate(ctx: _Context, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4)]
-    grads: list[Any] = [None] * 4
+    grads: list[torch.Tensor | None] = [None] * 4
     if any(needs):
         found = _backward(grad, *ctx.saved_tensors, ctx.scaling, needs)
         grads = [part if need else None for part, need in zip(found, needs, strict=True)]
@@ -220,15 +234,16 @@ _backward.register_vmap(looping(_backward))
 
 
 @register_flop_formula(torch.ops.bem_peft.kronecker_update)
-def _forward_flops(x: Any, y: Any, u: Any, v: Any, b_t: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _forward_flops(x: Shape, y: Shape, u: Shape, v: Shape, b_t: Shape, *_: object, **__: object) -> int:
     (u_rank, u_dim), (v_rank, v_dim) = u, v
     return 2 * x[0] * (u_rank * u_dim * v_dim + u_rank * v_dim * v_rank + b_t[0] * b_t[1])
 
 
 @register_flop_formula(torch.ops.bem_peft.kronecker_update_backward)
 def _backward_flops(
-    grad: Any, x: Any, z: Any, u: Any, v: Any, b_t: Any, scaling: Any, needs: Any, *_: Any, **__: Any
-) -> int:
+    grad: Shape, x: Shape, z: Shape, u: Shape, v: Shape, b_t: Shape, scaling: float, needs: Sequence[bool],
+    *_: object, **__: object,
+) -> int:  # fmt: skip
     (u_rank, u_dim), (v_rank, v_dim) = u, v
     needs_x, needs_u, needs_v, needs_b = needs
     wide, by_u, by_v = b_t[0] * b_t[1], u_rank * u_dim * v_dim, u_rank * v_dim * v_rank

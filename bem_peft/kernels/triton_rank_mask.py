@@ -15,7 +15,7 @@ the inputs. z (1 + g) is rounded once, and g not before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 import triton
@@ -24,6 +24,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from bem_peft.kernels.triton_tiles import (
     UPDATE_TILES,
+    Context,
+    Shape,
     configs,
     dot,
     load_tile,
@@ -151,7 +153,7 @@ def _update(
 
 
 @_update.register_fake
-def _(y: Any, *_: Any) -> Any:
+def _(y: torch.Tensor, *_: object) -> torch.Tensor:
     return y.new_empty(y.shape)
 
 
@@ -195,9 +197,9 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad: Any, z: Any, gate: Any, logits: Any, b_t: Any, k: int, scaling: float, temperature: float, is_soft: bool,
-    needs: Sequence[bool],
-) -> Any:  # fmt: skip
+    grad: torch.Tensor, z: torch.Tensor, gate: torch.Tensor | None, logits: torch.Tensor, b_t: torch.Tensor, k: int,
+    scaling: float, temperature: float, is_soft: bool, needs: Sequence[bool],
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     gate_or_any = z if gate is None else gate
     return (
         z.new_empty(z.shape if needs[0] else 0),
@@ -207,14 +209,23 @@ def _(
     )
 
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+class _Context(Context, Protocol):
+    settings: list[float]  # k, scaling, temperature, is_soft
+
+
+Inputs = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, int, float, float, bool
+]  # fmt: skip
+
+
+def _setup(ctx: _Context, inputs: Inputs, output: torch.Tensor) -> None:
     _, z, gate, logits, b_t, *ctx.settings = inputs
     ctx.save_for_backward(z, gate, logits, b_t)
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor) -> Any:
+def _differentiate(ctx: _Context, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     _, z, gate, logits, b_t = ctx.needs_input_grad[:5]
-    logits = logits and ctx.settings[3]
+    logits = logits and bool(ctx.settings[3])
     narrow = z or gate or logits
     if not (narrow or b_t):
         return grad, *[None] * 8
@@ -229,13 +240,16 @@ _backward.register_vmap(looping(_backward))
 
 
 @register_flop_formula(torch.ops.bem_peft.masked_update)
-def _forward_flops(y: Any, z: Any, gate: Any, logits: Any, b_t: Any, *_: Any, **__: Any) -> int:
+def _forward_flops(y: Shape, z: Shape, gate: Shape | None, logits: Shape, b_t: Shape, *_: object, **__: object) -> int:
     return int(2 * y[0] * b_t[0] * b_t[1])
 
 
 @register_flop_formula(torch.ops.bem_peft.masked_update_backward)
-def _backward_flops(grad: Any, z: Any, gate: Any, logits: Any, b_t: Any, *settings: Any, **__: Any) -> int:
-    return int(2 * grad[0] * b_t[0] * b_t[1] * sum(settings[-1]))
+def _backward_flops(
+    grad: Shape, z: Shape, gate: Shape | None, logits: Shape, b_t: Shape, k: int, scaling: float, temperature: float,
+    is_soft: bool, needs: Sequence[bool], **__: object,
+) -> int:  # fmt: skip
+    return int(2 * grad[0] * b_t[0] * b_t[1] * sum(needs))
 
 
 def masked_update(

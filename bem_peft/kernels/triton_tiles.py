@@ -9,7 +9,8 @@ A kernel is tuned once a process, dtype and key of sizes on a GPU; in the interp
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import triton
@@ -18,6 +19,19 @@ import triton.language as tl
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
 MOST_ROWS_IN_KEY = 4096
+Shape = Sequence[int]
+Grid = Callable[[dict[str, int]], tuple[int, int]]
+
+
+class Context(Protocol):
+    """What autograd keeps of a call of an operator; each operator's own adds its settings."""
+
+    saved_tensors: tuple[torch.Tensor | None, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: torch.Tensor) -> None: ...
 
 
 def configs(*tiles: dict[str, int], warps: tuple[int, ...] = (4, 8)) -> list[triton.Config]:
@@ -48,7 +62,7 @@ def rows_key(rows: int) -> int:
     return min(MOST_ROWS_IN_KEY, 1 << max(0, rows - 1).bit_length())
 
 
-def tile_grid(rows: int, channels: int) -> Any:
+def tile_grid(rows: int, channels: int) -> Grid:
     """The grid with a program for each tile of a (rows, channels) result."""
     return lambda meta: (triton.cdiv(rows, meta["BLOCK_N"]), triton.cdiv(channels, meta["BLOCK_O"]))
 

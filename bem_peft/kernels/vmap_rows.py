@@ -3,49 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 
-Rule = Callable[..., tuple[Any, Any]]
+Argument = torch.Tensor | Sequence[bool] | float | None
+Results = torch.Tensor | tuple[torch.Tensor, ...]
+Operator = Callable[..., Results]
 
 
-def _loop(operator: Callable[..., Any], batch: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
+class Info(Protocol):
+    """What vmap says of the batch."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+
+Rule = Callable[..., tuple[Results, int | tuple[int, ...]]]  # (info, in_dims, *arguments) -> results, their batch axes
+
+
+def _axes(in_dims: Sequence[object]) -> list[int | None]:
+    return [dim if isinstance(dim, int) else None for dim in in_dims]
+
+
+def _loop(
+    operator: Operator, batch: int, dims: Sequence[int | None], args: Sequence[Argument]
+) -> tuple[Results, int | tuple[int, ...]]:
     """One call for each element of the batch."""
     results = []
     for i in range(batch):
-        picked = [arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)]
+        picked = [
+            arg.select(dim, i) if isinstance(arg, torch.Tensor) and dim is not None else arg
+            for arg, dim in zip(args, dims, strict=True)
+        ]
         results.append(operator(*picked))
-    if isinstance(results[0], torch.Tensor):
-        return torch.stack(results), 0
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
+    parts = [(result,) if isinstance(result, torch.Tensor) else result for result in results]
+    stacked = tuple(torch.stack(part) for part in zip(*parts, strict=True))
+    return (stacked[0], 0) if isinstance(results[0], torch.Tensor) else (stacked, (0,) * len(stacked))
 
 
-def looping(operator: Callable[..., Any]) -> Rule:
+def looping(operator: Operator) -> Rule:
     """The rule that calls the operator once for each element of the batch."""
 
-    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
-        return _loop(operator, info.batch_size, [d if isinstance(d, int) else None for d in in_dims], args)
+    def rule(info: Info, in_dims: Sequence[object], *args: Argument) -> tuple[Results, int | tuple[int, ...]]:
+        return _loop(operator, info.batch_size, _axes(in_dims), args)
 
     return rule
 
 
-def folding_rows(operator: Callable[..., Any], row_arguments: Sequence[int]) -> Rule:
+def folding_rows(operator: Operator, row_arguments: Sequence[int]) -> Rule:
     """The rule that folds the batch into the first axis of the arguments at the positions `row_arguments`.
 
     Every result has the rows as its first axis. Where another argument is batched, a loop.
     """
 
-    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
-        dims = [d if isinstance(d, int) else None for d in in_dims]
+    def rule(info: Info, in_dims: Sequence[object], *args: Argument) -> tuple[Results, int | tuple[int, ...]]:
+        dims = _axes(in_dims)
         if any(dim is not None and i not in row_arguments for i, dim in enumerate(dims)):
             return _loop(operator, info.batch_size, dims, args)
         folded = list(args)
         for i in row_arguments:
-            if args[i] is not None:
-                dim = dims[i]
-                spread = args[i].expand(info.batch_size, *args[i].shape) if dim is None else args[i].movedim(dim, 0)
+            rows, dim = args[i], dims[i]
+            if isinstance(rows, torch.Tensor):
+                spread = rows.expand(info.batch_size, *rows.shape) if dim is None else rows.movedim(dim, 0)
                 folded[i] = spread.flatten(0, 1)
         out = operator(*folded)
         if isinstance(out, torch.Tensor):
