@@ -5,23 +5,25 @@
 Each study has 3, 5 or 10 seeds and 100 or 1,319 items; the systems' scores differ from seed to seed by 0, 1 or 2.4
 points (standard deviation of a system's mean), and are right-or-wrong or continuous. Both systems are equally good.
 False discoveries: families of 3 metrics x 4 overlapping slices; the share of studies with any claim, after correction.
-Writes benchmarks/results/coverage.csv. Also times 10,000 resamples of 5 seeds x 5,000 items.
+Adds rows to benchmarks/results/coverage.csv. Also times 10,000 resamples of 5 seeds x 5,000 items.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import resource
 import time
-from pathlib import Path
 
 import numpy as np
+from results_table import ResultsTable, add_output
 
 from bem_peft.evaluation.intervals import bootstrap_means, compare_means, sign_flip_p_value
 from bem_peft.evaluation.multiplicity import METHODS, adjusted_p_values
 
-RESULTS = Path(__file__).with_name("results") / "coverage.csv"
+COLUMNS = (
+    "seeds", "items", "seed_spread_points", "scores", "studies", "coverage", "median_width_points",
+    *(f"false_{method}" for method in METHODS),
+)  # fmt: skip
 SLICES = (slice(None), slice(0, None, 2), slice(0, None, 3), slice(1, None, 2))
 
 
@@ -91,7 +93,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=2_000)
     parser.add_argument("--timing", action="store_true", help="only time the resampling")
+    add_output(parser)
     options = parser.parse_args()
+    table = ResultsTable(None if options.timing else options.out, "coverage.csv", COLUMNS)
     timing()
     if options.timing:
         return
@@ -102,10 +106,7 @@ def main() -> None:
                 for spread in (0.0, 0.01, 0.024):
                     rows.append(cell(seeds, items, spread, is_binary, options.studies))
                     print(*rows[-1].values(), flush=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    table.append(rows)
 
 
 if __name__ == "__main__":

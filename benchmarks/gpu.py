@@ -1,31 +1,34 @@
 """Torch form against Triton form of each operator on a GPU: parity first, then times.
 
-    python benchmarks/gpu.py [--rounds 20] [--rows 1 256 4096] [--out benchmarks/results]
+    python benchmarks/gpu.py [--rounds 20] [--rows 1 256 4096]
 
 We have no GPU: this has never been run on one, and no GPU timing of these kernels exists. Its parts that need none
 (sizes, refusal, parity in Triton's interpreter) are tested. Shapes are those of Llama-3.2-1B and Llama-3-8B, bfloat16,
 forward and forward + backward. Rounds are interleaved; a cell is the median time in milliseconds over rounds, and the
-median ratio with its quartiles. Nothing is timed if one parity case fails.
+median ratio with its quartiles, one row of benchmarks/results/gpu.csv. Nothing is timed if one parity case fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from results_table import ResultsTable, add_output, device_name
+
 from bem_peft.kernels.parity import DTYPES, Case, Deviation, cases, deviations, kronecker_case, operators
 
 # hidden size, and the factors of the MLP's width that PT3 takes
 SHAPES = {"llama-3.2-1b": (2048, (128, 64)), "llama-3-8b": (4096, (128, 112))}
-HEADER = (
-    "device", "date", "model", "operator", "rows", "pass", "torch_ms", "triton_ms", "ratio", "quartile_1", "quartile_3",
+COLUMNS = (
+    "model", "operator", "rows", "pass", "torch_ms", "triton_ms", "ratio", "quartile_1", "quartile_3",
 )  # fmt: skip
 
 
@@ -74,8 +77,7 @@ def timed(run: Callable[[], object], repeats: int = 10) -> float:
     return start.elapsed_time(end) / repeats
 
 
-def measure(device: torch.device, rows: list[int], rounds: int) -> Iterator[list[str]]:
-    name, today = torch.cuda.get_device_name(device), str(datetime.date.today())
+def measure(device: torch.device, rows: list[int], rounds: int) -> Iterator[dict[str, str]]:
     forms = operators()
     for model, case in workloads(rows):
         torch.manual_seed(0)
@@ -88,17 +90,18 @@ def measure(device: torch.device, rows: list[int], rounds: int) -> Iterator[list
             pairs = [tuple(timed(run) for run in runs) for _ in range(rounds)]
             low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
             medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
-            yield [
-                name, today, model, case.name, str(case.sizes["rows"]), "training" if is_training else "forward",
+            cells = (
+                model, case.name, str(case.sizes["rows"]), "training" if is_training else "forward",
                 *(f"{v:.4f}" for v in medians), f"{middle:.3f}", f"{low:.3f}", f"{high:.3f}",
-            ]  # fmt: skip
+            )  # fmt: skip
+            yield dict(zip(COLUMNS, cells, strict=True))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 256, 4096])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    add_output(parser)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py needs a CUDA or ROCm device, and torch sees none.")
@@ -107,13 +110,13 @@ def main(argv: list[str] | None = None) -> None:
     if failed:
         lines = "\n".join(f"{d.case.name} {d.case.sizes} {d.dtype} {d.tensor}: {d.error:.3g}" for d in failed[:20])
         raise SystemExit(f"{len(failed)} parity cases fail, so nothing is timed:\n{lines}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "gpu.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(HEADER)
-        for row in measure(device, args.rows, args.rounds):
-            writer.writerow(row)
-            print("{2:13s} {3:10s} rows {4:>5s} {5:9s} torch {6} ms, triton {7} ms, ratio {8} [{9}, {10}]".format(*row))
+    table = ResultsTable(args.out, "gpu.csv", COLUMNS, device=device_name("cuda"))
+    for row in measure(device, args.rows, args.rounds):
+        table.append([row])
+        print(
+            "{model:13s} {operator:10s} rows {rows:>5s} {pass:9s} torch {torch_ms} ms, triton {triton_ms} ms, "
+            "ratio {ratio} [{quartile_1}, {quartile_3}]".format_map(row)
+        )
 
 
 if __name__ == "__main__":

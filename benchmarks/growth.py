@@ -6,14 +6,13 @@ Random blocks of a Llama with SmolLM2-135M's proportions (heads of 64, MLP 8/3 o
 a time: rank 8, 256 tokens of prefill (batch: decoding), hidden size 576, 4 blocks otherwise. A cell is the median over
 interleaved rounds of time / base's time, minus one, as in overhead.py. An adapter grows no faster than the base along
 an axis where its overhead at the end is not above the one at the start. Rank is the adapter's own size: there the
-overhead must grow no faster than the rank.
+overhead must grow no faster than the rank. Rows are added to benchmarks/results/growth.csv, and growth.svg is drawn of
+the newest ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +20,9 @@ from typing import Any
 
 import torch
 from adapters import BOTH, VARIANTS, Phase, adapted_models
-from overhead import interleave, others_busy, overhead
+from overhead import interleave, others_busy, overhead, svg_pyplot
 from peft import LoraConfig
+from results_table import ResultsTable, add_output, newest, sources
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bem_peft import match_budget
@@ -31,6 +31,8 @@ AXES: dict[str, list[int]] = {
     "rank": [4, 8, 16, 32, 64], "tokens": [64, 128, 256, 512, 1024], "batch": [1, 2, 4, 8, 16],
     "hidden": [256, 576, 1024, 2048], "blocks": [1, 2, 4, 8, 16],
 }  # fmt: skip
+KEY = ("axis", "value", "variant", "dtype")
+COLUMNS = (*KEY, "rounds", "base_ms", "overhead", "low", "high", "others")
 NAMES = ["LoRA W_O+W_down", "PT1 head gating (cpp)", "PT2 rank mask (cpp)", "PT3 Kronecker (cpp)", "PT4 FiLM (cpp)"]
 
 
@@ -75,20 +77,16 @@ def with_rank(variant: Any, base: Any, rank: int) -> Any:
 OURS = {name: VARIANTS[name].config for name in VARIANTS if VARIANTS[name].is_ours}
 
 
-def plot(rows: list[list[str]], path: Path, caption: str) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "bem_peft"
-    from matplotlib import pyplot
-
-    axes = list(dict.fromkeys(row[0] for row in rows))
+def plot(rows: list[dict[str, str]], path: Path, dtype: str) -> None:
+    """One panel an axis: the overhead of each variant, with its interval."""
+    pyplot = svg_pyplot()
+    axes = [axis for axis in AXES if any(row["axis"] == axis for row in rows)]
     figure, panels = pyplot.subplots(1, len(axes), figsize=(3.4 * len(axes), 3.4), squeeze=False)
     for panel, axis in zip(panels[0], axes, strict=True):
-        for name in dict.fromkeys(row[2] for row in rows):
-            mine = [row for row in rows if row[0] == axis and row[2] == name]
-            x, y = [int(row[1]) for row in mine], [100 * float(row[4]) for row in mine]
-            low, high = ([100 * float(row[i]) for row in mine] for i in (5, 6))
+        for name in dict.fromkeys(row["variant"] for row in rows):
+            mine = sorted((r for r in rows if (r["axis"], r["variant"]) == (axis, name)), key=lambda r: int(r["value"]))
+            x = [int(row["value"]) for row in mine]
+            y, low, high = ([100 * float(row[column]) for row in mine] for column in ("overhead", "low", "high"))
             (line,) = panel.plot(x, y, marker="o", markersize=3, label=name)
             panel.fill_between(x, low, high, alpha=0.12, color=line.get_color())
         panel.set_xscale("log", base=2)
@@ -97,7 +95,7 @@ def plot(rows: list[list[str]], path: Path, caption: str) -> None:
         panel.set_xlabel(axis if axis != "batch" else "batch (decoding)")
         panel.set_ylabel("% over the base")
     panels[0][0].legend(fontsize=7)
-    figure.suptitle(caption, fontsize=8)
+    figure.suptitle(f"{dtype}; {sources(rows)}", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
@@ -107,10 +105,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES))
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    add_output(parser)
     args = parser.parse_args()
-    caption = f"CPU, {torch.get_num_threads()} threads; {args.dtype}; {datetime.date.today()}; {args.rounds} rounds"
-    rows: list[list[str]] = []
+    table = ResultsTable(args.out, "growth.csv", COLUMNS)
+    rows: list[dict[str, str]] = []
     for axis in args.axes:
         for value in AXES[axis]:
             for name, seconds, middle, low, high, busy in point(axis, value, getattr(torch, args.dtype), args.rounds):
@@ -120,24 +118,29 @@ def main() -> None:
                     flush=True,
                 )
                 cells = [f"{v:.4f}" for v in (middle, low, high)]
-                rows.append([axis, str(value), name, f"{seconds * 1e3:.3f}", *cells, f"{busy:.3f}"])
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "growth.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([f"# {caption}"])
-        writer.writerow(("axis", "value", "variant", "base_ms", "overhead", "low", "high", "others"))
-        writer.writerows(rows)
-    plot(rows, args.out / "growth.svg", caption)
+                values = (
+                    axis,
+                    str(value),
+                    name,
+                    args.dtype,
+                    str(args.rounds),
+                    f"{seconds * 1e3:.3f}",
+                    *cells,
+                    f"{busy:.3f}",
+                )
+                rows.append(dict(zip(COLUMNS, values, strict=True)))
+    table.append(rows)
+    if table.path is not None:
+        found = [row for row in newest(table.path, KEY) if row["dtype"] == args.dtype]
+        plot(found, table.path.with_suffix(".svg"), args.dtype)
     for axis in args.axes:
         for name in NAMES:
-            mine = [row for row in rows if row[0] == axis and row[2] == name]
-            allowed = int(mine[-1][1]) / int(mine[0][1]) if axis == "rank" else 1.0
-            first, last = (
-                float(mine[0][6]),
-                float(mine[-1][5]),
-            )
-            verdict = "grows faster" if last > max(first, 0.0) * allowed else "grows no faster"
-            print(f"{axis:7s} {name:24s} {float(mine[0][4]):+.1%} -> {float(mine[-1][4]):+.1%}: {verdict}")
+            mine = [row for row in rows if (row["axis"], row["variant"]) == (axis, name)]
+            first, last = mine[0], mine[-1]
+            allowed = int(last["value"]) / int(first["value"]) if axis == "rank" else 1.0
+            is_faster = float(last["low"]) > max(float(first["high"]), 0.0) * allowed
+            verdict = "grows faster" if is_faster else "grows no faster"
+            print(f"{axis:7s} {name:24s} {float(first['overhead']):+.1%} -> {float(last['overhead']):+.1%}: {verdict}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
     python benchmarks/learning_rates.py CHECKPOINT [--steps 60] [--seeds 0] [--methods pt1 pt2 ...]
 
 Each run multiplies the learning rate of one method, or of one group of its parameters, and reports the loss on held-out
-verses. One line a run is added to benchmarks/results/learning_rates.csv; runs that stand there are not run again.
+verses. One row a run is added to benchmarks/results/learning_rates.csv; runs that stand there are not run again, unless
+--again says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import tempfile
 from pathlib import Path
@@ -22,11 +22,13 @@ import transformers
 from archaic_modern import read_verses, split_verses, tokenize
 from demo import METHODS, Settings, load_base
 from peft import get_peft_model
+from results_table import ResultsTable, add_output, read
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 from bem_peft import PTTrainer, PTTrainingConfig, match_budget
 
-RESULTS = Path(__file__).with_name("results") / "learning_rates.csv"
+COLUMNS = ("method", "variant_multiplier", "group_multipliers", "seed", "steps", "learning_rate", "loss")
+RUN = COLUMNS[:5]  # what tells a run
 BASE = 8e-3
 # method -> (variant multiplier, group multipliers)
 RUNS: dict[str, list[tuple[float, dict[str, float]]]] = {
@@ -61,16 +63,19 @@ def run(name: str, variant: float, groups: dict[str, float], seed: int, options:
         return float(trainer.evaluate()["eval_loss"])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--threads", type=int)
-    options = parser.parse_args()
+    parser.add_argument("--again", action="store_true", help="also what stands in the table")
+    add_output(parser)
+    options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    table = ResultsTable(options.out, "learning_rates.csv", COLUMNS, depends_on=("examples",))
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
     training, held_out = split_verses(read_verses())
     data = (
@@ -78,11 +83,9 @@ def main() -> None:
         tokenize(held_out[: Settings.from_environment().eval_verses], tokenizer),
         tokenizer,
     )
-    fields = ["method", "variant_multiplier", "group_multipliers", "seed", "steps", "learning_rate", "loss"]
     done = set()
-    if RESULTS.is_file():
-        with RESULTS.open() as file:
-            done = {tuple(row[n] for n in fields[:5]) for row in csv.DictReader(file)}
+    if table.path is not None and table.path.is_file() and not options.again:
+        done = {tuple(row[name] for name in RUN) for row in read(table.path)}
     for seed in options.seeds:
         for i in range(max(len(runs) for runs in RUNS.values())):
             for name in options.methods:
@@ -99,12 +102,7 @@ def main() -> None:
                 if key in done:
                     continue
                 loss = run(name, variant, groups, seed, options, data)
-                is_new = not RESULTS.is_file()
-                with RESULTS.open("a", newline="") as file:
-                    writer = csv.writer(file, lineterminator="\n")
-                    if is_new:
-                        writer.writerow(fields)
-                    writer.writerow([*key, BASE, f"{loss:.4f}"])
+                table.append([{**dict(zip(RUN, key, strict=True)), "learning_rate": BASE, "loss": f"{loss:.4f}"}])
                 print(*key, f"{loss:.4f}", flush=True)
 
 

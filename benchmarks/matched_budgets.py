@@ -1,22 +1,22 @@
 """The sizes of PT1 to PT4 that cost what LoRA r=8 and r=16 cost at the same sites, on published shapes up to 70B.
 
-    python benchmarks/matched_budgets.py [--out FOLDER]
+    python benchmarks/matched_budgets.py
 
 No weights are needed. PT1 and PT3 are searched twice: with their default groups and factors, and with these free too
-(no factor above 16 times the other). Written as CSV with the time that each search took.
+(no factor above 16 times the other). Rows, with the seconds that each search took, are added to
+benchmarks/results/matched_budgets.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from results_table import ResultsTable, add_output
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -33,6 +33,8 @@ from bem_peft import (
     find_sites,
     match_budget,
 )
+
+COLUMNS = ("shape", "lora_r", "method", "sizes", "params_deviation", "flops_deviation", "verdict", "s")
 
 
 def llama(hidden: int, mlp: int, layers: int, heads: int, kv: int) -> LlamaConfig:
@@ -61,23 +63,23 @@ def balanced(width: int) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
+    add_output(parser)
+    table = ResultsTable(parser.parse_args().out, "matched_budgets.csv", COLUMNS)
     warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     rows = []
     for shape, config in SHAPES.items():
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
             model = auto.from_config(config)
-        table = find_sites(model)
+        sites_of_model = find_sites(model)
         names: dict[str, list[str]] = {"attention_output": [], "mlp_down": []}
         width = heads = 0
-        for site in table.sites:
+        for site in sites_of_model.sites:
             names[site.role].append(site.name)
             width = site.in_features if site.role == "mlp_down" else width
             heads = site.num_heads or heads
         both = [*names["attention_output"], *names["mlp_down"]]
-        skip = {"fused_experts": "skip"} if table.fused_experts else {}
+        skip = {"fused_experts": "skip"} if sites_of_model.fused_experts else {}
         searches: list[tuple[str, Any, list[str], Any]] = [
             ("PT1", HeadGroupGatingConfig(), names["attention_output"], None),
             (
@@ -106,12 +108,9 @@ def main() -> None:
                     f"flops {deviations[1]:+.2%} {verdict:8s} {seconds:.1f} s",
                     flush=True,
                 )
-                rows.append([shape, rank, method, sizes, *(f"{d:.5f}" for d in deviations), verdict, f"{seconds:.1f}"])
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "matched_budgets.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["shape", "lora_r", "method", "sizes", "params_deviation", "flops_deviation", "verdict", "s"])
-        writer.writerows(rows)
+                cells = (shape, rank, method, sizes, *(f"{d:.5f}" for d in deviations), verdict, f"{seconds:.1f}")
+                rows.append(dict(zip(COLUMNS, cells, strict=True)))
+    table.append(rows)
 
 
 if __name__ == "__main__":

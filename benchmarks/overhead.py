@@ -7,16 +7,14 @@ Each round runs every variant once, in an order that changes from round to round
 time / base's time of the same round, minus one, with the 95 % interval of the median (order statistics). The base of a
 training step has one trained number at each site of the adapter, since a frozen base has no backward pass. Memory is
 the peak of a training step by live storages. "(cpp)" is our methods with BEM_PEFT_KERNELS=cpp. Run it alone on the
-machine. Nothing is reported if the kernels' tests are red or a fresh adapter does not give the base's logits.
+machine. Nothing is reported if the kernels' tests are red or a fresh adapter does not give the base's logits. Rows are
+added to benchmarks/results/NAME.csv, and NAME.svg is drawn of the newest ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -29,20 +27,21 @@ from typing import Any
 import peft
 import torch
 import transformers
-from adapters import OURS, SHAPES, VARIANTS, Phase, Variant, adapted_models, base_model, trainable, where
+from adapters import SHAPES, VARIANTS, Phase, Variant, adapted_models, base_model, trainable, where
+from overhead_table import KEY
 from peft import IA3Config, get_peft_model
+from results_table import ResultsTable, add_output, newest, sources
 from scipy import stats
 
-import bem_peft
 from bem_peft import count_memory, use_kernels
 
 PHASES = {
     "prefill256": Phase("prefill", 1, 256), "prefill1024": Phase("prefill", 1, 1024), "decode1": Phase("decode", 1, 64),
     "decode8": Phase("decode", 8, 64), "train": Phase("train", 2, 128), "memory": Phase("memory", 2, 128),
 }  # fmt: skip
-HEADER = (
+COLUMNS = (
     "model", "blocks", "dtype", "mode", "phase", "base", "variant", "parameters", "overhead", "low", "high", "limit",
-    "lora_overhead",
+    "lora_overhead", "rounds", "versions",
 )  # fmt: skip
 
 
@@ -117,7 +116,7 @@ def memory_limit(model: Any, variant: Variant, base: Any, phase: Phase) -> int:
 
 def measure(
     args: argparse.Namespace, dtype: str, mode: str, phase: Phase, report: Callable[[str], None]
-) -> list[list[Any]]:
+) -> list[dict[str, object]]:
     base = base_model(args.model, getattr(torch, dtype), args.blocks)
     is_training = phase.kind in ("train", "memory")
     names = list(VARIANTS)
@@ -165,7 +164,8 @@ def measure(
         limit = {name: phase.limit(models[name]) for name in names}
         shown = f"{statistics.median(seconds[base_of[names[-1]]]) * 1e3:.2f} ms"
     report(f"\n{dtype}, {mode}, {phase}: base {shown}")
-    rows = []
+    rows: list[dict[str, object]] = []
+    versions = f"transformers {transformers.__version__}, peft {peft.__version__}"
     for name in names:
         middle, low, high = cells[name]
         anchor = cells[VARIANTS[name].anchor][0] if VARIANTS[name].anchor in cells else None
@@ -174,34 +174,41 @@ def measure(
         report(f"  {name:24s} {interval}  limit {limit[name]:+.2%}  {trainable(models[name]):9,d}{beside}")
         blocks = base.config.num_hidden_layers
         numbers = [f"{value:.4f}" for value in (middle, low, high, limit[name])]
-        rows.append([
-            Path(args.model).name, blocks, dtype, mode, str(phase), shown, name, trainable(models[name]), *numbers,
-            "" if anchor is None else f"{anchor:.4f}",
-        ])  # fmt: skip
+        cells = (
+            Path(args.model).name, blocks, dtype, mode, phase, shown, name, trainable(models[name]), *numbers,
+            "" if anchor is None else f"{anchor:.4f}", "" if phase.kind == "memory" else args.rounds, versions,
+        )  # fmt: skip
+        rows.append(dict(zip(COLUMNS, cells, strict=True)))
     return rows
 
 
-def plot(rows: list[list[Any]], path: Path, caption: str) -> None:
-    """One panel a phase: overhead with its interval, and the limit as a bar behind it."""
+def svg_pyplot() -> Any:
+    """matplotlib's pyplot, set to draw the same file for the same figures."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "bem_peft"
     from matplotlib import pyplot
 
-    panels = list(dict.fromkeys((row[2], row[3], row[4]) for row in rows))
-    names = list(dict.fromkeys(row[6] for row in rows))
+    return pyplot
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """One panel a phase: overhead with its interval, and the limit as a bar behind it."""
+    pyplot = svg_pyplot()
+    panels = list(dict.fromkeys((row["dtype"], row["mode"], row["phase"]) for row in rows))
+    names = list(dict.fromkeys(row["variant"] for row in rows))
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(3.2 * len(panels) + 2, 0.28 * len(names) + 1.4), sharey=True, squeeze=False
     )
     for axis, panel in zip(axes[0], panels, strict=True):
         axis.set_title("\n".join(panel), fontsize=9)
         for row in rows:
-            if (row[2], row[3], row[4]) != panel:
+            if (row["dtype"], row["mode"], row["phase"]) != panel:
                 continue
-            at = len(names) - names.index(row[6])
-            middle, low, high, limit = (100 * float(value) for value in row[8:12])
-            ours = row[6].startswith("PT")
+            at = len(names) - names.index(row["variant"])
+            middle, low, high, limit = (100 * float(row[name]) for name in ("overhead", "low", "high", "limit"))
+            ours = row["variant"].startswith("PT")
             axis.barh(at, limit, color="#d5d8dc")
             axis.plot([low, high], [at, at], color="#1d4f91" if ours else "#a3251b")
             axis.plot([middle], [at], "o", markersize=4, color="#1d4f91" if ours else "#a3251b")
@@ -211,7 +218,7 @@ def plot(rows: list[list[Any]], path: Path, caption: str) -> None:
         axis.set_xlabel("% over the base", fontsize=8)
         axis.tick_params(labelsize=8)
     axes[0][0].set_yticks([len(names) - i for i in range(len(names))], names)
-    figure.suptitle(caption, fontsize=8)
+    figure.suptitle(sources(rows), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
@@ -235,39 +242,23 @@ def main() -> None:
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=list(PHASES))
     parser.add_argument("--only", nargs="+", help="starts of variant names; each keeps the LoRA beside it")
     parser.add_argument("--skip-parity", action="store_true", help="the kernels' tests have just passed")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--name", default="overhead", help="of the files in --out; rows are added to them")
+    parser.add_argument("--name", default="overhead", help="of the table and the plot")
+    add_output(parser)
     args = parser.parse_args()
     if args.rounds < 20:
         parser.error("--rounds must be at least 20, for an interval")
     os.environ["HF_HUB_OFFLINE"] = "1"
     transformers.utils.logging.disable_progress_bar()
+    table = ResultsTable(args.out, f"{args.name}.csv", COLUMNS)
     if not args.skip_parity:
         parity_is_green()
-    device = f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    caption = f"{device}; {versions}, bem_peft {bem_peft.__version__}; {datetime.date.today()}; {args.rounds} rounds"
-    print(f"{caption}; {len(OURS)} methods of ours")
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.name}.csv"
-    before = []
-    if path.exists():
-        with path.open(newline="") as file:
-            before = [row for row in csv.reader(file) if row and not row[0].startswith("#") and row[0] != "model"]
-    rows = before
     for dtype in args.dtype:
         for mode in args.modes:
             for phase in args.phases:
-                new = measure(args, dtype, mode, PHASES[phase], lambda text: print(text, flush=True))
-                keys = {tuple(map(str, row[:7])) for row in [[*r[:5], "", r[6]] for r in new]}
-                rows = [r for r in rows if (*map(str, r[:5]), "", str(r[6])) not in keys] + new
-                with path.open("w", newline="") as file:
-                    writer = csv.writer(file)
-                    writer.writerow([f"# {caption}"])
-                    writer.writerow(HEADER)
-                    writer.writerows(rows)
-    plot([list(map(str, row)) for row in rows], path.with_suffix(".svg"), caption)
-    print(f"\nwritten to {path} and {path.with_suffix('.svg')}")
+                table.append(measure(args, dtype, mode, PHASES[phase], lambda text: print(text, flush=True)))
+    if table.path is not None:
+        plot(newest(table.path, KEY), table.path.with_suffix(".svg"))
+        print(f"\nwritten to {table.path} and {table.path.with_suffix('.svg')}")
 
 
 if __name__ == "__main__":

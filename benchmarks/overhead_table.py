@@ -1,4 +1,4 @@
-"""The tables of overhead.py's CSV as Markdown: all of it with intervals and limits, or the README's extract.
+"""The newest rows of overhead.py's table as Markdown: all of them with intervals and limits, or the README's extract.
 
 python benchmarks/overhead_table.py benchmarks/results/overhead_smollm2.csv [--short] > table.md
 """
@@ -6,9 +6,11 @@ python benchmarks/overhead_table.py benchmarks/results/overhead_smollm2.csv [--s
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
+from results_table import newest, sources
+
+KEY = ("model", "blocks", "dtype", "mode", "phase", "variant")
 SHORT = [
     ("prefill 256", "float32"), ("prefill 256", "bfloat16"),
     ("decode batch 1", "float32"), ("decode batch 1", "bfloat16"),
@@ -31,7 +33,8 @@ def percent(value: str) -> str:
 def whole_table(rows: list[dict[str, str]]) -> str:
     lines = [
         "Overhead over the base in %, median [95 % interval of the median]; limit: what FLOPs (prefill, training),",
-        "bytes read (decode) or bytes that must be kept (memory) dictate; parameters of the adapter.",
+        "bytes read (decode) or bytes that must be kept (memory) dictate; parameters of the adapter. Measured on",
+        f"{sources(rows)}.",
     ]
     sections = list(dict.fromkeys((r["model"], r["blocks"], r["mode"], r["phase"]) for r in rows))
     for section in sections:
@@ -78,8 +81,7 @@ def main() -> None:
     parser.add_argument("csv", type=Path)
     parser.add_argument("--short", action="store_true")
     args = parser.parse_args()
-    with args.csv.open(newline="") as file:
-        rows = list(csv.DictReader(line for line in file if not line.lstrip('"').startswith("#")))
+    rows = newest(args.csv, KEY)
     print(short_table(rows) if args.short else whole_table(rows))
 
 
