@@ -42,7 +42,8 @@ def film_update(
             column in place of `out`: a value for all channels.
         is_rms: whether rho is the token's rms of y, else 1.
     """
-    has_each = all(part is None or part.shape[1] == y.shape[1] for part in (gamma_t, beta_t))
+    width = y.shape[1]
+    has_each = (gamma_t is None or gamma_t.shape[1] == width) and (beta_t is None or beta_t.shape[1] == width)
     if has_each and c.shape[0] == y.shape[0] and backend.takes_triton(y):
         from bem_peft.kernels import triton_film
 
