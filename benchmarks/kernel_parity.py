@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from results_table import ResultsTable, add_output, device_name
 
+from bem_peft.kernels import cpp
 from bem_peft.kernels.parity import DTYPES, cases, deviations
 
 Found = tuple[str, torch.dtype, str, float, float, bool]  # operator, dtype, tensor, torch's error, the form's, verdict
@@ -38,6 +39,7 @@ def of_cpp() -> Iterator[Found]:
     from tests.kernels.test_cpp_operators import CASES
     from tests.kernels.test_cpp_training import deviations as of_method
 
+    cpp.build()
     warnings.simplefilter("ignore", UserWarning)  # num_groups that were moved to a divisor
     sizes = [(name, width, rows, out) for name, case in CASES.items() for width in case[2]
              for rows in (1, 7, 33, 130) for out in (5, 65, 200)]  # fmt: skip

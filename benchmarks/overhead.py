@@ -174,11 +174,11 @@ def measure(
         report(f"  {name:24s} {interval}  limit {limit[name]:+.2%}  {trainable(models[name]):9,d}{beside}")
         blocks = base.config.num_hidden_layers
         numbers = [f"{value:.4f}" for value in (middle, low, high, limit[name])]
-        cells = (
+        values = (
             Path(args.model).name, blocks, dtype, mode, phase, shown, name, trainable(models[name]), *numbers,
             "" if anchor is None else f"{anchor:.4f}", "" if phase.kind == "memory" else args.rounds, versions,
         )  # fmt: skip
-        rows.append(dict(zip(COLUMNS, cells, strict=True)))
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
 
 
