@@ -113,12 +113,13 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         super().__init__(config, site, call)
         rank = config.total_rank
         self.active_rank, self.temperature = config.active_rank, config.mask_temperature
+        self.is_whole = config.active_rank == rank
         self.hadamard, self.is_task_mask = config.use_hadamard_path, config.mask_scope == "task"
         self.has_value_gate = config.value_gate
         self.balance_strength = config.balance_strength
         self.is_penalised = self.reads_call = config.balance_strength > 0.0
         self.token_penalties = ("balance_strength",) if self.is_penalised and not self.is_task_mask else ()
-        self.is_mergeable = self.is_task_mask and not self.has_value_gate
+        self.is_mergeable = self.has_one_mask
         if self.is_task_mask and self.has_value_gate:
             self.merge_refusal = "its value gate depends on the token; set `value_gate=False` with a task mask"
         self.A = nn.Parameter(torch.empty(rank, site.in_features))
@@ -201,11 +202,10 @@ class DynamicRankMaskAdapter(LowRankAdapter):
     @property
     def has_one_mask(self) -> bool:
         """Whether every token meets the same update."""
-        is_whole = self.active_rank == self.A.shape[0]
-        return not self.has_value_gate and (self.is_task_mask or is_whole)
+        return not self.has_value_gate and (self.is_task_mask or self.is_whole)
 
     def right_root(self) -> tuple[torch.Tensor, torch.Tensor]:
-        root, inverse = root_of((self.masked_a() if self.is_task_mask else whole(self.A.detach())).double())
+        root, inverse = root_of(self.masked_a().double())
         return root * self.scaling, inverse / self.scaling
 
     def update(self) -> Update:
@@ -221,15 +221,17 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         return RankMasks(a * self.scaling, self.active_rank, largest, kept, self.hadamard)
 
     def masked_a(self) -> torch.Tensor:
-        """H (m * (H A)) for the task's mask, (R, in): the A of the update as it is applied."""
+        """The A of the one update that all tokens meet, (R, in): H (m * (H A)) for the task's mask, A with k = R."""
         a = whole(self.A.detach())
+        if self.is_whole:
+            return a
         mask = k_hot_mask(whole(self.mask_weight.detach()).float(), self.active_rank).to(a.dtype).unsqueeze(1)
         if not self.hadamard:
             return a * mask
         return hadamard_transform(hadamard_transform(a) * mask)
 
     def lora_factors(self, gate: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (R, in) and B (out, R) with s B A the update at constant mask values (R,), or with the task's mask."""
+        """A (R, in) and B (out, R) with s B A the update at constant mask values (R,), or with the one mask."""
         if gate is None:
             return self.masked_a(), self.B.detach()
         a, b = self.A.detach(), self.B.detach()

@@ -39,6 +39,7 @@ VARIANTS: dict[str, Callable[..., Any]] = {
     ),
     "rank_mask_task": lambda **k: DynamicRankMaskConfig(mask_scope="task", value_gate=False, **k),
     "rank_mask_task_gated": lambda **k: DynamicRankMaskConfig(mask_scope="task", **k),
+    "rank_mask_whole": lambda **k: DynamicRankMaskConfig(total_rank=4, active_rank=4, value_gate=False, **k),
     "kronecker_random": lambda **k: KroneckerConfig(u_rank=2, v_rank=3, init_method="random", u_dim=4, v_dim=12, **k),
     "film_spatial": lambda **k: ResidualFiLMConfig(mode="spatial", **k),
     "film_static": lambda **k: ResidualFiLMConfig(mode="static", max_beta=0.0, **k),

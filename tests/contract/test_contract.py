@@ -71,7 +71,7 @@ def test_i3_generate_with_exact_statistics() -> None:
 
 @cases("dtype", DTYPES, **name_of)
 @cases("architecture", tuple(ARCHITECTURES))
-@cases("method", ("kronecker", "film_static", "rank_mask_task"))
+@cases("method", ("kronecker", "film_static", "rank_mask_task", "rank_mask_whole"))
 def test_i8_merged_equals_unmerged(method: str, architecture: str, dtype: torch.dtype) -> None:
     invariants.i8_merged_equals_unmerged(method, architecture, dtype)
 

@@ -37,7 +37,7 @@ def loaded(architecture: str, folder: Path, dtype: torch.dtype = torch.float32) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bart"])
-@pytest.mark.parametrize("method", ["kronecker", "rank_mask_task"])
+@pytest.mark.parametrize("method", ["kronecker", "rank_mask_task", "rank_mask_whole"])
 def test_a_linear_method_is_exported_exactly(
     method: str, architecture: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -56,13 +56,9 @@ def test_a_linear_method_is_exported_exactly(
     assert_close(logits(loaded(architecture, tmp_path, dtype), **inputs), logits(model, **inputs))
 
 
-@pytest.mark.parametrize("method", ["head_gating", "rank_mask_plain"])
-def test_constant_gates_are_exported_exactly(method: str, tmp_path: Path) -> None:
-    """Fresh gates of PT1 are 1, and a mask of all ranks is 1."""
-    sizes = {"total_rank": 4, "active_rank": 4} if method == "rank_mask_plain" else {}
-    config = EVERY[method](task_type="CAUSAL_LM", init_weights=False)
-    for name, size in sizes.items():
-        setattr(config, name, size)
+def test_constant_gates_are_exported_exactly(tmp_path: Path) -> None:
+    """Fresh gates of PT1 are 1."""
+    config = EVERY["head_gating"](task_type="CAUSAL_LM", init_weights=False)
     model = get_peft_model(build("llama"), config).eval()
     inputs = {"input_ids": tokens(batch=3)}
     report = export_lora(model, tmp_path, calibration=[inputs])
