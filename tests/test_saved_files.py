@@ -58,6 +58,7 @@ def assert_says_the_same(new: object, old: object, where: str = "") -> None:
         for i, (now, before) in enumerate(zip(new, old, strict=True)):
             assert_says_the_same(now, before, f"{where}[{i}]")
     elif isinstance(old, list) and all(isinstance(item, str) for item in old):
-        assert isinstance(new, list) and sorted(new) == sorted(old), where
+        assert isinstance(new, list), where
+        assert sorted(new) == sorted(old), where
     else:
         assert new == old, where
