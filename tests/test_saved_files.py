@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.saved_files.make import KINDS, base
 
 FOLDER = Path(__file__).parent / "saved_files"
-OF_THE_RUN = {"peft_version", "inference_mode"}  # of peft and of the call, not of the adapter
+OF_THE_RUN = {"peft_version", "inference_mode", "base_model_name_or_path"}  # of peft and of the call
 VERSIONS = sorted(path.name for path in FOLDER.iterdir() if (path / "base.safetensors").is_file())
 
 
