@@ -100,7 +100,7 @@ class ResidualFiLMConfig(AdapterConfig):
         return self.minimal_overhead
 
     def check_size(self, planned: int, base: int) -> None:
-        if self.minimal_overhead and planned >= 0.01 * base:
+        if planned >= 0.01 * base:
             raise ValueError(
                 f"`minimal_overhead` = True: the adapter would have {planned:,} parameters, {planned / base:.2%} of "
                 f"the base's {base:,}, and must stay below 1 %; lower `gamma_dim` and `beta_dim`, or name fewer sites."

@@ -180,7 +180,7 @@ class AdapterConfig(PeftConfig):
 
     @property
     def limits_size(self) -> bool:
-        """Whether `check_size` may refuse."""
+        """Whether `check_size` is asked, for which the base is counted."""
         return False
 
     def check_size(self, planned: int, base: int) -> None:

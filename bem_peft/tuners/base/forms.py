@@ -55,9 +55,7 @@ class Formula(Penalised, Watched):
     has_operator: bool = False  # that operator computes it as it is configured
     dropout: float = 0.0  # on the input
     reads_call = False  # reads values of the call: retrieval quality, which tokens are real
-    traced_rows: AttentionRows | None = (
-        None  # exact rows of the attention that runs now, in a compiled region: see call_frame
-    )
+    traced_rows: AttentionRows | None = None  # of the attention that runs now, in a compiled region: see call_frame
     observer: list[torch.Tensor] | None = None  # takes PT2's masks
 
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -116,9 +116,10 @@ def check_plan(model: nn.Module, name: str, parts: Sequence[Part], containers: S
             planned += sum(p.numel() for p in adapter.parameters())
             key_parts.update(adapter.state_dict())
         _check_choice_of_sites(model, part.config, sites)
-        inside = [f".{container}." for container in containers]
-        base = sum(p.numel() for n, p in model.named_parameters() if not any(place in n for place in inside))
-        part.config.check_size(planned, base)
+        if part.config.limits_size:
+            inside = [f".{container}." for container in containers]
+            base = sum(p.numel() for n, p in model.named_parameters() if not any(place in n for place in inside))
+            part.config.check_size(planned, base)
     _check_name(name, key_parts.union(*(part.adapter.lr_groups for part in parts)))
 
 
