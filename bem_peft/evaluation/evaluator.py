@@ -10,14 +10,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from bem_peft._version import __version__
+from bem_peft.evaluation.intervals import Comparison
+from bem_peft.evaluation.outlook import Outlook, outlooks
 from bem_peft.evaluation.pareto import Objective, ParetoAnalyzer, ParetoPoint
 from bem_peft.evaluation.profile_document import ProfileDocument
 from bem_peft.evaluation.promotion import Promotion, judge
+from bem_peft.evaluation.ranking import Ranking, rank_systems
+from bem_peft.evaluation.rate_curves import RateCurve, rate_curves
 from bem_peft.evaluation.report.report import Report
 from bem_peft.evaluation.resampling import resampled_means
-from bem_peft.evaluation.results import OBJECTIVES, QUALITY, SystemResult
-from bem_peft.evaluation.scores import PairedScores
-from bem_peft.evaluation.slices import DEVELOPMENT, HELD_OUT, SliceResult, check_disjoint, compare_slices
+from bem_peft.evaluation.results import SystemResult, shared_objectives
+from bem_peft.evaluation.scores import PairedScores, Scores
+from bem_peft.evaluation.slices import (
+    DEVELOPMENT,
+    HELD_OUT,
+    Unjudged,
+    check_disjoint,
+    judge_slices,
+    measure_slices,
+)
 
 
 class ComprehensiveEvaluator:
@@ -31,7 +42,7 @@ class ComprehensiveEvaluator:
         margin: how much worse counts as no worse, one for all metrics or one a metric.
         correction: "by", "bh" or "holm".
         quality: the metric that the Pareto frontiers trade against costs; None: the first that every system has, of
-            nll, accuracy, chrf, bleu, exact_match, f1, rouge_l, json_validity.
+            nll, accuracy, exact_match, f1, rouge_l, json_validity, bleu, chrf, then by name.
         profiles: times of the systems by name, of `PerformanceProfiler`; their medians are costs.
         progress: wraps the names of the systems while they are compared, as tqdm does.
 
@@ -58,10 +69,12 @@ class ComprehensiveEvaluator:
         self.progress = progress
         if profiles is not None:
             systems = profiles.with_times(systems)
-        self.systems = {system.name: system for system in systems}
+        self.left_out = frozenset().union(*(system.left_out for system in systems))
+        self.systems = {system.name: system.without(self.left_out) for system in systems}
         self.profiles = profiles
-        if quality is not None and (quality not in QUALITY or any(quality not in s.values for s in systems)):
-            raise ValueError(f"`quality` = {quality!r}: must be of {', '.join(QUALITY)}, and every system's.")
+        qualities = [objective.name for objective in shared_objectives(systems)[0]]
+        if quality is not None and quality not in qualities:
+            raise ValueError(f"`quality` = {quality!r}: must be one that every system has, of {', '.join(qualities)}.")
         self.quality = quality
         known = {metric for system in systems for metric in system.scores}
         strange = [metric for metric in margin if metric not in known] if isinstance(margin, Mapping) else []
@@ -77,61 +90,79 @@ class ComprehensiveEvaluator:
             )
         self.anchor, self.stands_on, self.title = anchor, stands_on, title
         self.margin, self.correction, self.confidence = margin, correction, confidence
-        for system in development:
-            for seen in system.scores.values():
-                for other in systems:
-                    for held in other.scores.values():
-                        check_disjoint(
-                            dict(zip(seen.items, seen.sha256 or seen.items, strict=True)),
-                            dict(zip(held.items, held.sha256 or held.items, strict=True)),
-                        )
+        held = _contents(systems)
+        for seen in _contents(development):
+            for other in held:
+                check_disjoint(seen, other)
 
-    def comparisons(self) -> dict[str, list[SliceResult]]:
-        """System -> its results against the anchor; nothing for systems without item scores.
+    def pairs(self, system: str) -> dict[str, PairedScores]:
+        """Metric -> the system's and the anchor's scores.
 
         Raises:
-            ValueError: systems that were scored on other items or seeds than the anchor.
+            ValueError: the two were scored on other items or seeds.
         """
-        base = self.systems[self.anchor]
-        found = {}
-        for name in self.progress(list(self.systems)):
-            system = self.systems[name]
-            pairs = {m: PairedScores(s, base.scores[m]) for m, s in system.scores.items() if m in base.scores}
-            if name != self.anchor and pairs:
-                found[name] = compare_slices(
-                    pairs, stands_on=self.stands_on, margin=self.margin, confidence=self.confidence,
-                    correction=self.correction,
-                )  # fmt: skip
-        return found
+        mine, base = self.systems[system].scores, self.systems[self.anchor].scores
+        return {m: PairedScores(mine[m], base[m]) for m in mine if m in base}
+
+    def quality_objective(self) -> Objective | None:
+        """The metric that is traded against costs: the one asked for, or the first that every system has."""
+        qualities, _ = shared_objectives(list(self.systems.values()))
+        return next((found for found in qualities if self.quality in (None, found.name)), None)
 
     def objectives(self) -> list[Objective]:
         """One of quality, then the costs, that every system has a value of; several qualities would rank nobody."""
-        shared = [name for name in OBJECTIVES if all(name in s.values for s in self.systems.values())]
-        quality = [self.quality] if self.quality is not None else [name for name in shared if name in QUALITY][:1]
-        return [OBJECTIVES[name] for name in (*quality, *(name for name in shared if name not in QUALITY))]
+        quality = self.quality_objective()
+        return [*([quality] if quality else []), *shared_objectives(list(self.systems.values()))[1]]
 
     def pareto(self) -> list[ParetoPoint]:
         """Every system's place; empty where fewer than two objectives are known of all.
 
         Probabilities come from 1,000 joint resamples of seeds and items (clusters), the same for every system.
         """
-        objectives = self.objectives()
-        if len(objectives) < 2 or objectives[0].name not in QUALITY:
+        objectives, quality = self.objectives(), self.quality_objective()
+        if len(objectives) < 2 or quality is None:
             return []
-        analyzer, quality = ParetoAnalyzer(objectives), objectives[0].name
-        names = [objective.name for objective in objectives]
-        draws = resampled_means([s.scores[quality] for s in self.systems.values() if quality in s.scores])
-        has_draws = draws is not None and len(draws) == len(self.systems)
+        analyzer, scores = ParetoAnalyzer(objectives), self._scores_of(quality.name)
+        draws = None if scores is None else resampled_means(scores)
         for row, system in enumerate(self.systems.values()):
-            found = {quality: draws[row]} if draws is not None and has_draws else None
-            analyzer.add_result(system.name, {n: system.values[n] for n in names}, found)
+            found = None if draws is None else {quality.name: draws[row]}
+            analyzer.add_result(system.name, {o.name: system.values[o.name] for o in objectives}, found)
         return analyzer.analyze()
+
+    def ranking(self) -> Ranking | None:
+        """The systems in their order under the metric of quality; None where they were not scored on the same items."""
+        quality = self.quality_objective()
+        scores = None if quality is None else self._scores_of(quality.name)
+        return None if scores is None else rank_systems(scores, self.confidence)
+
+    def curves(self) -> list[RateCurve]:
+        """Runs that differ by their learning rate alone, under the metric of quality."""
+        quality = self.quality_objective()
+        if quality is None:
+            return []
+        return rate_curves(list(self.systems.values()), quality.name, quality.higher_is_better)
+
+    def _scores_of(self, metric: str) -> list[Scores] | None:
+        """Every system's scores under `metric`, or None where one has none."""
+        found = [system.scores.get(metric) for system in self.systems.values()]
+        scores = [one for one in found if one is not None]
+        return scores if len(scores) == len(found) else None
 
     def report(self) -> Report:
         """Everything, judged."""
-        compared, points = self.comparisons(), {point.name: point for point in self.pareto()}
+        compared: dict[str, dict[tuple[str, str], Comparison]] = {}
+        unjudged: dict[str, list[Unjudged]] = {}
+        outlook: list[Outlook] = []
+        for name in self.progress([name for name in self.systems if name != self.anchor]):
+            pairs = self.pairs(name)
+            if pairs:
+                compared[name], unjudged[name] = measure_slices(pairs, confidence=self.confidence)
+                margins = self.margin if isinstance(self.margin, Mapping) else dict.fromkeys(pairs, self.margin)
+                outlook += outlooks(name, pairs, margins, self.confidence)
+        judged = judge_slices(compared, stands_on=self.stands_on, margin=self.margin, correction=self.correction)
+        points = {point.name: point for point in self.pareto()}
         promotions: list[Promotion] = [
-            judge(name, compared.get(name, []), system.budget_is_met, points.get(name))
+            judge(name, judged.get(name, []), system.budget_is_met, points.get(name), unjudged.get(name, []))
             for name, system in self.systems.items()
             if name != self.anchor
         ]
@@ -145,8 +176,26 @@ class ComprehensiveEvaluator:
             correction=self.correction,
             objectives=self.objectives(),
             systems=list(self.systems.values()),
-            comparisons=compared,
+            comparisons=judged,
             pareto=list(points.values()),
             promotions=promotions,
             profiles=self.profiles,
+            unjudged={name: found for name, found in unjudged.items() if found},
+            outlooks=outlook,
+            ranking=self.ranking(),
+            curves=self.curves(),
+            left_out=sorted(self.left_out),
         )
+
+
+def _contents(systems: Sequence[SystemResult]) -> list[dict[str, str]]:
+    """Each different set of items once, id -> sha256 of its content (its id where no hash is known)."""
+    found: list[dict[str, str]] = []
+    known: set[tuple[str, ...]] = set()
+    for system in systems:
+        for scores in system.scores.values():
+            hashes = scores.sha256 or scores.items
+            if hashes not in known:
+                known.add(hashes)
+                found.append(dict(zip(scores.items, hashes, strict=True)))
+    return found

@@ -1,21 +1,29 @@
 r"""Intervals and tests of a mean paired difference over seeds and items, D (seeds, items).
 
-    v_i = var(D.mean(0)) / N,  v_s = var(D.mean(1)) / K,  v_c = var(D) / (K N)            (ddof 1)
-    v = max(v_i + v_s - v_c, v_i, v_s),   df = v^2 / (v_i^2 / (N - 1) + v_s^2 / (K - 1))
-    mean(D) +- t(df) sqrt(v)
+    v = max(v_i + v_s - v_c, v_i, v_s),   df = v^2 / (v_i^2 / df_i + v_s^2 / (K - 1))       (the parts: variance.py)
+    T = mean(D) / sqrt(v),   g(T) = T + a T^2 / 3 + a^2 T^3 / 27 + a / 6 ~ t(df)
+
+with a = skewness of the mean by its items (v_i / v)^1.5; the interval is where |g| stays below its quantile. Without
+skewness it is mean(D) +- t(df) sqrt(v). Log-normal items, of which few are large, are covered by it and not without.
+
+Two seeds say so little of others that this df is too hopeful; there each part has its own t, and no claim is made:
+    mean(D) +- sqrt(t(df_i)^2 v_i + t(1)^2 max(0, v_s - v_c))
 
 A claim over many comparisons reads far into the tails, where the estimated df is too hopeful for few seeds; it takes
-its p-value from t(K - 1) (`claim_p_value`), which is never too small (benchmarks/coverage.py).
+its p-value from t(min(df, df_i, K - 1)) (`claim_p_value`), which is never too small (benchmarks/coverage.py).
 
-Seeds and items are both drawn from something larger, so both vary. Clustered items enter as one value a cluster, whose
-variance is the cluster-robust one. With one seed nothing is known of other seeds: the interval is BCa over items and
-says that it is conditional on this seed.
+Seeds and items are both drawn from something larger, so both vary. Items that belong together enter as clusters. With
+one seed nothing is known of other seeds: the interval is over items alone (BCa; by the jackknife where there are
+clusters) and says that it is conditional on this seed. Where a few clusters or items make up the variance of the
+items, so that `df_i` is under LEAST_DEGREES, the comparison carries a `refusal`: its interval is no ground for a claim.
 
 What degenerate data give: all differences 0: [0, 0], p = 1. All differences equal and not 0: the interval is that
 value, and p the smallest that flipping the signs of K seeds (of N items with one seed) can give, 2^(1 - n).
 
 Source: Cameron, Gelbach and Miller, Robust inference with multiway clustering, 2011 (eq. 2.2); Satterthwaite, 1946;
-Efron, Better bootstrap confidence intervals, 1987.
+Cochran, Approximate significance levels of the Behrens-Fisher test, 1964 (a t for each part); Hall, On the removal of
+skewness by transformation, 1992 (g); Efron, Better bootstrap
+confidence intervals, 1987.
 """
 
 from __future__ import annotations
@@ -27,8 +35,14 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from bem_peft.evaluation.variance import Parts, variance_parts
+
 TWO_WAY = "two-way standard error over seeds and items, Satterthwaite t"
+TWO_SEEDS = "two-way standard error over two seeds and items, a t for each part"
 ONE_SEED = "BCa over items, conditional on this seed"
+ONE_SEED_JACKKNIFE = "jackknife over items or clusters, t, conditional on this seed"
+LEAST_DEGREES = 4.0  # of the items' part of the variance, for any claim
+BOOTSTRAP_LIMIT = 2_000  # items up to which one seed's interval is drawn
 EXACT_LIMIT = 2**14  # sign patterns that are enumerated instead of drawn
 
 
@@ -40,6 +54,7 @@ class Comparison:
     df: degrees of freedom; None with one seed. d_z: mean over the standard deviation of the items' mean differences.
     mde: the smallest true difference that this design finds with the given power.
     is_conditional: on the one seed; such a result promotes nothing.
+    refusal: why the data bear no claim though an interval can be written down; None: they do.
     """
 
     estimate: float
@@ -57,6 +72,11 @@ class Comparison:
     clusters: int | None
     method: str
     is_conditional: bool
+    refusal: str | None = None
+
+    @property
+    def may_claim(self) -> bool:
+        return not self.is_conditional and self.refusal is None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,39 +87,22 @@ def check_differences(difference: np.ndarray, clusters: np.ndarray | None = None
     found = np.asarray(difference, dtype=np.float64)
     if found.ndim != 2 or found.shape[0] < 1:
         raise ValueError(f"`difference` has shape {found.shape}: must be (seeds, items).")
-    if found.shape[1] < 3:
-        raise ValueError(f"`difference` has {found.shape[1]} items: at least 3 are needed for any interval.")
     if not np.isfinite(found).all():
         raise ValueError("`difference` has values that are not finite: give a failed item the metric's worst value.")
-    if clusters is not None:
-        if np.shape(clusters) != (found.shape[1],):
-            raise ValueError(f"`clusters` has shape {np.shape(clusters)}: must be ({found.shape[1]},), one an item.")
-        if len(np.unique(clusters)) < 3:
-            raise ValueError(f"`clusters` has {len(np.unique(clusters))} clusters: at least 3 are needed.")
+    if clusters is not None and np.shape(clusters) != (found.shape[1],):
+        raise ValueError(f"`clusters` has shape {np.shape(clusters)}: must be ({found.shape[1]},), one an item.")
+    reason = too_few(found, clusters)
+    if reason is not None:
+        raise ValueError(f"`difference` has {reason}.")
     return found
 
 
-def cluster_values(difference: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
-    """One value a cluster, (K, C), whose mean is the items' mean and whose variance is the cluster-robust one.
-
-    u_c = m + C/N sum_{i in c} (d_i - m); for clusters of one size the cluster means.
-    """
-    if clusters is None:
-        return difference
-    index = np.unique(clusters, return_inverse=True)[1]
-    count = int(index.max()) + 1
-    mean = difference.mean()
-    sums = np.stack([np.bincount(index, weights=row - mean, minlength=count) for row in difference])
-    found: np.ndarray = mean + sums * (count / difference.shape[1])
-    return found
-
-
-def variance_components(values: np.ndarray) -> tuple[float, float, float]:
-    """(v_i, v_s, v_c) of values (K >= 2, N); see the module's formula."""
-    seeds, items = values.shape
-    item_part = values.mean(0).var(ddof=1) / items
-    seed_part = values.mean(1).var(ddof=1) / seeds
-    return float(item_part), float(seed_part), float(values.var(ddof=1) / (seeds * items))
+def too_few(difference: np.ndarray, clusters: np.ndarray | None) -> str | None:
+    """Why D (seeds, items) has too few items or clusters for any interval, or None."""
+    if difference.shape[1] < 3:
+        return f"{difference.shape[1]} items: at least 3 are needed for any interval"
+    count = None if clusters is None else len(np.unique(clusters))
+    return f"{count} clusters: at least 3 are needed for any interval" if count is not None and count < 3 else None
 
 
 def compare_means(
@@ -125,64 +128,113 @@ def compare_means(
         if not 0.0 < share < 1.0:
             raise ValueError(f"`{name}` = {share!r}: must lie in (0, 1); 0.95 is 95 %.")
     found = check_differences(difference, clusters)
-    values = cluster_values(found, clusters)
-    if values.shape[0] == 1:
-        return _one_seed(found, values, clusters, confidence, power, resamples, random_seed)
-    seeds, units = values.shape
-    v_i, v_s, v_c = variance_components(values)
-    variance = max(v_i + v_s - v_c, v_i, v_s)
-    estimate, error = float(found.mean()), float(np.sqrt(variance))
-    degenerate = error <= 1e-15 * max(1.0, abs(estimate))
-    if degenerate:
-        df, half, p, mde, error = float(seeds - 1), 0.0, 1.0 if estimate == 0.0 else 2.0 ** (1 - seeds), 0.0, 0.0
-        claim = p
+    parts = variance_parts(found, clusters)
+    if found.shape[0] == 1:
+        return _one_seed(found[0], parts, clusters, confidence, power, resamples, random_seed)
+    seeds, estimate = found.shape[0], float(found.mean())
+    error, df, half = two_way(parts, seeds, confidence)
+    if error <= 1e-15 * max(1.0, abs(estimate)):
+        df, below, above, mde, error = float(seeds - 1), 0.0, 0.0, 0.0, 0.0
+        p = claim = 1.0 if estimate == 0.0 else 2.0 ** (1 - seeds)
     else:
-        df = float(variance**2 / (v_i**2 / (units - 1) + v_s**2 / (seeds - 1)))
-        half = float(stats.t.ppf(0.5 + confidence / 2, df)) * error
-        p = float(2.0 * stats.t.sf(abs(estimate) / error, df))
-        claim = float(2.0 * stats.t.sf(abs(estimate) / error, min(df, seeds - 1.0)))
-        mde = _detectable(error, df, confidence, power)
+        skewness = parts.skewness * (float(np.sqrt(parts.items)) / error) ** 3
+        below, above = (-error * _to_skewed(side * half / error, skewness) for side in (1.0, -1.0))
+        size = abs(_from_skewed(estimate / error, skewness))
+        p = float(2.0 * stats.t.sf(size, df))
+        claim = float(2.0 * stats.t.sf(size, min(df, parts.items_df, seeds - 1.0)))
+        mde = half + error * float(stats.t.ppf(power, df))
     return Comparison(
-        estimate, estimate - half, estimate + half, confidence, p, claim, error, df, _d_z(values), mde,
-        seeds, found.shape[1], None if clusters is None else units, TWO_WAY, False,
+        estimate, estimate + below, estimate + above, confidence, p, claim, error, df, _d_z(found.mean(0)), mde, seeds,
+        found.shape[1], None if clusters is None else parts.clusters, TWO_WAY if seeds > 2 else TWO_SEEDS, False,
+        _refusal(parts, seeds, clusters is not None),
     )  # fmt: skip
+
+
+def two_way(parts: Parts, seeds: int, confidence: float) -> tuple[float, float, float]:
+    """(standard error, df, half the interval's width without skewness) of the mean over `seeds` >= 2 seeds; df 1 where
+    all is 0."""
+    v_i, v_s, v_c = parts.items, parts.seeds, parts.both
+    variance, tail = max(v_i + v_s - v_c, v_i, v_s), 0.5 + confidence / 2
+    if variance == 0.0:
+        return 0.0, 1.0, 0.0
+    df = float(variance**2 / (v_i**2 / parts.items_df + v_s**2 / (seeds - 1)))
+    error = float(np.sqrt(variance))
+    half = float(stats.t.ppf(tail, df)) * error
+    if seeds == 2:
+        own = stats.t.ppf(tail, parts.items_df) ** 2 * v_i + stats.t.ppf(tail, 1) ** 2 * max(0.0, v_s - v_c)
+        half = max(half, float(np.sqrt(own)))
+    return error, df, half
+
+
+def _from_skewed(t: float, skewness: float) -> float:
+    """g(t) = t + a t^2 / 3 + a^2 t^3 / 27 + a / 6, rising in t: about symmetric where the estimate has skewness a."""
+    return t + skewness * t**2 / 3.0 + skewness**2 * t**3 / 27.0 + skewness / 6.0
+
+
+def _to_skewed(t: float, skewness: float) -> float:
+    """The inverse of `_from_skewed`."""
+    if abs(skewness) < 1e-6:  # within rounding of t itself
+        return t
+    return float(3.0 / skewness * (np.cbrt(1.0 + skewness * (t - skewness / 6.0)) - 1.0))
+
+
+def _refusal(parts: Parts, seeds: int, has_clusters: bool) -> str | None:
+    """Why no claim can be made, or None."""
+    if seeds == 2:
+        return "two seeds: how far seeds differ is known on one degree of freedom; run a third"
+    if parts.items == 0.0 or parts.items_df >= LEAST_DEGREES:
+        return None
+    if not has_clusters:
+        return (
+            f"too few effective items: a few of {parts.clusters} make up the difference ({parts.items_df:.1f} degrees "
+            f"of freedom, {LEAST_DEGREES:g} are asked for)"
+        )
+    return (
+        f"too few effective clusters: {parts.effective_clusters:.1f} of {parts.clusters}, the largest holds "
+        f"{parts.largest_share:.0%} of the items ({parts.items_df:.1f} degrees of freedom, {LEAST_DEGREES:g} are asked "
+        "for)"
+    )
 
 
 def _one_seed(
-    found: np.ndarray, values: np.ndarray, clusters: np.ndarray | None, confidence: float, power: float, resamples: int,
+    row: np.ndarray, parts: Parts, clusters: np.ndarray | None, confidence: float, power: float, resamples: int,
     random_seed: int,
 ) -> Comparison:  # fmt: skip
-    row = values[0]
-    estimate, units = float(found.mean()), row.shape[0]
-    spread = float(row.std(ddof=1))
-    error = spread / np.sqrt(units)
-    if spread <= 1e-15 * max(1.0, abs(estimate)):
-        low = high = estimate
-        p, error, mde = (1.0 if estimate == 0.0 else 2.0 ** (1 - units)), 0.0, 0.0
+    """Of one seed's row (N,)."""
+    estimate, error, df = float(row.mean()), float(np.sqrt(parts.items)), parts.items_df
+    low = high = estimate
+    if error <= 1e-15 * max(1.0, abs(estimate)):
+        p, error, mde = (1.0 if estimate == 0.0 else 2.0 ** (1 - parts.clusters)), 0.0, 0.0
     else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", category=stats.DegenerateDataWarning)
-            interval = stats.bootstrap(
-                (row,), np.mean, confidence_level=confidence, n_resamples=resamples, method="BCa", batch=256,
-                rng=np.random.default_rng(random_seed),
-            ).confidence_interval  # fmt: skip
-        low, high = float(interval.low), float(interval.high)
-        p = sign_flip_p_value(row, resamples=resamples, random_seed=random_seed)
-        mde = _detectable(error, units - 1.0, confidence, power)
+        mde = error * float(stats.t.ppf(0.5 + confidence / 2, df) + stats.t.ppf(power, df))
+        if clusters is None and row.size <= BOOTSTRAP_LIMIT:
+            low, high = _bca(row, confidence, resamples, random_seed)
+            p = sign_flip_p_value(row, resamples=resamples, random_seed=random_seed)
+        else:
+            tail = float(stats.t.ppf(0.5 + confidence / 2, df))
+            low, high = (estimate - error * _to_skewed(side * tail, parts.skewness) for side in (1.0, -1.0))
+            p = float(2.0 * stats.t.sf(abs(_from_skewed(estimate / error, parts.skewness)), df))
     return Comparison(
-        estimate, low, high, confidence, p, p, float(error), None, _d_z(values), mde, 1, found.shape[1],
-        None if clusters is None else units, ONE_SEED, True,
+        estimate, low, high, confidence, p, p, error, None, _d_z(row), mde, 1, row.size,
+        None if clusters is None else parts.clusters,
+        ONE_SEED if clusters is None and row.size <= BOOTSTRAP_LIMIT else ONE_SEED_JACKKNIFE, True,
+        _refusal(parts, 1, clusters is not None),
     )  # fmt: skip
 
 
-def _d_z(values: np.ndarray) -> float | None:
-    means = values.mean(0)
+def _bca(row: np.ndarray, confidence: float, resamples: int, random_seed: int) -> tuple[float, float]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", category=stats.DegenerateDataWarning)
+        found = stats.bootstrap(
+            (row,), np.mean, confidence_level=confidence, n_resamples=resamples, method="BCa", batch=256,
+            rng=np.random.default_rng(random_seed),
+        ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
+
+
+def _d_z(means: np.ndarray) -> float | None:
     spread = float(means.std(ddof=1))
     return None if spread == 0.0 else float(means.mean() / spread)
-
-
-def _detectable(error: float, df: float, confidence: float, power: float) -> float:
-    return error * float(stats.t.ppf(0.5 + confidence / 2, df) + stats.t.ppf(power, df))
 
 
 def sign_flip_p_value(differences: np.ndarray, *, resamples: int = 9_999, random_seed: int = 0) -> float:
@@ -243,43 +295,3 @@ def mcnemar_p_value(a: np.ndarray, b: np.ndarray) -> float:
         raise ValueError(f"`a` has {first.size} items and `b` {second.size}: score both on the same ones.")
     wins, losses = int(((first == 1) & (second == 0)).sum()), int(((first == 0) & (second == 1)).sum())
     return 1.0 if wins + losses == 0 else float(stats.binomtest(wins, wins + losses, 0.5).pvalue)
-
-
-def required_items(
-    difference: np.ndarray, effect: float, *, seeds: int | None = None, confidence: float = 0.95, power: float = 0.8
-) -> int | None:
-    """Items that find a true difference of `effect` with `power`, with this many seeds (None: as many as D has).
-
-    Returns:
-        The number, or None where the seeds' own spread hides the effect however many items there are: add seeds.
-
-    Raises:
-        ValueError: one seed in D (its spread over seeds is unknown), or an effect of 0.
-    """
-    found = check_differences(difference)
-    if found.shape[0] < 2:
-        raise ValueError("`difference` has one seed: how far seeds differ is unknown; run at least 2.")
-    if effect == 0.0:
-        raise ValueError("`effect` = 0: no number of items finds it.")
-    have_seeds, have_items = found.shape
-    planned = have_seeds if seeds is None else seeds
-    v_i, v_s, v_c = variance_components(found)
-    # v_i N = s_item + s_rest / K and so on: the components of one observation
-    rest = max(0.0, v_c * have_seeds * have_items - max(0.0, v_i * have_items) - max(0.0, v_s * have_seeds))
-    rest = max(rest, found.var(ddof=1) * 1e-12)
-    item = max(0.0, v_i * have_items - rest / have_seeds)
-    seed = max(0.0, v_s * have_seeds - rest / have_items)
-    low, high = 3, 10**9
-
-    def finds(items: int) -> bool:
-        i_part, s_part = (item + rest / planned) / items, (seed + rest / items) / planned
-        variance = max(i_part + s_part - rest / (planned * items), i_part, s_part)
-        df = variance**2 / (i_part**2 / (items - 1) + s_part**2 / max(1, planned - 1))
-        return _detectable(float(np.sqrt(variance)), df, confidence, power) <= abs(effect)
-
-    if not finds(high):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if finds(middle) else (middle + 1, high)
-    return low

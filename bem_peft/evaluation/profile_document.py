@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bem_peft.evaluation.profiler import BASE, Profile, Workload, requests_per_minute
+from bem_peft.evaluation.report.markdown_table import markdown_table, plain
 from bem_peft.evaluation.results import SystemResult
 from bem_peft.whole_file import write_whole
 
@@ -87,9 +88,8 @@ class ProfileDocument:
         return found
 
     def to_markdown(self) -> str:
-        lines = [f"| {' | '.join(COLUMNS)} |", "| --- | --- |" + " ---: |" * 6 + " --- | ---: | ---: |"]
-        lines += [f"| {' | '.join(row)} |" for row in self.rows()]
-        return "\n".join([*lines, "", self.how()])
+        lines = markdown_table(COLUMNS, self.rows(), (*range(2, 8), 9, 10))
+        return "\n".join([*lines, "", plain(self.how())])
 
     def to_text(self) -> str:
         """The table for a terminal."""

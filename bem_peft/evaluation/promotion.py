@@ -2,7 +2,8 @@
 
     promoted  <=>  budget met  and  no slice inferior  and  (on a Pareto frontier  or  a Slice-B gain after correction)
 
-One seed, a development slice or an unmeasured budget earn no verdict: what is not known is never a pass.
+One seed, a development slice, too few effective clusters or an unmeasured budget earn no verdict: what is not known is
+never a pass.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bem_peft.evaluation.pareto import ParetoPoint
-from bem_peft.evaluation.slices import HELD_OUT, SliceResult, interval_text, promoting
+from bem_peft.evaluation.slices import HELD_OUT, WHOLE, SliceResult, Unjudged, interval_text, promoting
 
 PROMOTED, NOT_PROMOTED, NO_VERDICT = "PROMOTED", "NOT PROMOTED", "NO VERDICT"
 FRONTIER_PROBABILITY = 0.95
@@ -31,7 +32,11 @@ class Promotion:
 
 
 def judge(
-    system: str, results: Sequence[SliceResult], budget_is_met: bool | None, point: ParetoPoint | None
+    system: str,
+    results: Sequence[SliceResult],
+    budget_is_met: bool | None,
+    point: ParetoPoint | None,
+    unjudged: Sequence[Unjudged] = (),
 ) -> Promotion:
     """Apply the rule.
 
@@ -39,6 +44,7 @@ def judge(
         results: the system against the anchor, every metric and slice.
         budget_is_met: None where it was not measured.
         point: its place among all systems, or None.
+        unjudged: metrics and slices of which nothing can be said.
     """
     unknown, against, reasons = [], [], []
     held_out = [found for found in results if found.stands_on == HELD_OUT]
@@ -46,6 +52,12 @@ def judge(
         unknown.append("no result stands on Slice-B (held out): only that promotes")
     if any(found.comparison.is_conditional for found in held_out):
         unknown.append("one seed: nothing is known of other seeds; run at least 3")
+    for found in held_out:
+        if found.comparison.refusal is not None:
+            unknown.append(f"no verdict on {found.metric}, {found.slice}: {found.comparison.refusal}")
+    for left in unjudged:
+        if left.slice == WHOLE and held_out:
+            unknown.append(f"no verdict on {left.metric}, {left.slice}: {left.reason}")
     if budget_is_met is None:
         unknown.append("the budget was not measured")
     elif budget_is_met:

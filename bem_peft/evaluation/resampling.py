@@ -1,5 +1,6 @@
 """How the means of systems would change with other seeds and other items: joint resamples, for statistics that have no
-formula (a place on a frontier). For the interval of a difference use `compare_means`, whose coverage is better.
+formula (a place on a frontier, the best of many). For the interval of a difference use `compare_means`, whose coverage
+is better.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from bem_peft.evaluation.scores import Scores
+
+NUMBERS_AT_ONCE = 4_000_000  # drawn weights held at a time
 
 
 def resampled_means(scores: Sequence[Scores], *, resamples: int = 1_000, random_seed: int = 0) -> np.ndarray | None:
@@ -20,26 +23,47 @@ def resampled_means(scores: Sequence[Scores], *, resamples: int = 1_000, random_
     Returns:
         None where there are no scores, or the systems have other seeds or items: there is no joint draw then.
     """
-    if not scores:
+    if not scores or not share_items(scores):
         return None
     first = scores[0]
-    if any(set(s.seeds) != set(first.seeds) or set(s.items) != set(first.items) for s in scores):
-        return None
-    values = np.stack([_in_order_of(first, s) for s in scores])  # (S, K, N)
+    values = on_shared_items(scores)  # (S, K, N)
     systems, seeds, items = values.shape
     names = first.items if first.clusters is None else first.clusters
     index = np.unique(np.array(names), return_inverse=True)[1]
     clusters = int(index.max()) + 1
+    sizes = np.bincount(index).astype(np.float64)
+    sums = np.stack([np.bincount(index, weights=row, minlength=clusters) for row in values.reshape(-1, items)])
     rng = np.random.default_rng(random_seed)
-    weights = rng.multinomial(clusters, np.full(clusters, 1.0 / clusters), size=resamples)[:, index].astype(np.float64)
-    by_items = np.einsum("rn,mn->rm", weights, values.reshape(-1, items), optimize=True)
-    by_items = (by_items / weights.sum(1, keepdims=True)).reshape(resamples, systems, seeds)
+    by_items = np.empty((resamples, systems, seeds))
+    block = max(1, NUMBERS_AT_ONCE // clusters)
+    for start in range(0, resamples, block):
+        count = min(block, resamples - start)
+        drawn = rng.integers(0, clusters, (count, clusters))
+        drawn += np.arange(count)[:, None] * clusters
+        weights = np.bincount(drawn.ravel(), minlength=count * clusters).reshape(count, clusters).astype(np.float64)
+        found = weights @ sums.T / (weights @ sizes)[:, None]
+        by_items[start : start + count] = found.reshape(count, systems, seeds)
     means = values.mean(2)
     by_items = means + _widened(clusters) * (by_items - means)
-    drawn = rng.multinomial(seeds, np.full(seeds, 1.0 / seeds), size=resamples) / seeds
+    chosen = rng.multinomial(seeds, np.full(seeds, 1.0 / seeds), size=resamples) / seeds
     middle = by_items.mean(2)
-    found: np.ndarray = middle + _widened(seeds) * (np.einsum("rsk,rk->rs", by_items, drawn) - middle)
-    return found.T
+    result: np.ndarray = middle + _widened(seeds) * (np.einsum("rsk,rk->rs", by_items, chosen) - middle)
+    return result.T
+
+
+def share_items(scores: Sequence[Scores]) -> bool:
+    """Whether all have the same seeds and items, in any order."""
+    first = scores[0]
+    return all(
+        (s.seeds == first.seeds or set(s.seeds) == set(first.seeds))
+        and (s.items == first.items or set(s.items) == set(first.items))
+        for s in scores
+    )
+
+
+def on_shared_items(scores: Sequence[Scores]) -> np.ndarray:
+    """The values of systems with the same seeds and items, in the order of the first, (systems, seeds, items)."""
+    return np.stack([_in_order_of(scores[0], found) for found in scores])
 
 
 def _widened(count: int) -> float:
@@ -47,6 +71,8 @@ def _widened(count: int) -> float:
 
 
 def _in_order_of(first: Scores, other: Scores) -> np.ndarray:
+    if (first.items, first.seeds) == (other.items, other.seeds):
+        return other.values
     items = {item: i for i, item in enumerate(other.items)}
     seeds = {seed: i for i, seed in enumerate(other.seeds)}
     found: np.ndarray = other.values[[seeds[s] for s in first.seeds]][:, [items[i] for i in first.items]]

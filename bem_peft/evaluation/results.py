@@ -35,12 +35,22 @@ OBJECTIVES = {
 QUALITY = ("nll", "accuracy", *GENERATED)  # one of these is traded against the costs, which are all others
 
 
+def shared_objectives(systems: Sequence[SystemResult]) -> tuple[list[Objective], list[Objective]]:
+    """(metrics of quality, costs) that every system has a value of; metrics that are not ours come after ours."""
+    shared = [name for name in OBJECTIVES if all(name in system.values for system in systems)]
+    scored = set.intersection(*(set(system.scores) for system in systems)) if systems else set()
+    others = [Objective(m, systems[0].scores[m].higher_is_better) for m in sorted(scored - set(OBJECTIVES))]
+    qualities = [OBJECTIVES[name] for name in shared if name in QUALITY]
+    return [*qualities, *others], [OBJECTIVES[name] for name in shared if name not in QUALITY]
+
+
 @dataclass
 class SystemResult:
     """One system of a comparison.
 
     values: objective -> value. replicates: objective -> one value a seed. scores: metric -> item scores, or empty.
     budget: lines as in `budget_report.json`, or None where none was measured. warnings: what a reader must know.
+    left_out: ids of items that this system could not be scored on; a comparison leaves them out of all systems.
     """
 
     name: str
@@ -52,6 +62,18 @@ class SystemResult:
     seeds: tuple[int, ...] = ()
     provenance: list[dict[str, Any]] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
+    left_out: frozenset[str] = frozenset()
+
+    def without(self, items: frozenset[str]) -> SystemResult:
+        """The same system with the scores of the other items alone, and the means of these."""
+        if all(items.isdisjoint(scores.items) for scores in self.scores.values()):
+            return self
+        scores = {m: found.restricted_to(set(found.items) - items) for m, found in self.scores.items()}
+        per_seed = {m: [float(row.mean()) for row in found.values] for m, found in scores.items()}
+        means = {m: float(np.mean(found)) for m, found in per_seed.items()}
+        return replace(
+            self, scores=scores, values=self.values | means, replicates=self.replicates | per_seed,
+        )  # fmt: skip
 
     @property
     def budget_is_met(self) -> bool | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bem_peft.evaluation.metrics import corpus_metric
 from bem_peft.whole_file import write_whole
 
 VERSION = 1
+ROUNDING = 1e-12  # of a score: sums of the same numbers in another order differ by so much
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Scores:
         """From one mapping a score: `seed`, `id`, `value`, and optionally `cluster`, `sha256`, `slices` (a list).
 
         Raises:
-            ValueError: a seed lacks an item that another has, or an item's cluster, hash or slices differ by seed.
+            ValueError: a seed lacks an item that another has, an item's cluster, hash or slices differ by seed, or some
+            items have a cluster or a hash and others none.
         """
         table: dict[int, dict[str, float]] = {}
         about: dict[str, tuple[Any, Any, tuple[str, ...]]] = {}
@@ -112,14 +115,20 @@ class Scores:
             for name in names:
                 slices.setdefault(name, set()).add(item)
 
-        def column(position: int) -> tuple[str, ...] | None:
+        def column(position: int, name: str) -> tuple[str, ...] | None:
             found = [about[item][position] for item in items]
-            return None if any(value is None for value in found) else tuple(map(str, found))
+            without = [item for item, value in zip(items, found, strict=True) if value is None]
+            if without and len(without) < len(items):
+                raise ValueError(
+                    f"scores of {system!r}: no `{name}` of {_some(without)}, and one of the others: give every item "
+                    "one (an item that stands alone its own id), or none."
+                )
+            return None if without else tuple(map(str, found))
 
         return cls(
             system, metric, np.array([[table[seed][item] for item in items] for seed in seeds]).reshape(len(seeds), -1),
-            tuple(seeds), tuple(items), higher_is_better, column(0),
-            {name: frozenset(ids) for name, ids in slices.items()}, column(1),
+            tuple(seeds), tuple(items), higher_is_better, column(0, "cluster"),
+            {name: frozenset(ids) for name, ids in slices.items()}, column(1, "sha256"),
         )  # fmt: skip
 
     def restricted_to(self, ids: Iterable[str]) -> Scores:
@@ -203,38 +212,91 @@ class PairedScores:
         pair = f"{a.system!r} and {b.system!r}"
         if (a.metric, a.higher_is_better) != (b.metric, b.higher_is_better):
             raise ValueError(f"{pair} have other metrics: {a.metric!r} and {b.metric!r}, or other directions.")
-        for name, first, second in (("items", a.items, b.items), ("seeds", a.seeds, b.seeds)):
-            lone = [value for value in first if value not in set(second)]
-            other = [value for value in second if value not in set(first)]
+        of_both: tuple[tuple[str, Sequence[Any], Sequence[Any]], ...]
+        of_both = (("items", a.items, b.items), ("seeds", a.seeds, b.seeds))
+        for name, first, second in of_both:
+            if first == second:
+                continue
+            mine, theirs = set(first), set(second)
+            lone, other = [x for x in first if x not in theirs], [x for x in second if x not in mine]
             if lone or other:
                 raise ValueError(
                     f"{pair} have other {name}: {_some(lone)} of the first alone, {_some(other)} of the second alone; "
                     "score both on the same ones."
                 )
-        order = {item: i for i, item in enumerate(b.items)}
+        order = self._items_of_b
         if a.sha256 is not None and b.sha256 is not None:
-            for item, digest in zip(a.items, a.sha256, strict=True):
-                if b.sha256[order[item]] != digest:
+            for item, digest, place in zip(a.items, a.sha256, order, strict=True):
+                if b.sha256[place] != digest:
                     raise ValueError(
                         f"{pair}: the item {item!r} has other content in each; it was scored on other data."
                     )
+        self._check_clusters()
 
-    @property
+    def _check_clusters(self) -> None:
+        """Raises where both have clusters and two items belong together in one alone."""
+        if self.a.clusters is None or self.b.clusters is None:
+            return
+        theirs = [self.b.clusters[place] for place in self._items_of_b]
+        for first, second in ((self.a.clusters, theirs), (theirs, self.a.clusters)):
+            seen: dict[str, tuple[str, str]] = {}
+            for item, mine, other in zip(self.a.items, first, second, strict=True):
+                before, at = seen.setdefault(mine, (other, item))
+                if before != other:
+                    raise ValueError(
+                        f"{self.a.system!r} and {self.b.system!r}: the items {at!r} and {item!r} belong together in "
+                        "one of them and not in the other; give both the same clusters."
+                    )
+
+    @cached_property
+    def _items_of_b(self) -> np.ndarray:
+        """(N,) where each item of `a` stands in `b`."""
+        if self.a.items == self.b.items:
+            return np.arange(len(self.a.items))
+        place = {item: i for i, item in enumerate(self.b.items)}
+        return np.array([place[item] for item in self.a.items])
+
+    @cached_property
     def difference(self) -> np.ndarray:
-        """D (seeds, items), above 0 where `a` is better; in the order of `a`'s items and seeds."""
-        items = {item: i for i, item in enumerate(self.b.items)}
+        """D (seeds, items), above 0 where `a` is better; in the order of `a`'s items and seeds. What lies within
+        rounding of the two scores is 0."""
         seeds = {seed: i for i, seed in enumerate(self.b.seeds)}
-        other = self.b.values[[seeds[seed] for seed in self.a.seeds]][:, [items[item] for item in self.a.items]]
-        found: np.ndarray = self.a.values - other
-        return found if self.a.higher_is_better else -found
+        mine, other = self.a.values, self.b.values[[seeds[seed] for seed in self.a.seeds]][:, self._items_of_b]
+        found = mine - other
+        found[np.abs(found) <= ROUNDING * np.maximum(np.abs(mine), np.abs(other))] = 0.0
+        return found if self.a.higher_is_better else 0.0 - found
 
-    @property
+    @cached_property
     def cluster_index(self) -> np.ndarray | None:
-        """(N,) number of each item's cluster, or None."""
-        if self.a.clusters is None:
+        """(N,) number of each item's cluster, of `a` or else of `b`; None: each item alone."""
+        names = self.a.clusters
+        if names is None and self.b.clusters is not None:
+            names = tuple(self.b.clusters[place] for place in self._items_of_b)
+        if names is None:
             return None
-        found: np.ndarray = np.unique(np.array(self.a.clusters), return_inverse=True)[1]
+        number: dict[str, int] = {}
+        return np.array([number.setdefault(name, len(number)) for name in names])
+
+    @cached_property
+    def slices(self) -> dict[str, frozenset[str]]:
+        """The slices of both, by name. Raises ValueError where a name holds other items in each."""
+        found = dict(self.a.slices)
+        for name, ids in self.b.slices.items():
+            if found.setdefault(name, ids) != ids:
+                raise ValueError(
+                    f"{self.a.system!r} and {self.b.system!r}: the slice {name!r} holds other items in each, as "
+                    f"{_some(sorted(found[name] ^ ids))}; score both with the same slices."
+                )
         return found
+
+    def part(self, ids: Iterable[str]) -> tuple[np.ndarray, np.ndarray | None]:
+        """(difference, cluster_index) of some items. A corpus metric is computed anew for them."""
+        kept = set(ids)
+        if self.a.counts is not None:
+            pair = PairedScores(self.a.restricted_to(kept), self.b.restricted_to(kept))
+            return pair.difference, pair.cluster_index
+        at = np.flatnonzero([item in kept for item in self.a.items])
+        return self.difference[:, at], None if self.cluster_index is None else self.cluster_index[at]
 
     def restricted_to(self, ids: Iterable[str]) -> PairedScores:
         kept = set(ids)

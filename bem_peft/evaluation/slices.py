@@ -6,24 +6,28 @@ content, so that a copy under another id is found as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from bem_peft.evaluation.intervals import Comparison, compare_means
+from bem_peft.evaluation.intervals import Comparison, compare_means, too_few
 from bem_peft.evaluation.multiplicity import adjusted_p_values
 from bem_peft.evaluation.scores import PairedScores
 
 DEVELOPMENT, HELD_OUT = "slice_a", "slice_b"
 WHOLE = "all"
+Key = TypeVar("Key", bound=Hashable)  # names of systems
 
 
 @dataclass(frozen=True)
 class SliceResult:
-    """One metric on one slice. `stands_on`: "slice_a" or "slice_b". `adjusted_p_value`: over metrics and slices.
+    """One metric on one slice. `stands_on`: "slice_a" or "slice_b". `adjusted_p_value`: over metrics and slices, and
+    over systems where several were compared.
 
     `is_better` and `is_worse` hold after correction, `is_inferior` where the interval's lower end lies below -margin
-    (a single claim a slice, which needs no correction). A result that is conditional on one seed claims nothing.
+    (a single claim a slice, which needs no correction). A result that is conditional on one seed, or whose comparison
+    has a `refusal`, claims nothing.
     """
 
     metric: str
@@ -40,6 +44,15 @@ class SliceResult:
         return {**vars(self), "comparison": self.comparison.to_dict()}
 
 
+@dataclass(frozen=True)
+class Unjudged:
+    """A slice of which nothing can be said, and why."""
+
+    metric: str
+    slice: str
+    reason: str
+
+
 def interval_text(found: SliceResult) -> str:
     """The difference with its interval: "+0.012 [+0.004, +0.020]"."""
     c = found.comparison
@@ -47,15 +60,77 @@ def interval_text(found: SliceResult) -> str:
 
 
 def check_disjoint(development: Mapping[str, str], held_out: Mapping[str, str]) -> None:
-    """Raise ValueError where an item of `held_out` (id -> sha256 of its content) stands in `development` too."""
+    """Raise ValueError where an item of `held_out` (id -> sha256 of its content) stands in `development` too.
+
+    Items are told apart by their content. Ids say nothing: they are numbers by default, and two files count from 0.
+    """
     by_content = {digest: item for item, digest in development.items()}
     for item, digest in held_out.items():
-        if item in development or digest in by_content:
-            twin = item if item in development else by_content[digest]
+        if digest in by_content:
             raise ValueError(
-                f"the held-out item {item!r} stands in the development slice too (as {twin!r}): what was seen cannot "
-                "promote; take it out of one of them."
+                f"the held-out item {item!r} stands in the development slice too (as {by_content[digest]!r}): what was "
+                "seen cannot promote; take it out of one of them."
             )
+
+
+def measure_slices(
+    pairs: Mapping[str, PairedScores], *, confidence: float = 0.95, least_items: int = 20
+) -> tuple[dict[tuple[str, str], Comparison], list[Unjudged]]:
+    """Every metric on the whole and on every slice: what can be compared by (metric, slice), and what cannot."""
+    compared: dict[tuple[str, str], Comparison] = {}
+    unjudged: list[Unjudged] = []
+    for metric, pair in pairs.items():
+        for name, ids in [(WHOLE, None), *sorted(pair.slices.items())]:
+            if ids is not None and len(ids) < least_items:
+                unjudged.append(Unjudged(metric, name, f"{len(ids)} items: fewer than {least_items}"))
+                continue
+            difference, clusters = (pair.difference, pair.cluster_index) if ids is None else pair.part(ids)
+            reason = too_few(difference, clusters)
+            if reason is None:
+                compared[metric, name] = compare_means(difference, clusters, confidence=confidence)
+            else:
+                unjudged.append(Unjudged(metric, name, reason))
+    return compared, unjudged
+
+
+def judge_slices(
+    compared: Mapping[Key, Mapping[tuple[str, str], Comparison]],
+    *,
+    stands_on: str,
+    margin: float | Mapping[str, float] = 0.0,
+    correction: str = "by",
+) -> dict[Key, list[SliceResult]]:
+    """What each system's comparisons say, corrected over all systems, metrics and slices together.
+
+    Args:
+        compared: system -> what `measure_slices` found.
+        stands_on, margin, correction: as in `compare_slices`.
+    """
+    if stands_on not in (DEVELOPMENT, HELD_OUT):
+        raise ValueError(f"`stands_on` = {stands_on!r}: must be {DEVELOPMENT!r} or {HELD_OUT!r}.")
+    metrics = {metric for found in compared.values() for metric, _ in found}
+    margins = {metric: margin.get(metric, 0.0) if isinstance(margin, Mapping) else margin for metric in metrics}
+    for metric, value in margins.items():
+        if not value >= 0.0:
+            raise ValueError(f"`margin` = {value!r} for {metric!r}: must be at least 0, in the metric's units.")
+    p_values = {
+        (system, *key): comparison.claim_p_value
+        for system, found in compared.items() for key, comparison in found.items() if comparison.may_claim
+    }  # fmt: skip
+    adjusted = adjusted_p_values(p_values, correction)
+    judged: dict[Key, list[SliceResult]] = {}
+    for system, found in compared.items():
+        judged[system] = []
+        for (metric, name), comparison in found.items():
+            p = adjusted.get((system, metric, name), 1.0)
+            is_sure = comparison.may_claim and p <= 1.0 - comparison.confidence
+            judged[system].append(
+                SliceResult(
+                    metric, name, stands_on, comparison, p, is_sure and comparison.estimate > 0.0,
+                    is_sure and comparison.estimate < 0.0, comparison.low < -margins[metric], margins[metric],
+                )
+            )  # fmt: skip
+    return judged
 
 
 def compare_slices(
@@ -67,7 +142,8 @@ def compare_slices(
     correction: str = "by",
     least_items: int = 20,
 ) -> list[SliceResult]:
-    """Every metric on the whole and on every slice of at least `least_items` items.
+    """Every metric on the whole and on every slice of at least `least_items` items. Of several systems against one
+    anchor use `measure_slices` of each and one `judge_slices`, which corrects over the systems too.
 
     Args:
         pairs: metric -> candidate and anchor.
@@ -76,34 +152,16 @@ def compare_slices(
             none is given).
         correction: "by" (slices overlap), "bh" or "holm".
 
+    Warns:
+        UserWarning: slices of which nothing can be said, and why.
+
     Raises:
         ValueError: an unknown slice name or correction, a negative margin, or data that cannot be compared.
     """
-    if stands_on not in (DEVELOPMENT, HELD_OUT):
-        raise ValueError(f"`stands_on` = {stands_on!r}: must be {DEVELOPMENT!r} or {HELD_OUT!r}.")
-    margins = {metric: margin.get(metric, 0.0) if isinstance(margin, Mapping) else margin for metric in pairs}
-    for metric, value in margins.items():
-        if not value >= 0.0:
-            raise ValueError(f"`margin` = {value!r} for {metric!r}: must be at least 0, in the metric's units.")
-    compared: dict[tuple[str, str], Comparison] = {}
-    for metric, pair in pairs.items():
-        compared[metric, WHOLE] = compare_means(pair.difference, pair.cluster_index, confidence=confidence)
-        for name, ids in sorted(pair.a.slices.items()):
-            if len(ids) >= least_items:
-                part = pair.restricted_to(ids)
-                compared[metric, name] = compare_means(part.difference, part.cluster_index, confidence=confidence)
-    adjusted = adjusted_p_values({key: found.claim_p_value for key, found in compared.items()}, correction)
-    alpha = 1.0 - confidence
-    results = []
-    for (metric, name), found in compared.items():
-        is_sure = adjusted[metric, name] <= alpha and not found.is_conditional
-        results.append(
-            SliceResult(
-                metric, name, stands_on, found, adjusted[metric, name], is_sure and found.estimate > 0.0,
-                is_sure and found.estimate < 0.0, found.low < -margins[metric], margins[metric],
-            )
-        )  # fmt: skip
-    return results
+    compared, unjudged = measure_slices(pairs, confidence=confidence, least_items=least_items)
+    for left in unjudged:
+        warnings.warn(f"{left.metric} on {left.slice!r} is left out: {left.reason}.", stacklevel=2)
+    return judge_slices({WHOLE: compared}, stands_on=stands_on, margin=margin, correction=correction)[WHOLE]
 
 
 def slice_b_analysis(

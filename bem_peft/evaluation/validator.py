@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bem_peft.evaluation.intervals import Comparison, compare_means, mcnemar_p_value, required_items
+from bem_peft.evaluation.intervals import Comparison, compare_means, mcnemar_p_value
+from bem_peft.evaluation.planning import required_items
 from bem_peft.evaluation.scores import PairedScores, Scores
 from bem_peft.evaluation.slices import DEVELOPMENT, SliceResult, compare_slices, slice_b_analysis
 
@@ -47,8 +48,10 @@ class StatisticalValidator:
 
     def required_items(self, candidate: Scores, anchor: Scores, effect: float, seeds: int | None = None) -> int | None:
         """Items that find a true difference of `effect`; None: the seeds hide it, add seeds."""
-        difference = PairedScores(candidate, anchor).difference
-        return required_items(difference, effect, seeds=seeds, confidence=self.confidence, power=self.power)
+        pair = PairedScores(candidate, anchor)
+        return required_items(
+            pair.difference, effect, pair.cluster_index, seeds=seeds, confidence=self.confidence, power=self.power
+        )
 
     def mcnemar(self, candidate: Scores, anchor: Scores) -> float:
         """The exact test of binary scores on one seed. Raises ValueError for several seeds or other scores."""

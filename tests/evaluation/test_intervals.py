@@ -10,17 +10,15 @@ import pytest
 import statsmodels.api as sm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 
 from bem_peft.evaluation.intervals import (
     bootstrap_means,
-    cluster_values,
     compare_means,
     mcnemar_p_value,
-    required_items,
     sign_flip_p_value,
-    variance_components,
 )
+from bem_peft.evaluation.variance import variance_parts
 
 
 def study(seeds: int, items: int, effect: float = 0.0, spread: float = 0.02, seed: int = 0) -> np.ndarray:
@@ -30,29 +28,38 @@ def study(seeds: int, items: int, effect: float = 0.0, spread: float = 0.02, see
 
 
 def by_hand(difference: np.ndarray) -> tuple[float, float, float, float]:
-    """estimate, standard error, df, p, in plain Python."""
+    """estimate, standard error, df, skewness of the mean, in plain Python."""
     seeds, items = len(difference), len(difference[0])
     mean = sum(map(sum, difference)) / (seeds * items)
     columns = [sum(row[i] for row in difference) / seeds for i in range(items)]
     rows = [sum(row) / items for row in difference]
     v_i = sum((c - mean) ** 2 for c in columns) / (items - 1) / items
     v_s = sum((r - mean) ** 2 for r in rows) / (seeds - 1) / seeds
-    v_c = sum((x - mean) ** 2 for row in difference for x in row) / (seeds * items - 1) / (seeds * items)
+    v_c = sum((x - mean) ** 2 for row in difference for x in row) / (seeds * items) ** 2
     variance = max(v_i + v_s - v_c, v_i, v_s)
-    df = variance**2 / (v_i**2 / (items - 1) + v_s**2 / (seeds - 1))
-    return mean, math.sqrt(variance), df, 2 * stats.t.sf(abs(mean) / math.sqrt(variance), df)
+    squares = [(c - mean) ** 2 for c in columns]
+    second, fourth = sum(squares) / items, sum(s * s for s in squares) / items
+    df_i = max(1.0, min(items - 1, 2 * items / (fourth / second**2 - 1)))
+    df = variance**2 / (v_i**2 / df_i + v_s**2 / (seeds - 1))
+    cubes = sum((c - mean) ** 3 for c in columns) / sum(squares) ** 1.5
+    return mean, math.sqrt(variance), df, cubes * (v_i / variance) ** 1.5
 
 
-@pytest.mark.parametrize(("seeds", "items"), [(2, 3), (3, 40), (5, 200)])
+@pytest.mark.parametrize(("seeds", "items"), [(3, 3), (3, 40), (5, 200)])
 def test_two_way_interval_is_the_formula(seeds: int, items: int) -> None:
     difference = study(seeds, items, effect=0.05)
-    estimate, error, df, p = by_hand(difference.tolist())
+    estimate, error, df, skewness = by_hand(difference.tolist())
     found = compare_means(difference)
-    assert (found.estimate, found.standard_error, found.df, found.p_value) == pytest.approx(
-        (estimate, error, df, p), rel=1e-9
-    )
-    half = stats.t.interval(0.95, df, loc=estimate, scale=error)
-    assert (found.low, found.high) == pytest.approx(half, rel=1e-9)
+    assert (found.estimate, found.standard_error, found.df) == pytest.approx((estimate, error, df), rel=1e-9)
+
+    def transformed(mean: float) -> float:
+        t = (estimate - mean) / error
+        return t + skewness * t**2 / 3 + skewness**2 * t**3 / 27 + skewness / 6
+
+    edge = stats.t.ppf(0.975, df)
+    ends = [optimize.brentq(lambda m, e=e: transformed(m) - e, estimate - 99, estimate + 99) for e in (edge, -edge)]
+    assert (found.low, found.high) == pytest.approx(ends, rel=1e-6)
+    assert found.p_value == pytest.approx(2 * stats.t.sf(abs(transformed(0.0)), df), rel=1e-9)
     assert not found.is_conditional
 
 
@@ -63,27 +70,40 @@ def test_standard_error_is_that_of_two_way_clustered_regression() -> None:
     model = sm.OLS(difference.ravel(), np.ones(240)).fit(
         cov_type="cluster", cov_kwds={"groups": groups, "use_correction": False}
     )
-    v_i, v_s, v_c = variance_components(difference)
-    # without the small-sample factors n / (n - 1) of our three variances
-    ours = v_i * 59 / 60 + v_s * 3 / 4 - v_c * 239 / 240
+    parts = variance_parts(difference)
+    # without the small-sample factors n / (n - 1) of two of the variances
+    ours = parts.items * 59 / 60 + parts.seeds * 3 / 4 - parts.both
     assert float(model.bse[0]) ** 2 == pytest.approx(ours, rel=1e-6)
 
 
-def test_clusters_have_the_cluster_robust_variance() -> None:
-    rng = np.random.default_rng(1)
-    clusters = np.repeat(np.arange(12), rng.integers(2, 9, 12))
-    row = rng.normal(0, 1, len(clusters)) + rng.normal(0, 1, 12)[clusters]
-    model = sm.OLS(row, np.ones(len(row))).fit(
-        cov_type="cluster", cov_kwds={"groups": clusters, "use_correction": False}
+def test_two_seeds_have_a_t_for_each_part() -> None:
+    rng = np.random.default_rng(0)
+    half = rng.normal(0, 0.5, 40)
+    difference = np.array([[0.3], [-0.2]]) + np.concatenate([half, -half])  # symmetric: no skewness
+    parts, found = variance_parts(difference), compare_means(difference)
+    own = stats.t.ppf(0.975, parts.items_df) ** 2 * parts.items + stats.t.ppf(0.975, 1) ** 2 * (
+        parts.seeds - parts.both
     )
-    values = cluster_values(row[None, :], clusters)
-    assert values.mean() == pytest.approx(row.mean(), rel=1e-12)
-    assert values.var(ddof=0) / 12 == pytest.approx(float(model.bse[0]) ** 2, rel=1e-9)
-    equal = np.repeat(np.arange(10), 5)
-    table = rng.normal(size=(3, 50))
-    means = table.reshape(3, 10, 5).mean(2)
-    assert cluster_values(table, equal).mean() == pytest.approx(means.mean())
-    np.testing.assert_allclose(np.diff(cluster_values(table, equal).mean(0)), np.diff(means.mean(0)), atol=1e-12)
+    assert found.high - found.estimate == pytest.approx(math.sqrt(own), rel=1e-6)
+    assert "two seeds" in found.method
+    assert found.refusal == "two seeds: how far seeds differ is known on one degree of freedom; run a third"
+
+
+def test_few_effective_clusters_bear_no_claim_and_one_seed_has_the_jackknife() -> None:
+    rng = np.random.default_rng(4)
+    clusters = np.repeat(np.arange(10), [400] + [10] * 9)
+    for seeds in (1, 3):
+        difference = 1.0 + rng.normal(0, 0.1, (seeds, len(clusters)))
+        found = compare_means(difference, clusters)
+        assert found.refusal is not None
+        assert found.refusal.startswith("too few effective clusters: 1.5 of 10, the largest holds 82% of the items (")
+        assert not found.may_claim
+    assert "jackknife" in compare_means(difference[:1], clusters).method
+    equal = compare_means(rng.normal(1.0, 0.1, (3, 120)), np.repeat(np.arange(12), 10))
+    assert (equal.refusal, equal.may_claim, equal.clusters) == (None, True, 12)
+    few = np.zeros((3, 500))
+    few[:, :2] = [[1.0, 0.7]] * 3
+    assert "too few effective items" in str(compare_means(few).refusal)
 
 
 def test_one_seed_is_scipys_bca_and_says_that_it_is_conditional() -> None:
@@ -173,20 +193,6 @@ def test_the_minimum_detectable_effect_is_found_as_often_as_the_power_says() -> 
     mde = compare_means(study(5, 200, seed=11)).mde
     found = np.mean([compare_means(study(5, 200, effect=mde, seed=s)).p_value < 0.05 for s in range(300)])
     assert 0.65 < found < 0.95
-
-
-def test_required_items_find_the_effect_and_fewer_do_not() -> None:
-    difference = study(5, 300, spread=0.005, seed=4)
-    effect = compare_means(difference).mde * 0.8
-    items = required_items(difference, effect)
-    assert items is not None
-    assert 300 < items < 3_000
-    assert compare_means(study(5, items, spread=0.005, seed=5)).mde == pytest.approx(effect, rel=0.35)
-    assert required_items(study(3, 100, spread=0.5), 0.001) is None  # the seeds hide it
-    with pytest.raises(ValueError, match="one seed"):
-        required_items(difference[:1], 0.1)
-    with pytest.raises(ValueError, match="`effect` = 0"):
-        required_items(difference, 0.0)
 
 
 def test_bootstrap_of_seeds_and_items_has_the_two_way_variance() -> None:

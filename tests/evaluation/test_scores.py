@@ -78,6 +78,8 @@ def test_records_become_a_table() -> None:
         (lambda r: r.append(dict(r[0])), "item 'i0' stands twice for seed 1"),
         (lambda r: r[0].update(cluster=9), "another cluster, hash or slice"),
         (lambda r: r[0].update(value=float("nan")), "nan for item 'i0', seed 1"),
+        (lambda r: [x.pop("cluster") for x in r if x["id"] == "i2"], "no `cluster` of 'i2', and one of the others"),
+        (lambda r: [x.update(sha256="h") for x in r if x["id"] == "i1"], "no `sha256` of 'i0', 'i2', 'i3', and one"),
     ],
 )
 def test_wrong_records_are_refused(change: Any, text: str) -> None:
@@ -111,9 +113,45 @@ def test_pairs_that_do_not_fit_are_refused() -> None:
         (scores("anchor", seeds=(0, 1, 5)), "other seeds: 2 of the first alone, 5 of the second"),
         (scores("anchor", higher_is_better=False), "other directions"),
         (scores("anchor", sha256=tuple("x" * 40)), "the item 'i0' has other content"),
+        (scores("anchor", clusters=tuple(str(i // 5) for i in range(40))), "'i4' and 'i5' belong together in one"),
+        (scores("anchor", clusters=tuple(str(i // 8) for i in range(40))), "'i0' and 'i4' belong together in one"),
     ):
         with pytest.raises(ValueError, match=re.escape(text)):
             PairedScores(a, other)
+
+
+def test_the_anchors_clusters_and_slices_count_too() -> None:
+    a, b = scores("candidate", clusters=None, slices={}), scores("anchor")
+    order = np.random.default_rng(1).permutation(40)
+    turned = Scores(
+        "anchor", "chrF", b.values[:, order], b.seeds, tuple(b.items[i] for i in order),
+        clusters=tuple(f"book {b.clusters[i]}" for i in order), slices=b.slices,
+    )  # fmt: skip
+    for first, second in ((a, turned), (turned, a), (b, turned)):
+        pair = PairedScores(first, second)
+        groups = {frozenset(np.array(first.items)[pair.cluster_index == c]) for c in range(10)}
+        assert groups == {frozenset(f"i{i}" for i in range(k, k + 4)) for k in range(0, 40, 4)}
+        assert pair.slices == b.slices
+    other = scores("anchor", slices={"short": frozenset({"i1"})})
+    with pytest.raises(ValueError, match="the slice 'short' holds other items in each, as 'i0', 'i10'"):
+        _ = PairedScores(scores("candidate"), other).slices
+
+
+def test_what_differs_by_rounding_alone_is_no_difference() -> None:
+    tenths = np.full((3, 40), 0.1) + 0.2
+    a, b = scores("candidate", values=tenths), scores("anchor", values=np.full((3, 40), 0.3))
+    assert (a.values != b.values).all()
+    assert not PairedScores(a, b).difference.any()
+    small = scores("anchor", values=np.full((3, 40), 0.3) - 1e-9)
+    assert PairedScores(b, small).difference == pytest.approx(np.full((3, 40), 1e-9), rel=1e-6)
+
+
+def test_a_part_is_what_restricting_both_gives() -> None:
+    pair = PairedScores(scores("candidate", 0.2), scores("anchor"))
+    difference, clusters = pair.part(pair.slices["short"])
+    whole = pair.restricted_to(pair.slices["short"])
+    np.testing.assert_array_equal(difference, whole.difference)
+    np.testing.assert_array_equal(clusters, whole.cluster_index)
 
 
 def test_holm_is_the_step_down_and_the_others_are_statsmodels() -> None:
@@ -134,6 +172,7 @@ def pairs(shift: float, prefix: str) -> dict[str, PairedScores]:
     return {"chrF": PairedScores(scores("candidate", shift, prefix=prefix), scores("anchor", prefix=prefix))}
 
 
+@pytest.mark.filterwarnings("ignore:chrF on 'tiny' is left out")
 def test_only_slice_b_promotes_and_every_result_says_where_it_stands() -> None:
     results = slice_b_analysis(pairs(0.5, "a"), pairs(0.5, "b"))
     assert {(r.stands_on, r.slice) for r in results} == {
@@ -161,11 +200,13 @@ def test_one_seed_claims_nothing() -> None:
     assert not result.is_better
 
 
+@pytest.mark.filterwarnings("ignore:chrF on 'tiny' is left out")
 def test_an_item_in_both_slices_is_refused() -> None:
     with pytest.raises(ValueError, match="'a0' stands in the development slice too"):
         slice_b_analysis(pairs(0.1, "a"), pairs(0.1, "a"))
     with pytest.raises(ValueError, match=re.escape("'copy' stands in the development slice too (as 'original')")):
         check_disjoint({"original": "h"}, {"copy": "h"})
+    check_disjoint({"0": "one text"}, {"0": "another"})  # ids are numbers by default, and two files count from 0
     bare = {"chrF": PairedScores(scores("candidate", sha256=None), scores("anchor", sha256=None))}
     with pytest.raises(ValueError, match="no `sha256`"):
         slice_b_analysis(bare, pairs(0.1, "b"))
@@ -175,6 +216,7 @@ def test_an_item_in_both_slices_is_refused() -> None:
         compare_slices(bare, stands_on="slice_a", margin=-1)
 
 
+@pytest.mark.filterwarnings("ignore:chrF on 'tiny' is left out")
 def test_the_validator_gives_what_its_parts_give() -> None:
     from bem_peft.evaluation.intervals import compare_means, mcnemar_p_value
     from bem_peft.evaluation.validator import StatisticalValidator

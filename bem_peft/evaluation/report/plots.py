@@ -29,7 +29,7 @@ def pareto_plot(points: Sequence[ParetoPoint], x: Objective, y: Objective, ancho
     def sx(value: float) -> float:
         return math.log10(value) if is_log else value
 
-    xs, ys = _range([sx(v) for v, _ in values]), _range([v for _, v in values])
+    xs, ys = axis_range([sx(v) for v, _ in values]), axis_range([v for _, v in values])
     place = {
         point.name: (
             LEFT + (sx(point.values[x.name]) - xs[0]) / (xs[1] - xs[0]) * (WIDTH - LEFT - RIGHT),
@@ -55,7 +55,7 @@ def pareto_plot(points: Sequence[ParetoPoint], x: Objective, y: Objective, ancho
             f'<text x="{cx + (-8 if side == "end" else 8):.1f}" y="{cy - 8:.1f}" text-anchor="{side}">{escape(label)}</text>'
         )
     names = ", ".join(point.name for point in front)
-    return _svg(HEIGHT, f"{y.name} against {x.name}", f"On the frontier of these two: {names}.", parts)
+    return svg(HEIGHT, f"{y.name} against {x.name}", f"On the frontier of these two: {names}.", parts)
 
 
 def frontier_of_two(points: Sequence[ParetoPoint], x: Objective, y: Objective) -> list[ParetoPoint]:
@@ -94,23 +94,23 @@ def forest_plot(results: Sequence[tuple[str, SliceResult]], title: str) -> str:
             f"<title>{escape(text)}</title></rect>",
             f'<text class="tick" x="{WIDTH - right + 10}" y="{y + 4}">{escape(interval_text(found))}</text>',
         ]
-    return _svg(height, title, "Right of zero is better than the anchor. The numbers stand in the table below.", parts)
+    return svg(height, title, "Right of zero is better than the anchor. The numbers stand in the table below.", parts)
 
 
 def latency_plot(profiles: Sequence[Profile], anchor: str, title: str) -> str:
     """One line a system: box of the quartiles, median, whisker from p5 to p95, point at p99; in milliseconds."""
     height, left, right = 52 + 30 * len(profiles), 190, 170
     marks = {p.system: np.percentile(p.times_ms, (5, 25, 50, 75, 95, 99)).tolist() for p in profiles}
-    xs = _range([value for found in marks.values() for value in found])
+    xs = axis_range([value for found in marks.values() for value in found])
 
     def sx(value: float) -> float:
         return left + (value - xs[0]) / (xs[1] - xs[0]) * (WIDTH - left - right)
 
     parts = []
-    for tick in _ticks(*xs):
+    for tick in ticks(*xs):
         parts += [
             f'<line class="grid" x1="{sx(tick):.1f}" x2="{sx(tick):.1f}" y1="8" y2="{height - 34}"/>',
-            f'<text class="tick" x="{sx(tick):.1f}" y="{height - 16}" text-anchor="middle">{_short(tick)}</text>',
+            f'<text class="tick" x="{sx(tick):.1f}" y="{height - 16}" text-anchor="middle">{short_number(tick)}</text>',
         ]
     for row, profile in enumerate(profiles):
         y, (p5, p25, p50, p75, p95, p99) = 24 + 30 * row, marks[profile.system]
@@ -127,21 +127,21 @@ def latency_plot(profiles: Sequence[Profile], anchor: str, title: str) -> str:
             f'<circle class="{kind}" cx="{sx(p99):.1f}" cy="{y}" r="4"/>',
             f'<text class="tick" x="{WIDTH - right + 10}" y="{y + 4}">{escape(ratio)}</text>',
         ]
-    return _svg(height, f"{title}, milliseconds", "The numbers stand in the table below.", parts)
+    return svg(height, f"{title}, milliseconds", "The numbers stand in the table below.", parts)
 
 
 def _axes(xs: tuple[float, float], ys: tuple[float, float], x: Objective, y: Objective, is_log: bool) -> list[str]:
     parts = []
-    for value in _ticks(*ys):
+    for value in ticks(*ys):
         py = HEIGHT - BOTTOM - (value - ys[0]) / (ys[1] - ys[0]) * (HEIGHT - BOTTOM - TOP)
         parts += [
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>',
-            f'<text class="tick" x="{LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{_short(value)}</text>',
+            f'<text class="tick" x="{LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{short_number(value)}</text>',
         ]
-    across_ticks = range(math.ceil(xs[0]), math.floor(xs[1]) + 1) if is_log else _ticks(*xs)
+    across_ticks = range(math.ceil(xs[0]), math.floor(xs[1]) + 1) if is_log else ticks(*xs)
     for value in across_ticks:
         px = LEFT + (value - xs[0]) / (xs[1] - xs[0]) * (WIDTH - LEFT - RIGHT)
-        shown = _short(10.0**value if is_log else value)
+        shown = short_number(10.0**value if is_log else value)
         parts.append(f'<text class="tick" x="{px:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{shown}</text>')
     across = f"{x.name}{f' ({x.unit})' if x.unit else ''}{', log' if is_log else ''}"
     up = f"{y.name}{f' ({y.unit})' if y.unit else ''}, {'higher' if y.higher_is_better else 'lower'} is better"
@@ -153,7 +153,7 @@ def _axes(xs: tuple[float, float], ys: tuple[float, float], x: Objective, y: Obj
     return parts
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Four to eight round numbers from `low` to `high`."""
     raw = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(raw))
@@ -161,20 +161,20 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _short(value: float) -> str:
+def short_number(value: float) -> str:
     for bound, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= bound:
             return f"{value / bound:.6g}{unit}"
     return f"{value:.6g}"
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
+def axis_range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     return low - room, high + room
 
 
-def _svg(height: float, title: str, description: str, parts: Sequence[str]) -> str:
+def svg(height: float, title: str, description: str, parts: Sequence[str]) -> str:
     head = (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(f"{title}. {description}", quote=True)}">'
     )

@@ -23,6 +23,8 @@ def verdict_text(found: SliceResult) -> str:
     """What a result says, in two words."""
     if found.comparison.is_conditional:
         return "one seed"
+    if found.comparison.refusal is not None:
+        return "no verdict"
     if found.is_better:
         return "better"
     if found.is_worse:

@@ -1,0 +1,69 @@
+"""What more data would give, against simulation; the shares of variance against the truth they were drawn from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bem_peft.evaluation.intervals import compare_means
+from bem_peft.evaluation.planning import Components, required_items
+
+
+def study(seeds: int, items: int, effect: float = 0.0, spread: float = 0.02, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    parts = rng.normal(0, spread, (seeds, 1)) + rng.normal(0, 0.3, (1, items)) + rng.normal(0, 0.4, (seeds, items))
+    return effect + parts
+
+
+def test_components_are_those_that_the_data_were_drawn_from() -> None:
+    found = [Components.of(study(4, 300, spread=0.1, seed=s)) for s in range(200)]
+    assert np.mean([c.item for c in found]) == pytest.approx(0.09, rel=0.03)
+    assert np.mean([c.rest for c in found]) == pytest.approx(0.16, rel=0.03)
+    assert np.mean([c.seed for c in found]) == pytest.approx(0.01, rel=0.2)
+    shares = Components(0.09, 0.01, 0.16, 4, 300, 1.0).shares()
+    whole = 0.09 / 300 + 0.01 / 4 + 0.16 / 1_200
+    assert shares == pytest.approx(
+        {"item": 0.09 / 300 / whole, "seed": 0.01 / 4 / whole, "seed x item": 0.16 / 1_200 / whole}
+    )
+    assert Components(0.0, 0.0, 0.0, 2, 3, 1.0).shares() == {"seed": 0.0, "item": 0.0, "seed x item": 0.0}
+
+
+@pytest.mark.parametrize(("seeds", "items"), [(5, 200), (8, 200), (5, 1_200)])
+def test_a_plan_has_the_width_that_such_studies_have(seeds: int, items: int) -> None:
+    parts = Components(0.09, 0.0004, 0.16, 5, 200, 199 / 200)
+    plan = parts.plan(seeds, items)
+    widths = [compare_means(study(seeds, items, seed=s)) for s in range(200)]
+    assert plan.half_width == pytest.approx(np.median([(c.high - c.low) / 2 for c in widths]), rel=0.1)
+    assert plan.power is None
+
+
+def test_the_power_is_how_often_an_equal_system_is_shown_to_be_no_worse() -> None:
+    plan = Components(0.09, 0.0004, 0.16, 5, 300, 1.0).plan(5, 300, margin=0.07)
+    shown = np.mean([compare_means(study(5, 300, seed=s)).low > -0.07 for s in range(500)])
+    assert plan.power is not None
+    assert plan.power == pytest.approx(shown, abs=0.08)
+    assert 0.3 < plan.power < 0.95
+
+
+def test_required_items_find_the_effect_and_fewer_do_not() -> None:
+    difference = study(5, 300, spread=0.005, seed=4)
+    effect = compare_means(difference).mde * 0.8
+    items = required_items(difference, effect)
+    assert items is not None
+    assert 300 < items < 3_000
+    assert compare_means(study(5, items, spread=0.005, seed=5)).mde == pytest.approx(effect, rel=0.35)
+    assert required_items(study(3, 100, spread=0.5), 0.001) is None  # the seeds hide it
+    with pytest.raises(ValueError, match="one seed"):
+        required_items(difference[:1], 0.1)
+    with pytest.raises(ValueError, match="`effect` = 0"):
+        required_items(difference, 0.0)
+
+
+def test_clusters_need_more_items() -> None:
+    rng = np.random.default_rng(3)
+    clusters = np.repeat(np.arange(60), 10)
+    shared = rng.normal(0, 0.5, 60)[clusters] + study(4, 600)
+    alone, together = required_items(shared, 0.05), required_items(shared, 0.05, clusters)
+    assert alone is not None
+    assert together is not None
+    assert together > 3 * alone
