@@ -3,8 +3,9 @@ r"""Intervals and tests of a mean paired difference over seeds and items, D (see
     v = max(v_i + v_s - v_c, v_i, v_s),   df = v^2 / (v_i^2 / df_i + v_s^2 / (K - 1))       (the parts: variance.py)
     T = mean(D) / sqrt(v),   g(T) = T + a T^2 / 3 + a^2 T^3 / 27 + a / 6 ~ t(df)
 
-with a = skewness of the mean by its items (v_i / v)^1.5; the interval is where |g| stays below its quantile. Without
-skewness it is mean(D) +- t(df) sqrt(v). Log-normal items, of which few are large, are covered by it and not without.
+with a = skewness of the mean by its items (v_i / v)^1.5. The interval reaches as far as the farther of |T| and |g(T)|
+at t's quantile, p goes with the larger: g covers log-normal items, of which few are large, and T covers where a few
+clusters make an `a` that means nothing.
 
 Two seeds say so little of others that this df is too hopeful; there each part has its own t, and no claim is made:
     mean(D) +- sqrt(t(df_i)^2 v_i + t(1)^2 max(0, v_s - v_c))
@@ -138,8 +139,8 @@ def compare_means(
         p = claim = 1.0 if estimate == 0.0 else 2.0 ** (1 - seeds)
     else:
         skewness = parts.skewness * (float(np.sqrt(parts.items)) / error) ** 3
-        below, above = (-error * _to_skewed(side * half / error, skewness) for side in (1.0, -1.0))
-        size = abs(_from_skewed(estimate / error, skewness))
+        below, above = _ends(half / error, error, skewness)
+        size = _size(estimate / error, skewness)
         p = float(2.0 * stats.t.sf(size, df))
         claim = float(2.0 * stats.t.sf(size, min(df, parts.items_df, seeds - 1.0)))
         mde = half + error * float(stats.t.ppf(power, df))
@@ -166,16 +167,24 @@ def two_way(parts: Parts, seeds: int, confidence: float) -> tuple[float, float, 
     return error, df, half
 
 
-def _from_skewed(t: float, skewness: float) -> float:
-    """g(t) = t + a t^2 / 3 + a^2 t^3 / 27 + a / 6, rising in t: about symmetric where the estimate has skewness a."""
-    return t + skewness * t**2 / 3.0 + skewness**2 * t**3 / 27.0 + skewness / 6.0
+def _ends(edge: float, error: float, skewness: float) -> tuple[float, float]:
+    """(below, above): the ends of the interval from the estimate, |T| <= `edge`, each the farther of with and without
+    skewness."""
+    low, high = (-error * _without_skewness(side * edge, skewness) for side in (1.0, -1.0))
+    return min(low, -error * edge), max(high, error * edge)
 
 
-def _to_skewed(t: float, skewness: float) -> float:
-    """The inverse of `_from_skewed`."""
-    if abs(skewness) < 1e-6:  # within rounding of t itself
-        return t
-    return float(3.0 / skewness * (np.cbrt(1.0 + skewness * (t - skewness / 6.0)) - 1.0))
+def _size(t: float, skewness: float) -> float:
+    """How far T lies from 0, the smaller of with and without skewness, so that p goes with the interval."""
+    transformed = t + skewness * t**2 / 3.0 + skewness**2 * t**3 / 27.0 + skewness / 6.0
+    return 0.0 if t * transformed <= 0.0 else min(abs(t), abs(transformed))
+
+
+def _without_skewness(y: float, skewness: float) -> float:
+    """T of g(T) = `y`."""
+    if abs(skewness) < 1e-6:  # within rounding of y itself
+        return y
+    return float(3.0 / skewness * (np.cbrt(1.0 + skewness * (y - skewness / 6.0)) - 1.0))
 
 
 def _refusal(parts: Parts, seeds: int, has_clusters: bool) -> str | None:
@@ -212,8 +221,8 @@ def _one_seed(
             p = sign_flip_p_value(row, resamples=resamples, random_seed=random_seed)
         else:
             tail = float(stats.t.ppf(0.5 + confidence / 2, df))
-            low, high = (estimate - error * _to_skewed(side * tail, parts.skewness) for side in (1.0, -1.0))
-            p = float(2.0 * stats.t.sf(abs(_from_skewed(estimate / error, parts.skewness)), df))
+            low, high = (estimate + end for end in _ends(tail, error, parts.skewness))
+            p = float(2.0 * stats.t.sf(_size(estimate / error, parts.skewness), df))
     return Comparison(
         estimate, low, high, confidence, p, p, error, None, _d_z(row), mde, 1, row.size,
         None if clusters is None else parts.clusters,
