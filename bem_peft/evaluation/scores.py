@@ -270,6 +270,12 @@ class PairedScores:
         return found if self.a.higher_is_better else 0.0 - found
 
     @cached_property
+    def is_all_zero(self) -> bool:
+        """Whether nobody scored anything, by a metric of which more is better: the metric may not know the answers'
+        form."""
+        return self.a.higher_is_better and not self.a.values.any() and not self.b.values.any()
+
+    @cached_property
     def cluster_index(self) -> np.ndarray | None:
         """(N,) number of each item's cluster, of `a` or else of `b`; None: each item alone."""
         names = self.a.clusters

@@ -86,6 +86,8 @@ def measure_slices(
                 continue
             difference, clusters = (pair.difference, pair.cluster_index) if ids is None else pair.part(ids)
             reason = too_few(difference, clusters)
+            if reason is None and ids is None and pair.is_all_zero:
+                reason = "every score of both systems is 0: the metric cannot tell them apart"
             if reason is None:
                 compared[metric, name] = compare_means(difference, clusters, confidence=confidence)
             else:

@@ -9,7 +9,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
-from bem_peft.evaluation import metrics
+from bem_peft.evaluation import metrics, words
 from bem_peft.evaluation.corpus import corpus_score
 from bem_peft.evaluation.intervals import compare_means
 from bem_peft.evaluation.metrics import corpus_metric, metric_problem, text_scores
@@ -23,9 +23,9 @@ EXPECTED = ["Denver Broncos", "the cat sat down", "x", "in 1976", "other words",
 def test_exact_match_and_f1_are_squads() -> None:
     """By hand from the rules of SQuAD's evaluate-v1.1: lower case, no punctuation, no articles, bag of words."""
     found = text_scores(["exact_match", "f1"], PREDICTED, EXPECTED)
-    assert found["exact_match"].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    assert found["exact_match"].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]  # "an" is not ""
     # precision 2/2, recall 2/3; precision 1/1, recall 1/2
-    assert found["f1"] == pytest.approx([1.0, 0.8, 0.0, 2 / 3, 0.0, 1.0])
+    assert found["f1"] == pytest.approx([1.0, 0.8, 0.0, 2 / 3, 0.0, 0.0])
     assert metrics.f1("a b b", "b b b") == pytest.approx(0.8)  # "a" is an article: 2 common of 2 and 3
 
 
@@ -132,3 +132,71 @@ def test_order_of_items_and_seeds_does_not_matter() -> None:
     single = resampled_means([system("a", 0.0, seeds=1), system("b", 0.0, seeds=1)])
     assert single is not None
     assert (single.std(1) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("A", ""), ("-5", "5"), ("3.14", "314"), ("A", "B"), ("a", "an"), ("?!", "..."), ("1.5", "15"), ("\u22125",
+        "5"), ("B", "-B-C"), ("é", "e"), ("東京", "京都"), ("да", "нет"),
+    ],
+)  # fmt: skip
+def test_other_answers_are_no_match(one: str, other: str) -> None:
+    assert metrics.exact_match(one, other) == 0.0
+    assert metrics.exact_match(other, one) == 0.0
+    assert metrics.f1(one, other) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("1,000", "1000"), ("5.0", "5"), ("+5", "5"), ("$5", "5"), ("The U.S.", "us"), ("007", "7"), ("-0.0", "0"),
+        ("5%", "5"), ("e\u0301", "\u00e9"), ("A", "a"), ("", "  "),
+    ],
+)  # fmt: skip
+def test_the_same_answer_in_another_form_is_a_match(one: str, other: str) -> None:
+    assert metrics.exact_match(one, other) == 1.0
+
+
+TEXTS = {
+    "Chinese": "今天天气很好我们去公园",
+    "Hindi": "मैं घर जा रहा हूँ",
+    "Arabic": "ذهبت إلى المدرسة اليوم",
+    "Russian": "я иду домой сегодня",
+    "Thai": "วันนี้อากาศดีมาก",
+    "Japanese": "今日はとても良い天気です",
+    "Korean": "오늘은 날씨가 정말 좋습니다",
+    "signs": "?!",
+    "English": "the cat sat on it",
+}
+
+
+@pytest.mark.parametrize("script", TEXTS)
+def test_the_same_text_scores_full_in_every_script_and_another_one_less(script: str) -> None:
+    text = TEXTS[script]
+    names = ["exact_match", "f1", "rouge_l", "chrf"] + ([] if script == "signs" else ["bleu"])
+    same = text_scores(names, [text], [text])
+    other = text_scores(names, [text[: len(text) // 2]], [text])
+    for name in names:
+        full, part = (
+            corpus_score(corpus_metric(name), found[name]) if name in metrics.CORPUS else 100 * found[name][0]
+            for found in (same, other)
+        )
+        assert full == pytest.approx(100.0), name
+        assert part < 100.0, name
+    if script not in ("signs", "English"):
+        assert text_scores(["rouge_l", "f1"], [text[: len(text) // 2]], [text])["rouge_l"][0] > 0.3
+
+
+def test_words_of_ascii_are_those_of_rouge_score() -> None:
+    from rouge_score.tokenize import tokenize
+
+    for text in ("The cat's 3.14 e-mails, (sat)!", "snake_case A1 b-2", ""):
+        assert words.word_tokens(text) == tokenize(text, None)
+
+
+def test_bleu_says_what_it_cannot_judge_and_deep_nests_are_no_json() -> None:
+    with pytest.raises(ValueError, match="no reference has four words"):
+        text_scores(["bleu"], ["Paris", "Rome"], ["Paris", "Rome"])
+    found = text_scores(["json_validity"], ["[" * 2_000, "[" * 200_000, "{}"], [""] * 3)
+    assert found["json_validity"].tolist() == [0, 0, 1]
