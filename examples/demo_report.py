@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from bem_peft import ComprehensiveEvaluator, Scores
+from bem_peft.evaluation.formats.run_folder import with_length_slices
 from bem_peft.evaluation.report.report import Report
-from bem_peft.evaluation.results import SystemResult, with_length_slices
+from bem_peft.evaluation.results import SystemResult
 from bem_peft.experiments.provenance import provenance
 
 WARNING = "one seed and one learning rate: a demonstration, not a comparison to choose by"

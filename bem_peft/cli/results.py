@@ -120,10 +120,10 @@ def _compare(arguments: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
     from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
+    from bem_peft.evaluation.formats.read import read_results
     from bem_peft.evaluation.profile_document import ProfileDocument
     from bem_peft.evaluation.report.card import check_card, write_card
     from bem_peft.evaluation.report.files import write_files
-    from bem_peft.evaluation.results import read_results
     from bem_peft.evaluation.slices import DEVELOPMENT, HELD_OUT
 
     systems = read_results(arguments.results)

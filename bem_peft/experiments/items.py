@@ -105,7 +105,7 @@ def columns_of(path: Path) -> set[str]:
     """
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind == "parquet":
-        from pyarrow import parquet  # type: ignore[import-untyped]
+        from pyarrow import parquet
 
         return set(parquet.read_schema(path).names)
     if kind == "json":

@@ -16,11 +16,12 @@ import pytest
 
 from bem_peft.cli.main import main
 from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
+from bem_peft.evaluation.formats.read import read_results
 from bem_peft.evaluation.promotion import NO_VERDICT, NOT_PROMOTED, PROMOTED
 from bem_peft.evaluation.report.files import write_files
 from bem_peft.evaluation.report.report import SCHEMA_FILE
 from bem_peft.evaluation.report.text import number
-from bem_peft.evaluation.results import SystemResult, read_results
+from bem_peft.evaluation.results import SystemResult
 
 ITEMS, SEEDS = 90, 4
 
@@ -236,7 +237,8 @@ def test_axe_finds_nothing_and_nothing_overflows(
     ("content", "text"),
     [
         ("{}", "no result of PEFT's method_comparison"),
-        ("[", "no result of PEFT's method_comparison"),
+        ("[]", "no result of PEFT's method_comparison"),
+        ("[", "x.json:1: no JSON"),
         ('{"run_info": {}, "train_info": {"metrics": []}}', "no result of PEFT's method_comparison"),
     ],
 )
@@ -244,7 +246,7 @@ def test_what_is_no_result_is_refused(content: str, text: str, tmp_path: Path) -
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=text):
         read_results([tmp_path / "x.json"])
-    with pytest.raises(ValueError, match="neither a folder"):
+    with pytest.raises(ValueError, match=r"holds no results\. What is read: a folder"):
         read_results([tmp_path / "nothing"])
 
 

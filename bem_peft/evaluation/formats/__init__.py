@@ -1,0 +1,1 @@
+"""Files that hold results: ours, and those of other tools."""

@@ -1,0 +1,104 @@
+"""Folders of `bem-peft run` and `bem-peft evaluate`: seed-*/result.json and seed-*/items.jsonl."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bem_peft.evaluation.formats.lines import read_json, read_lines
+from bem_peft.evaluation.metrics import CORPUS
+from bem_peft.evaluation.results import SystemResult, system_of_scores
+from bem_peft.evaluation.scores import Scores, corpus_scores
+
+
+def is_run_folder(folder: Path) -> bool:
+    return any(folder.glob("seed-*/result.json"))
+
+
+def read_run(folder: Path) -> SystemResult:
+    """A system of `bem-peft run`: every seed of one experiment. Raises ValueError where seeds do not fit together."""
+    results, records = [], []
+    tokens: dict[str, int] = {}
+    generated: dict[str, list[Any]] = {}
+    for path in sorted(folder.glob("seed-*/result.json")):
+        result = read_json(path)
+        results.append(result)
+        items = path.with_name("items.jsonl")
+        for number, item in read_lines(items):
+            try:
+                tokens[item["id"]] = item["tokens"]
+                for metric, value in item.get("scores", {}).items():
+                    generated.setdefault(metric, []).append((result["seed"], item["id"], value))
+                records.append(
+                    {
+                        "seed": result["seed"], "id": item["id"], "value": item["nll"] / max(1, item["tokens"]),
+                        "cluster": item["group"], "sha256": item["sha256"], "slices": item.get("slices"),
+                    }
+                )  # fmt: skip
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{items}:{number}: no line of `bem-peft run`: {error!r}.") from error
+    names = {result["name"] for result in results}
+    if len(names) != 1:
+        raise ValueError(f"{folder}: seeds of different experiments, {sorted(names)}; one folder an experiment.")
+    nll = Scores.from_records(records, system=names.pop(), metric="nll", higher_is_better=False)
+    nll = with_length_slices(nll, tokens)
+    by_metric = {"nll": nll} | {m: _of_text(nll, m, found, folder) for m, found in generated.items()}
+    first = results[0]
+    found = system_of_scores(
+        nll.system, str(first["adapter"].get("peft_type", "")), by_metric, warnings=_warnings(results),
+        provenance=[result["provenance"] for result in results],
+    )  # fmt: skip
+    # not the seconds of training: runs at different times are no comparison of speed
+    sizes = {
+        "parameters": float(first["parameters"]["trainable"]),
+        "file_bytes": float(first["parameters"]["stored_bytes"]),
+    }
+    return replace(found, values=found.values | sizes, budget=first["budget"])
+
+
+def _warnings(results: Sequence[dict[str, Any]]) -> list[str]:
+    warnings = []
+    if len(results) < 3:
+        warnings.append(f"{len(results)} seed(s): fewer than 3 say little of other seeds")
+    if len({_settings(result["provenance"]) for result in results}) != 1:
+        warnings.append("the seeds were run with different settings")
+    if any(result["provenance"]["git"] and result["provenance"]["git"]["is_dirty"] for result in results):
+        warnings.append("the code differed from its commit")
+    return warnings
+
+
+def _settings(provenance: dict[str, Any]) -> str:
+    """What must be the same for every seed. A saved adapter has a path of its own for each."""
+    settings = provenance.get("settings")
+    if not isinstance(settings, dict):
+        return str(provenance["settings_sha256"])
+    kept = {key: value for key, value in settings.items() if not (key == "adapter" and isinstance(value, str))}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _of_text(like: Scores, metric: str, found: Sequence[tuple[int, str, Any]], folder: Path) -> Scores:
+    """The scores of generated text, (seed, item, value or counts) each, on the seeds and items of `like`."""
+    table = {(seed, item): value for seed, item, value in found}
+    missing = [(seed, item) for seed in like.seeds for item in like.items if (seed, item) not in table]
+    if missing:
+        raise ValueError(f"{folder}: no {metric!r} of item {missing[0][1]!r}, seed {missing[0][0]}; score all or none.")
+    values = np.array([[table[seed, item] for item in like.items] for seed in like.seeds], dtype=np.float64)
+    if metric in CORPUS:
+        return corpus_scores(like, metric, values)
+    return replace(like, metric=metric, values=values, higher_is_better=True)
+
+
+def with_length_slices(scores: Scores, tokens: Mapping[str, int]) -> Scores:
+    """The scores with the slices "shortest third" and "longest third" by the items' `tokens`."""
+    order = sorted(scores.items, key=lambda item: (tokens[item], item))
+    third = len(order) // 3
+    slices = dict(scores.slices)
+    if third:
+        slices |= {"shortest third": frozenset(order[:third]), "longest third": frozenset(order[-third:])}
+    return replace(scores, slices=slices)
