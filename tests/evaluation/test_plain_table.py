@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ def write(path: Path, table: list[list[Any]], head: list[str] = HEAD) -> Path:
         columns = {name: [row[i] for row in table] for i, name in enumerate(head)}
         parquet.write_table(pyarrow.table(columns), path)
         return path
-    opened = gzip.open(path, "wt", newline="", encoding="utf-8") if path.suffix == ".gz" else path.open("w", newline="")
-    with opened as file:
-        csv.writer(file, delimiter="\t" if ".tsv" in path.name else ",").writerows([head, *table])
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter="\t" if ".tsv" in path.name else ",").writerows([head, *table])
+    raw = text.getvalue().encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
     return path
 
 

@@ -16,8 +16,8 @@ from bem_peft.evaluation.results import SystemResult
 
 FORMATS = (
     "a folder with seed-*/result.json (of `bem-peft run` or `evaluate`), with samples_*.jsonl of lm-evaluation-harness "
-    "or with logs of inspect_ai (one folder a seed), JSON of PEFT's method_comparison, or a table of scores (.csv, .tsv, "
-    ".parquet)"
+    "or with logs of inspect_ai (one folder a seed), JSON of PEFT's method_comparison, or a table of scores (.csv, "
+    ".tsv, .parquet)"
 )
 
 
