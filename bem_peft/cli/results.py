@@ -24,6 +24,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     command.add_argument("--completion", required=True, help="template of what is scored")
     command.add_argument("--id", help="template of an item's name; default its number")
     command.add_argument("--group", help="template of what items belong together")
+    command.add_argument("--group-pattern", help="regular expression; its first group is taken from --group")
     command.add_argument("--name", required=True, help="of the system in reports")
     command.add_argument("--seed", type=int, default=0, help="that the adapter was trained with (default 0)")
     command.add_argument("--base", help="base model; default the one that the adapter names")
@@ -87,7 +88,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     data = DataSection(
         train="", prompt=arguments.prompt, completion=arguments.completion, eval=arguments.data, id=arguments.id,
-        group=arguments.group, max_tokens=arguments.max_tokens, eval_items=arguments.items,
+        group=arguments.group, group_pattern=arguments.group_pattern, max_tokens=arguments.max_tokens,
+        eval_items=arguments.items,
     )  # fmt: skip
     result = evaluate_adapter(
         arguments.adapter, data, arguments.out, name=arguments.name, seed=arguments.seed, base=arguments.base,

@@ -29,7 +29,7 @@ from bem_peft.budget.check import QUANTITIES
 from bem_peft.budget.enforce import POLICIES
 from bem_peft.evaluation.metrics import metric_problem
 from bem_peft.experiments.fields import Problems, build_config, fill, fits
-from bem_peft.experiments.items import columns_of, is_file_name
+from bem_peft.experiments.records import Template, columns_of, is_file_name
 from bem_peft.experiments.sections import (
     DTYPES,
     BudgetSection,
@@ -150,9 +150,14 @@ def _check_training(training: dict[str, Any], problems: Problems) -> None:
 
 def _check_data(data: DataSection, problems: Problems) -> None:
     for name in ("prompt", "completion", "group", "id"):
-        template = getattr(data, name)
-        if template is not None and not re.search(r"\{\w+\}", template):
-            problems.append(f"data.{name} = {template!r}: must name a column, as {{text}}")
+        text = getattr(data, name)
+        if text is None:
+            continue
+        try:
+            if not Template(text, f"data.{name}").columns:
+                problems.append(f"data.{name} = {text!r}: must name a column, as {{text}}")
+        except ValueError as error:
+            problems.append(str(error))
     if (data.eval is None) == (data.eval_share is None):
         problems.append("data.eval, data.eval_share: give one of them")
     if data.eval_share is not None and not 0.0 < data.eval_share < 1.0:
@@ -181,15 +186,21 @@ def _check_data(data: DataSection, problems: Problems) -> None:
 
 def _check_columns(data: DataSection, part: str, path: Path, problems: Problems) -> None:
     try:
-        columns = columns_of(path)
-    except (ValueError, OSError, EOFError) as error:
+        columns = columns_of(str(path))
+    except (ValueError, OSError) as error:
         problems.append(f"data.{part} = {str(path)!r}: cannot be read ({error})")
         return
+    if not columns:
+        problems.append(f"data.{part} = {str(path)!r}: holds no record")
+        return
     for name in ("prompt", "completion", "group", "id"):
-        template = getattr(data, name)
-        missing = sorted(set(re.findall(r"\{(\w+)\}", template or "")) - columns)
-        if columns and missing:
-            problems.append(f"data.{name} = {template!r}: {path} has no column {missing}; it has {sorted(columns)}")
+        text = getattr(data, name)
+        try:
+            missing = [] if text is None else Template(text, f"data.{name}").missing(columns)
+        except ValueError:
+            continue  # noted before
+        if missing:
+            problems.append(f"data.{name} = {text!r}: {path} has no column {missing}; it has {columns}")
 
 
 def check_evaluation(evaluation: EvaluationSection, where: str, problems: list[str]) -> None:

@@ -6,21 +6,17 @@ for every seed and every adapter.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from bem_peft.experiments.records import Template, columns_of, read_records
 from bem_peft.experiments.sections import DataSection
 
 IGNORED = -100
@@ -48,8 +44,10 @@ def read_items(data: DataSection) -> tuple[list[Item], list[Item]]:
     """(training, evaluation).
 
     Raises:
-        ValueError: a template names a column that is not there, an id stands twice, or a part is empty.
-        FileNotFoundError: from the reader of the file.
+        ValueError: a template names a column that is not there or that a record has no value of, an id stands twice,
+        or a
+            part is empty; or what `read_records` raises.
+        OSError: the file cannot be read.
     """
     training = read_items_of(data, data.train)
     if data.eval is not None:
@@ -67,65 +65,44 @@ def read_items(data: DataSection) -> tuple[list[Item], list[Item]]:
 
 def read_items_of(data: DataSection, source: str) -> list[Item]:
     """All items of one file or dataset, in its order. Raises as `read_items`."""
-    from datasets import load_dataset
-
-    if is_file_name(source):
-        kind = re.sub(r"\.gz$", "", source).rpartition(".")[2]
-        rows = load_dataset("json" if kind in ("json", "jsonl") else kind, data_files=str(Path(source)), split="train")
-    else:
-        rows = load_dataset(source, split="train")
-    columns = set(rows.column_names)
-    for name in ("prompt", "completion", "group", "id"):
-        template = getattr(data, name)
-        missing = sorted(set(re.findall(r"\{(\w+)\}", template or "")) - columns)
-        if missing:
-            raise ValueError(f"data.{name} = {template!r}: {source} has no column {missing}; it has {sorted(columns)}.")
-    items = []
-    for number, row in enumerate(rows):
-        name = str(number) if data.id is None else _fill(data.id, row)
-        group = name if data.group is None else _fill(data.group, row)
+    prompt, completion = Template(data.prompt, "data.prompt"), Template(data.completion, "data.completion")
+    name, group = (
+        None if text is None else Template(text, f"data.{field}")
+        for field, text in (("id", data.id), ("group", data.group))
+    )
+    templates = [template for template in (prompt, completion, name, group) if template is not None]
+    items: list[Item] = []
+    seen: dict[str, str] = {}
+    for number, (where, record) in enumerate(read_records(source)):
+        if number == 0:
+            for template in templates:
+                _check_columns(template, record, source)
+        own = str(number) if name is None else name.fill(where, record)
+        if own in seen:
+            raise ValueError(
+                f"{where}: data.id = {data.id!r}: {own!r} stands twice, first at {seen[own]}; an id names one item."
+            )
+        seen[own] = where
+        together = own if group is None else group.fill(where, record)
         if data.group_pattern is not None:
-            match = re.search(data.group_pattern, group)
+            match = re.search(data.group_pattern, together)
             if match is None:
-                raise ValueError(f"data.group_pattern = {data.group_pattern!r} does not match {group!r} (item {name}).")
-            group = match.group(1)
-        items.append(Item(name, _fill(data.prompt, row), _fill(data.completion, row), group))
-    names = [item.id for item in items]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"data.id = {data.id!r}: {twice!r} stands twice in {source}; an id must name one item.")
+                raise ValueError(f"{where}: data.group_pattern = {data.group_pattern!r} does not match {together!r}.")
+            together = match.group(1)
+        items.append(Item(own, prompt.fill(where, record), completion.fill(where, record), together))
     return items
 
 
-def columns_of(path: Path) -> set[str]:
-    """The columns of a file's first 1,000 records; empty for a .json file, which would have to be read whole.
-
-    Raises:
-        ValueError, OSError, EOFError: the file is not what its name says.
-    """
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    if kind == "parquet":
-        from pyarrow import parquet
-
-        return set(parquet.read_schema(path).names)
-    if kind == "json":
-        return set()
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        if kind == "csv":
-            return set(next(csv.reader(file), []))
-        records = [json.loads(line) for line in itertools.islice(file, 1000) if line.strip()]
-    if not all(isinstance(record, dict) for record in records):
-        raise ValueError("a line is no JSON object")
-    return set().union(*records)
-
-
-def is_file_name(text: str) -> bool:
-    """Whether `text` names a file, not a dataset of the hub."""
-    return re.search(r"\.(jsonl|json|csv|parquet)(\.gz)?$", text) is not None
-
-
-def _fill(template: str, row: Mapping[str, Any]) -> str:
-    return re.sub(r"\{(\w+)\}", lambda match: str(row[match.group(1)]), template)
+def _check_columns(template: Template, record: Mapping[str, Any], source: str) -> None:
+    """A JSON record may lack a column that others have; then the record itself is named when it is filled."""
+    missing = template.missing(record)
+    if missing:
+        columns = columns_of(source)
+        missing = template.missing(columns)
+        if missing:
+            raise ValueError(
+                f"{template.field} = {template.text!r}: {source} has no column {missing}; it has {columns}."
+            )
 
 
 def _unit(text: str) -> float:

@@ -20,7 +20,11 @@ class ModelSection:
 
 @dataclass
 class DataSection:
-    """`train` and `eval`: a file (jsonl, json, csv, parquet; .gz) or a dataset's hub id. Templates name columns."""
+    """`train` and `eval`: a file (jsonl, json, csv, tsv, also .gz; parquet, arrow) or a dataset's hub id.
+
+    Templates name columns by whatever name they have, {question} or {Question Text}; {{ and }} are braces, as in
+    '{{"answer": {answer}}}'.
+    """
 
     train: str
     prompt: str

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from bem_peft.evaluation.formats.lines import read_json
 from bem_peft.evaluation.formats.seeds import seed_folders
 from bem_peft.evaluation.results import SystemResult, system_of_scores
 from bem_peft.evaluation.scores import Scores
+from bem_peft.json_text import read_json
 
 LETTERS = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}
 WORDS = {"yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}

@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bem_peft.evaluation.formats.lines import read_json, read_lines
 from bem_peft.evaluation.formats.seeds import seed_folders
 from bem_peft.evaluation.results import SystemResult, system_of_scores
 from bem_peft.evaluation.scores import Scores
+from bem_peft.json_text import read_json, read_lines
 
 SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<time>\d{4}-\d\d-\d\dT[\d.-]+)\.jsonl")
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bem_peft.evaluation.formats.inspect_logs import is_inspect_folder, is_inspect_log, read_inspect
-from bem_peft.evaluation.formats.lines import read_json
 from bem_peft.evaluation.formats.lm_eval import is_lm_eval_folder, read_lm_eval
 from bem_peft.evaluation.formats.plain_table import is_plain_table, read_plain_table
 from bem_peft.evaluation.formats.published import read_published
 from bem_peft.evaluation.formats.run_folder import is_run_folder, read_run
 from bem_peft.evaluation.results import SystemResult
+from bem_peft.json_text import read_json
 
 FORMATS = (
     "a folder with seed-*/result.json (of `bem-peft run` or `evaluate`), with samples_*.jsonl of lm-evaluation-harness "

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from bem_peft.evaluation.formats.lines import read_json, read_lines
 from bem_peft.evaluation.metrics import CORPUS
 from bem_peft.evaluation.results import SystemResult, system_of_scores
 from bem_peft.evaluation.scores import Scores, corpus_scores
+from bem_peft.json_text import read_json, read_lines
 
 
 def is_run_folder(folder: Path) -> bool:
