@@ -1,4 +1,4 @@
-"""A text file that is there whole or not at all."""
+"""A text file that is there whole or not at all, and a folder that can be written before any work is done for it."""
 
 from __future__ import annotations
 
@@ -11,3 +11,11 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def prove_writable(folder: Path) -> None:
+    """Make the folder, and write a file in it and remove it again. Raises OSError where it cannot be done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".bem_peft-{os.getpid()}"
+    probe.touch()
+    probe.unlink()

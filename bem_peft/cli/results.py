@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bem_peft.experiments.encoding import TOO_LONG
 from bem_peft.experiments.sections import DTYPES, DataSection, EvaluationSection
 
 
@@ -28,7 +29,13 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     command.add_argument("--name", required=True, help="of the system in reports")
     command.add_argument("--seed", type=int, default=0, help="that the adapter was trained with (default 0)")
     command.add_argument("--base", help="base model; default the one that the adapter names")
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="of the base; default that of the adapter's own run, else auto"
+    )
     command.add_argument("--max-tokens", type=int, default=512)
+    command.add_argument(
+        "--too-long", default="error", choices=TOO_LONG, help="an item of more tokens is an error, or is left out"
+    )
     command.add_argument("--items", type=int, help="only the first so many")
     command.add_argument("--batch", type=int, default=8)
     command.add_argument(
@@ -89,11 +96,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     data = DataSection(
         train="", prompt=arguments.prompt, completion=arguments.completion, eval=arguments.data, id=arguments.id,
         group=arguments.group, group_pattern=arguments.group_pattern, max_tokens=arguments.max_tokens,
-        eval_items=arguments.items,
+        eval_items=arguments.items, too_long=arguments.too_long,
     )  # fmt: skip
     result = evaluate_adapter(
         arguments.adapter, data, arguments.out, name=arguments.name, seed=arguments.seed, base=arguments.base,
-        batch=arguments.batch,
+        batch=arguments.batch, dtype=arguments.dtype,
         evaluation=EvaluationSection(arguments.metrics, arguments.max_new_tokens, arguments.stop),
     )  # fmt: skip
     metrics = result["metrics"]

@@ -43,6 +43,7 @@ TWO_SEEDS = "two-way standard error over two seeds and items, a t for each part"
 ONE_SEED = "BCa over items, conditional on this seed"
 ONE_SEED_JACKKNIFE = "jackknife over items or clusters, t, conditional on this seed"
 LEAST_DEGREES = 4.0  # of the items' part of the variance, for any claim
+LEAST_BY_SIZES = 6.0  # of clusters by their sizes, where these leave less than half of what equal ones would
 BOOTSTRAP_LIMIT = 2_000  # items up to which one seed's interval is drawn
 EXACT_LIMIT = 2**14  # sign patterns that are enumerated instead of drawn
 
@@ -191,17 +192,19 @@ def _refusal(parts: Parts, seeds: int, has_clusters: bool) -> str | None:
     """Why no claim can be made, or None."""
     if seeds == 2:
         return "two seeds: how far seeds differ is known on one degree of freedom; run a third"
-    if parts.items == 0.0 or parts.items_df >= LEAST_DEGREES:
+    is_dominated = parts.sizes_df < min(LEAST_BY_SIZES, (parts.clusters - 1) / 2)
+    if parts.items == 0.0 or (parts.items_df >= LEAST_DEGREES and not is_dominated):
         return None
     if not has_clusters:
         return (
             f"too few effective items: a few of {parts.clusters} make up the difference ({parts.items_df:.1f} degrees "
             f"of freedom, {LEAST_DEGREES:g} are asked for)"
         )
+    asked = f"{LEAST_DEGREES:g}, and {LEAST_BY_SIZES:g} by sizes, are asked for"
     return (
         f"too few effective clusters: {parts.effective_clusters:.1f} of {parts.clusters}, the largest holds "
-        f"{parts.largest_share:.0%} of the items ({parts.items_df:.1f} degrees of freedom, {LEAST_DEGREES:g} are asked "
-        "for)"
+        f"{parts.largest_share:.0%} of the items ({parts.items_df:.1f} degrees of freedom, {parts.sizes_df:.1f} by "
+        f"sizes; {asked})"
     )
 
 

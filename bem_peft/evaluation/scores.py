@@ -21,6 +21,7 @@ from bem_peft.evaluation.metrics import corpus_metric
 from bem_peft.whole_file import write_whole
 
 VERSION = 1
+BY_LENGTH = ("shortest third", "longest third")
 ROUNDING = 1e-12  # of a score: sums of the same numbers in another order differ by so much
 
 
@@ -288,8 +289,12 @@ class PairedScores:
 
     @cached_property
     def slices(self) -> dict[str, frozenset[str]]:
-        """The slices of both, by name. Raises ValueError where a name holds other items in each."""
-        found = dict(self.a.slices)
+        """The slices of both, by name; those by length, which each system's own tokens make, are the anchor's.
+
+        Raises:
+            ValueError: another name holds other items in each.
+        """
+        found = dict(self.a.slices) | {name: ids for name, ids in self.b.slices.items() if name in BY_LENGTH}
         for name, ids in self.b.slices.items():
             if found.setdefault(name, ids) != ids:
                 raise ValueError(

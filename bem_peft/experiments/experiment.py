@@ -28,6 +28,7 @@ from peft import PeftConfig
 from bem_peft.budget.check import QUANTITIES
 from bem_peft.budget.enforce import POLICIES
 from bem_peft.evaluation.metrics import metric_problem
+from bem_peft.experiments.encoding import TOO_LONG
 from bem_peft.experiments.fields import Problems, build_config, fill, fits
 from bem_peft.experiments.records import Template, columns_of, is_file_name
 from bem_peft.experiments.sections import (
@@ -164,6 +165,8 @@ def _check_data(data: DataSection, problems: Problems) -> None:
         problems.append(f"data.eval_share = {data.eval_share}: must lie between 0 and 1")
     if data.group is not None and data.eval is not None:
         problems.append("data.group: splits by `eval_share`, and `eval` is given")
+    if data.too_long not in TOO_LONG:
+        problems.append(f"data.too_long = {data.too_long!r}: must be one of {', '.join(TOO_LONG)}")
     for name in ("max_tokens", "eval_items"):
         value = getattr(data, name)
         if value is not None and value < 1:

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from bem_peft.experiments.encoding import prompt_tokens
 from bem_peft.experiments.items import Progress
 
 
@@ -25,7 +26,7 @@ class _Stop(StoppingCriteria):
 @torch.no_grad()
 def generate_texts(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *,
-    max_new_tokens: int, stop: str | None, batch: int, progress: Progress, max_prompt_tokens: int | None = None,
+    max_new_tokens: int, stop: str | None, batch: int, progress: Progress,
 ) -> list[str]:  # fmt: skip
     """The continuation of each prompt (the output of an encoder-decoder), up to `stop`, which is not part of it.
 
@@ -37,8 +38,7 @@ def generate_texts(
     model.eval()
     device = next(model.parameters()).device
     is_seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
-    options = {"truncation": True, "max_length": max_prompt_tokens} if is_seq2seq and max_prompt_tokens else {}
-    encoded = [tokenizer(prompt, **options)["input_ids"] for prompt in prompts]
+    encoded = [list(tokenizer(p)["input_ids"]) if is_seq2seq else prompt_tokens(p, tokenizer) for p in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:
             raise ValueError(f"the prompt {prompt!r} has no tokens: nothing can be generated from it.")

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from bem_peft.experiments.records import Template, columns_of, read_records
 from bem_peft.experiments.sections import DataSection
@@ -59,8 +58,12 @@ def read_items(data: DataSection) -> tuple[list[Item], list[Item]]:
     for name, items in (("training", training), ("evaluation", evaluation)):
         if not items:
             raise ValueError(f"no {name} item is left of {data.train!r}: change `eval_share` or `group`.")
-    evaluation.sort(key=lambda item: _unit(item.id))
-    return training, evaluation[: data.eval_items]
+    return training, selected(evaluation, data.eval_items)
+
+
+def selected(items: Sequence[Item], count: int | None) -> list[Item]:
+    """`count` of the items (None: all), the same ones by whatever road and in whatever order they come."""
+    return sorted(items, key=lambda item: (_unit(item.id), item.id))[:count]
 
 
 def read_items_of(data: DataSection, source: str) -> list[Item]:
@@ -108,19 +111,6 @@ def _check_columns(template: Template, record: Mapping[str, Any], source: str) -
 def _unit(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-
-
-def encode(item: Item, tokenizer: PreTrainedTokenizerBase, max_tokens: int, is_seq2seq: bool) -> Encoded:
-    """input_ids, attention_mask, labels; labels are -100 on a causal model's prompt."""
-    prompt = list(tokenizer(item.prompt)["input_ids"])
-    if is_seq2seq:
-        labels = list(tokenizer(text_target=item.completion)["input_ids"])[:max_tokens]
-        prompt = prompt[:max_tokens]
-        return {"input_ids": prompt, "attention_mask": [1] * len(prompt), "labels": labels}
-    answer = [*tokenizer(item.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    ids = (prompt + answer)[:max_tokens]
-    labels = ([IGNORED] * len(prompt) + answer)[:max_tokens]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
 @torch.no_grad()

@@ -30,16 +30,20 @@ from transformers import (
 from bem_peft.budget.check import BudgetConstraints, adapted_copy, at_sites_of, budget_of
 from bem_peft.budget.match import match_budget
 from bem_peft.budget.parameters import count_parameters
+from bem_peft.experiments.encoding import encode_items
 from bem_peft.experiments.experiment import check_evaluation
-from bem_peft.experiments.items import Item, encode, read_items, read_items_of
+from bem_peft.experiments.items import Item, read_items, read_items_of, selected
 from bem_peft.experiments.provenance import provenance
 from bem_peft.experiments.scoring import ItemScores, score_model
 from bem_peft.experiments.sections import DataSection, EvaluationSection, Experiment, ModelSection
+from bem_peft.experiments.seed_folder import PartialScores, begin, changes, fingerprint
+from bem_peft.json_text import read_json
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.trainer import PTTrainer, PTTrainingConfig
-from bem_peft.whole_file import write_whole
+from bem_peft.whole_file import prove_writable, write_whole
 
 RESULT_VERSION = 1
+SECTIONS = ("model", "adapter", "data", "evaluation", "training", "budget")  # which a seed that goes on must share
 
 
 def run_experiment(experiment: Experiment, report: Callable[[str], None] = print) -> list[dict[str, Any]]:
@@ -56,6 +60,7 @@ def run_experiment(experiment: Experiment, report: Callable[[str], None] = print
     items = read_items(experiment.data)
     report(f"{experiment.name}: {len(items[0]):,} items to train on, {len(items[1]):,} to evaluate on")
     results = []
+    prove_writable(Path(experiment.output_dir))
     for seed in experiment.seeds:
         folder = Path(experiment.output_dir) / f"seed-{seed}"
         done = folder / "result.json"
@@ -64,6 +69,7 @@ def run_experiment(experiment: Experiment, report: Callable[[str], None] = print
             _check_same_settings(experiment, result, done)
             report(f"seed {seed}: done before, loss {result['metrics']['loss']:.4f}")
         else:
+            _begin(experiment, folder, items)
             result = _run_seed(experiment, seed, folder, items, report)
             report(f"seed {seed}: loss {result['metrics']['loss']:.4f}")
         results.append(result)
@@ -71,14 +77,18 @@ def run_experiment(experiment: Experiment, report: Callable[[str], None] = print
 
 
 def _check_same_settings(experiment: Experiment, result: dict[str, Any], path: Path) -> None:
-    kept = ("model", "adapter", "data", "evaluation", "training", "budget")
     before = result["provenance"]["settings"]
     now = json.loads(json.dumps(experiment.document, default=str))
-    changed = [name for name in kept if before.get(name) != now.get(name)]
+    changed = [line for name in SECTIONS for line in changes(before.get(name), now.get(name), name)]
     if changed:
         raise ValueError(
-            f"{path} was made with other settings ({', '.join(changed)}): choose another `output_dir`, or remove it."
+            f"{path} was made with other settings ({'; '.join(changed)}): choose another `output_dir`, or remove it."
         )
+
+
+def _begin(experiment: Experiment, folder: Path, items: tuple[list[Item], list[Item]]) -> None:
+    document = {name: experiment.document.get(name) for name in SECTIONS}
+    begin(folder, {**document, "training_items": fingerprint(items[0]), "evaluation_items": fingerprint(items[1])})
 
 
 def _run_seed(
@@ -100,14 +110,19 @@ def _run_seed(
     budget: BudgetConstraints | None = None
     if experiment.budget is not None and anchor is not None:
         budget = budget_of(model, anchor, experiment.budget.quantities, experiment.budget.tolerance_ratio)
-    encoded = [encode(item, tokenizer, experiment.data.max_tokens, is_seq2seq) for item in items[0]]
+    fitting = encode_items(
+        items[0], tokenizer, max_tokens=experiment.data.max_tokens, is_seq2seq=is_seq2seq,
+        too_long=experiment.data.too_long, what="training",
+    )  # fmt: skip
+    if fitting.left_out:
+        report(f"seed {seed}: {len(fitting.left_out)} training items are too long and left out")
     defaults = {"save_total_limit": 2, "report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
     options = {**defaults, **experiment.training}
     arguments = PTTrainingConfig(str(folder / "checkpoints"), seed=seed, **options)
     if experiment.budget is not None:
         arguments.budget_policy = experiment.budget.policy
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    trainer = PTTrainer(model, arguments, budget=budget, train_dataset=encoded, data_collator=collator)
+    trainer = PTTrainer(model, arguments, budget=budget, train_dataset=fitting.encoded, data_collator=collator)
     last = last_complete_checkpoint(folder / "checkpoints")
     if last is not None:
         report(f"seed {seed}: goes on from {Path(last).name}")
@@ -118,18 +133,27 @@ def _run_seed(
     if not trainer.is_world_process_zero():
         return {"metrics": {"loss": float("nan")}}
     scores = score_model(
-        trainer.model, tokenizer, items[1], max_tokens=experiment.data.max_tokens, evaluation=experiment.evaluation,
+        trainer.model, tokenizer, items[1], folder, data=experiment.data, evaluation=experiment.evaluation,
         batch=arguments.per_device_eval_batch_size, label=f"seed {seed}", is_quiet=bool(arguments.disable_tqdm),
     )  # fmt: skip
+    if scores.left_out:
+        report(f"seed {seed}: {len(scores.left_out)} evaluation items are too long and left out")
     result = {
         **_result(experiment.name, seed, config, trainer.model, scores, experiment.document),
+        "too_long": {"training": len(fitting.left_out), "evaluation": len(scores.left_out)},
         "budget": _budget_lines(trainer),
         "training_seconds": seconds,
     }
     result["metrics"]["train_loss"] = outcome.training_loss
-    scores.write(folder / "items.jsonl", items[1])
-    write_whole(folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    _finish(folder, scores, result)
     return result
+
+
+def _finish(folder: Path, scores: ItemScores, result: dict[str, Any]) -> None:
+    """The result last: a folder that has one is whole."""
+    scores.write(folder / "items.jsonl")
+    write_whole(folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    PartialScores(folder).remove()
 
 
 def _result(
@@ -142,6 +166,9 @@ def _result(
         "adapter": _json_config(config),
         "metrics": scores.metrics(),
         "parameters": vars(count_parameters(model)),
+        "precision": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "items_sha256": fingerprint(scores.items),
         "provenance": provenance(settings, seed),
     }
 
@@ -156,11 +183,14 @@ def evaluate_adapter(
     base: str | None = None,
     batch: int = 8,
     evaluation: EvaluationSection | None = None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Score a saved adapter of any PEFT method on every item of `data.eval`, and write what `run` writes.
+    """Score a saved adapter of any PEFT method on `data.eval`, and write what `run` writes. A stopped one goes on.
 
     Args:
         adapter: folder or hub id. base: of the base model; None: the one that the adapter names.
+        dtype: of the base model; None: that of the run whose adapter it is, where its result stands beside it, else
+        "auto".
         folder: gets seed-<seed>/result.json and items.jsonl.
         seed: the seed that the adapter was trained with, by which results are paired.
         evaluation: metrics; None: the loss alone.
@@ -176,23 +206,35 @@ def evaluate_adapter(
     out = folder / f"seed-{seed}"
     if (out / "result.json").exists():
         raise ValueError(f"{out / 'result.json'} is there already: choose another folder or seed.")
-    items = read_items_of(data, str(data.eval))[: data.eval_items]
+    items = selected(read_items_of(data, str(data.eval)), data.eval_items)
+    if not items:
+        raise ValueError(f"{data.eval}: holds no item.")
+    prove_writable(folder)
     config = PeftConfig.from_pretrained(adapter)
     path = base or config.base_model_name_or_path
     if path is None:
         raise ValueError(f"{adapter} names no base model: give `base`.")
-    model, tokenizer = load_model(ModelSection(path))
+    dtype = dtype if dtype is not None else _dtype_of_run(Path(adapter))
+    settings = {
+        "adapter": adapter, "model": {"path": path, "dtype": dtype}, "data": vars(data), "evaluation": vars(evaluation)
+    }  # fmt: skip
+    begin(out, {**settings, "evaluation_items": fingerprint(items)})
+    model, tokenizer = load_model(ModelSection(path, dtype))
     model = PeftModel.from_pretrained(model, adapter)
-    scores = score_model(
-        model, tokenizer, items, max_tokens=data.max_tokens, evaluation=evaluation, batch=batch, label=name
-    )
+    scores = score_model(model, tokenizer, items, out, data=data, evaluation=evaluation, batch=batch, label=name)
     model.set_requires_grad(model.active_adapters, True)  # as when it was trained: what counts as its parameters
-    settings = {"adapter": adapter, "model": {"path": path}, "data": vars(data), "evaluation": vars(evaluation)}
-    result = {**_result(name, seed, config, model, scores, settings), "budget": None, "training_seconds": 0.0}
-    out.mkdir(parents=True, exist_ok=True)
-    scores.write(out / "items.jsonl", items)
-    write_whole(out / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    result = {
+        **_result(name, seed, config, model, scores, settings), "budget": None, "training_seconds": 0.0,
+        "too_long": {"training": 0, "evaluation": len(scores.left_out)},
+    }  # fmt: skip
+    _finish(out, scores, result)
     return result
+
+
+def _dtype_of_run(adapter: Path) -> str:
+    """The precision that the run scored its adapter in; "auto" where no result stands beside the adapter."""
+    beside = adapter.parent / "result.json"
+    return str(read_json(beside).get("precision", "auto")) if beside.is_file() else "auto"
 
 
 def load_model(section: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -35,6 +35,7 @@ class DataSection:
     group_pattern: str | None = None  # regular expression; its first group is taken from `group`
     id: str | None = None  # template of an item's name; default its number
     max_tokens: int = 512
+    too_long: str = "error"  # an item of more tokens is an error, or "drop": left out, and counted
     eval_items: int | None = None
 
 

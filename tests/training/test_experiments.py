@@ -16,9 +16,10 @@ from sacrebleu.metrics import CHRF
 from transformers import AutoModelForCausalLM
 
 from bem_peft.cli.main import main
+from bem_peft.experiments.encoding import encode
 from bem_peft.experiments.experiment import ExperimentError, read_experiment
 from bem_peft.experiments.generation import generate_texts
-from bem_peft.experiments.items import encode, score_items
+from bem_peft.experiments.items import score_items
 from bem_peft.experiments.yaml_document import parse_yaml
 from tests.tiny_models import build
 from tests.training.equalities import word_tokenizer
@@ -204,7 +205,7 @@ def test_a_run_trains_evaluates_and_says_where_it_comes_from(folder: Path, capsy
     assert "done before" in capsys.readouterr().out
     assert results == [(folder / f"runs/seed-{seed}/result.json").read_bytes() for seed in (0, 1)]
     assert main(["run", str(path), "--set", "training.learning_rate=0.5"]) == 2
-    assert "made with other settings (training)" in capsys.readouterr().err
+    assert "made with other settings (training.learning_rate: 0.01 -> 0.5)" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -268,7 +269,7 @@ def test_scores_of_an_encoder_decoder_are_its_own_loss() -> None:
 
     model, tokenizer = build("t5"), word_tokenizer()
     items = [Item(str(i), f"w{i + 3} w{i + 4}", " ".join(f"w{j + 5}" for j in range(i + 1)), "g") for i in range(3)]
-    encoded = [encode(item, tokenizer, 16, True) for item in items]
+    encoded = [encode(item, tokenizer, True)[0] for item in items]
     scores = score_items(model, encoded, DataCollatorForSeq2Seq(tokenizer, model), 2, lambda steps: steps)
     for row, (value, count) in zip(encoded, scores, strict=True):
         with torch.no_grad():
@@ -365,12 +366,10 @@ def test_answers_of_an_encoder_decoder_are_its_own() -> None:
     model, tokenizer = build("t5").eval(), word_tokenizer()
     prompts = ["w3 w4 w5 w6", "w7", "w8 w9"]
     side = tokenizer.padding_side
-    found = generate_texts(
-        model, tokenizer, prompts, max_new_tokens=4, stop=None, batch=2, progress=iter, max_prompt_tokens=3
-    )
+    found = generate_texts(model, tokenizer, prompts, max_new_tokens=4, stop=None, batch=2, progress=iter)
     assert tokenizer.padding_side == side
     for prompt, text in zip(prompts, found, strict=True):
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"][:, :3]
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         out = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
         assert text == tokenizer.decode(out[0], skip_special_tokens=True)
     with pytest.raises(ValueError, match="has no tokens"):

@@ -13,7 +13,7 @@ import numpy as np
 
 from bem_peft.evaluation.metrics import CORPUS
 from bem_peft.evaluation.results import SystemResult, system_of_scores
-from bem_peft.evaluation.scores import Scores, corpus_scores
+from bem_peft.evaluation.scores import BY_LENGTH, Scores, corpus_scores
 from bem_peft.json_text import read_json, read_lines
 
 
@@ -24,6 +24,7 @@ def is_run_folder(folder: Path) -> bool:
 def read_run(folder: Path) -> SystemResult:
     """A system of `bem-peft run`: every seed of one experiment. Raises ValueError where seeds do not fit together."""
     results, records = [], []
+    left_out: set[str] = set()
     tokens: dict[str, int] = {}
     generated: dict[str, list[Any]] = {}
     for path in sorted(folder.glob("seed-*/result.json")):
@@ -31,6 +32,9 @@ def read_run(folder: Path) -> SystemResult:
         results.append(result)
         items = path.with_name("items.jsonl")
         for number, item in read_lines(items):
+            if item.get("too_long"):
+                left_out.add(str(item.get("id")))
+                continue
             try:
                 tokens[item["id"]] = item["tokens"]
                 for metric, value in item.get("scores", {}).items():
@@ -52,7 +56,7 @@ def read_run(folder: Path) -> SystemResult:
     first = results[0]
     found = system_of_scores(
         nll.system, str(first["adapter"].get("peft_type", "")), by_metric, warnings=_warnings(results),
-        provenance=[result["provenance"] for result in results],
+        provenance=[result["provenance"] for result in results], left_out=frozenset(left_out),
     )  # fmt: skip
     # not the seconds of training: runs at different times are no comparison of speed
     sizes = {
@@ -100,5 +104,5 @@ def with_length_slices(scores: Scores, tokens: Mapping[str, int]) -> Scores:
     third = len(order) // 3
     slices = dict(scores.slices)
     if third:
-        slices |= {"shortest third": frozenset(order[:third]), "longest third": frozenset(order[-third:])}
+        slices |= dict(zip(BY_LENGTH, (frozenset(order[:third]), frozenset(order[-third:])), strict=True))
     return replace(scores, slices=slices)

@@ -1,0 +1,249 @@
+"""What a seed was begun with, scores as they come, and tokens of a prompt: under tokenizers and stops that people
+have."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from bem_peft.cli.main import main
+from bem_peft.evaluation.formats.read import read_results
+from bem_peft.experiments import scoring
+from bem_peft.experiments.encoding import encode, encode_items, prompt_tokens
+from bem_peft.experiments.items import Item
+from bem_peft.experiments.seed_folder import BLOCK, PartialScores, begin, changes
+from tests.tiny_models import build
+from tests.training.equalities import word_tokenizer
+from tests.training.test_experiments import document, write
+
+VOCABULARY = {name: i for i, name in enumerate(["<s>", "</s>", "[UNK]", "[SEP]", *(f"w{i}" for i in range(20))])}
+
+
+def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel(VOCABULARY, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = [("<s>", 0), ("</s>", 1), ("[SEP]", 3)]
+    inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=names)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="[UNK]",
+        sep_token="[SEP]",
+        pad_token="</s>",
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "before"),
+    [("$A", []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", []), ("<s> $A [SEP]", [0]), ("$A </s> </s>", [])],
+)
+def test_nothing_stands_between_prompt_and_completion(template: str, before: list[int]) -> None:
+    tokenizer = tokenizer_with(template)
+    row, length = encode(Item("a", "w1 w2", "w3", "a"), tokenizer, False)
+    prompt = [*before, VOCABULARY["w1"], VOCABULARY["w2"]]
+    assert row["input_ids"] == [*prompt, VOCABULARY["w3"], 1]
+    assert row["labels"] == [-100] * len(prompt) + [VOCABULARY["w3"], 1]
+    assert length == len(row["input_ids"])
+    assert prompt_tokens("w1 w2", tokenizer) == prompt
+    assert prompt_tokens("", tokenizer) == before  # what generation starts from
+
+
+def test_what_does_not_fit_is_an_error_or_left_out_whole() -> None:
+    tokenizer = tokenizer_with("<s> $A")
+    items = [Item(str(n), " ".join(["w1"] * n), "w2 w3", "g") for n in (1, 9, 2, 8)]
+    options: dict[str, Any] = {"max_tokens": 6, "is_seq2seq": False, "what": "evaluation"}
+    with pytest.raises(ValueError, match=r"2 of 4 evaluation items are longer .* = 6, as '9' \(13 tokens\), '8' \(12"):
+        encode_items(items, tokenizer, too_long="error", **options)
+    found = encode_items(items, tokenizer, too_long="drop", **options)
+    assert [item.id for item in found.items] == ["1", "2"]
+    assert [item.id for item in found.left_out] == ["9", "8"]
+    assert [len(row["input_ids"]) for row in found.encoded] == [5, 6]
+    with pytest.raises(ValueError, match="item 'e': its completion ' ' has no tokens"):
+        encode(Item("e", "w1", " ", "g"), tokenizer, False)
+    with pytest.raises(ValueError, match="4 of 4 evaluation items are longer"):
+        encode_items(items, tokenizer, too_long="drop", **{**options, "max_tokens": 2})
+    long = Item("s", "w1", "w2 " * 9, "g")
+    assert encode(long, word_tokenizer(), True)[1] >= 9  # an encoder-decoder's answer counts too
+
+
+def test_a_tokenizer_without_eos_says_so() -> None:
+    tokenizer = tokenizer_with("$A")
+    tokenizer.eos_token = None
+    with pytest.warns(UserWarning, match="no EOS"):
+        found = encode_items(
+            [Item("a", "w1", "w2", "a")], tokenizer, max_tokens=9, is_seq2seq=False, too_long="error", what="training"
+        )
+    assert found.encoded[0]["input_ids"] == [VOCABULARY["w1"], VOCABULARY["w2"]]
+
+
+def test_a_seed_that_was_begun_otherwise_is_refused_with_what_changed(tmp_path: Path) -> None:
+    begin(tmp_path / "seed-0", {"training": {"learning_rate": 0.01, "max_steps": 9}, "data": {"prompt": "{a}"}})
+    begin(tmp_path / "seed-0", {"data": {"prompt": "{a}"}, "training": {"max_steps": 9, "learning_rate": 0.01}})
+    with pytest.raises(ValueError, match=r"training.learning_rate: 0.01 -> 0.02; data.prompt: '\{a\}' -> 'A: \{a\}'"):
+        begin(tmp_path / "seed-0", {"training": {"learning_rate": 0.02, "max_steps": 9}, "data": {"prompt": "A: {a}"}})
+    (tmp_path / "old" / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(ValueError, match="of a release that kept no settings"):
+        begin(tmp_path / "old", {})
+    assert changes({"a": [1]}, {"a": [1], "b": None}) == []
+    assert changes({"a": {"b": 1}}, {"a": None}) == ["a: {'b': 1} -> None"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny checkpoint with its tokenizer, and 200 items in 50 groups."""
+    build("llama").save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    lines = [
+        {"ref": f"book {i // 4}:{i % 4}", "a": f"w{i % 20 + 3} w{i % 7 + 4}", "b": f"w{i % 11 + 6} w{i % 5 + 7}"}
+        for i in range(200)
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_was_stopped_goes_on_only_with_its_own_settings(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(folder, document(folder))
+    whole = folder / "whole"
+    assert main(["run", str(path), "--set", f"output_dir={whole}", "--set", "seeds=[0]"]) == 0
+
+    def stop(*arguments: object, **options: object) -> None:
+        raise OSError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "score_items", stop)
+        assert main(["run", str(path), "--set", "seeds=[0]"]) == 2
+    assert list((folder / "runs/seed-0/checkpoints").glob("checkpoint-*"))
+    capsys.readouterr()
+    for change, text in (
+        ("training.learning_rate=0.5", "training.learning_rate: 0.01 -> 0.5"),
+        ("data.prompt=Old {a}", "data.prompt: '{a}' -> 'Old {a}'"),
+        ("adapter.scaling=2.0", "adapter.scaling: None -> 2.0"),
+    ):
+        assert main(["run", str(path), "--set", "seeds=[0]", "--set", change]) == 2
+        assert text in capsys.readouterr().err
+    items = folder / "items.jsonl"
+    before = items.read_text()
+    items.write_text(before.replace("w3", "w9"))
+    assert main(["run", str(path)]) == 2
+    assert "training_items" in capsys.readouterr().err
+    items.write_text(before)
+    assert main(["run", str(path), "--set", "seeds=[0, 1]"]) == 0  # more seeds are no other settings
+    assert (folder / "runs/seed-0/items.jsonl").read_bytes() == (whole / "seed-0/items.jsonl").read_bytes()
+
+
+KILLED = """
+import os, signal, sys
+from bem_peft.experiments import scoring, seed_folder
+add = seed_folder.PartialScores.add
+def killed(self, lines):
+    add(self, lines)
+    with self.path.open("ab") as file:  # what a write that is cut off leaves
+        file.write(b'{"id": "x", "nl')
+    os.kill(os.getpid(), signal.SIGKILL)
+seed_folder.PartialScores.add = killed
+from bem_peft.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_evaluation_that_was_killed_goes_on_where_it_was(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(folder, document(folder))
+    assert main(["run", str(path), "--set", "seeds=[0]"]) == 0
+    options = ["--data", str(folder / "items.jsonl"), "--prompt", "{a}", "--completion", " {b}", "--id", "{ref}"]
+    options += ["--name", "again", "--metrics", "nll", "exact_match", "--max-new-tokens", "3"]
+    command = ["evaluate", str(folder / "runs/seed-0/adapter"), *options, "--out"]
+    assert main([*command, str(folder / "whole")]) == 0
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, *command, str(folder / "killed")], capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    partial = PartialScores(folder / "killed/seed-0")
+    assert partial.path.read_bytes().count(b"\n") == BLOCK
+    assert not (folder / "killed/seed-0/result.json").exists()
+    assert main([*command, str(folder / "killed"), "--max-tokens", "99"]) == 2
+    assert "data.max_tokens: 512 -> 99" in capsys.readouterr().err
+    scored = []
+    plain = scoring.score_items
+    monkeypatch.setattr(
+        scoring, "score_items", lambda model, rows, *rest: scored.extend(rows) or plain(model, rows, *rest)
+    )
+    assert main([*command, str(folder / "killed")]) == 0
+    assert len(scored) == 200 - BLOCK
+    assert (folder / "killed/seed-0/items.jsonl").read_bytes() == (folder / "whole/seed-0/items.jsonl").read_bytes()
+    assert not partial.path.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_items_that_are_too_long_are_left_out_of_every_system(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "items.jsonl").read_text().split("\n")]
+    lines[5]["a"] = " ".join(["w4"] * 30)
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given = document(folder)
+    given["data"] |= {"max_tokens": 16, "eval": str(folder / "items.jsonl")}
+    for name in ("eval_share", "group", "group_pattern"):
+        given["data"].pop(name)
+    assert main(["run", str(write(folder, given))]) == 2
+    given["data"]["too_long"] = "drop"
+    assert main(["run", str(write(folder, {**given, "name": "one", "output_dir": str(folder / "one")}))]) == 0
+    lines[5]["a"], lines[9]["a"] = "w4", " ".join(["w4"] * 30)  # the other system is too long on another item
+    result = json.loads((folder / "one/seed-0/result.json").read_text())
+    assert result["too_long"] == {"training": 1, "evaluation": 1}
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["run", str(write(folder, {**given, "name": "two", "output_dir": str(folder / "two")}))]) == 0
+    systems = read_results([folder / "one", folder / "two"])
+    assert [system.left_out for system in systems] == [{"book 1:1"}, {"book 2:1"}]
+    out = str(folder / "out")
+    assert main(["compare", str(folder / "one"), str(folder / "two"), "--anchor", "one", "--out", out]) == 0
+    report = json.loads((folder / "out/report.json").read_text())
+    assert report["left_out"] == ["book 1:1", "book 2:1"]
+    assert report["comparisons"]["two"][0]["comparison"]["items"] == 198
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_road_chooses_the_same_items_and_precision(folder: Path) -> None:
+    given = document(folder)
+    given["model"]["dtype"] = "bfloat16"
+    given["data"] |= {"eval": str(folder / "items.jsonl"), "eval_items": 24}
+    for name in ("eval_share", "group", "group_pattern"):
+        given["data"].pop(name)
+    assert main(["run", str(write(folder, given)), "--set", "seeds=[0]"]) == 0
+    options = ["--prompt", "{a}", "--completion", " {b}", "--id", "{ref}", "--name", "again", "--items", "24"]
+    command = ["evaluate", str(folder / "runs/seed-0/adapter"), "--data", str(folder / "items.jsonl"), *options]
+    assert main([*command, "--out", str(folder / "again")]) == 0
+    found = [json.loads((folder / name / "seed-0/result.json").read_text()) for name in ("runs", "again")]
+    assert {result["precision"] for result in found} == {"bfloat16"}
+    assert len({result["items_sha256"] for result in found}) == 1
+    lines = [(folder / name / "seed-0/items.jsonl").read_text().split("\n")[:-1] for name in ("runs", "again")]
+    assert [json.loads(line)["id"] for line in lines[0]] == [json.loads(line)["id"] for line in lines[1]]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "file").write_text("x")
+    from bem_peft.experiments import run
+
+    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    given = write(folder, {**document(folder), "output_dir": str(folder / "file" / "runs")})
+    assert main(["run", str(given)]) == 2
+    assert "file" in capsys.readouterr().err
+    assert torch.is_grad_enabled()
