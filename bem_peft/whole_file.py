@@ -9,7 +9,7 @@ from pathlib import Path
 def write_whole(path: Path, text: str) -> None:
     """Write `text` beside `path` first, then put it in its place at once."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(text.encode("utf-8"))  # lines end as the text has them, on every system
     os.replace(partial, path)
 
 

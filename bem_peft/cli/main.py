@@ -11,18 +11,25 @@ bem-peft compare RESULTS...           a report: paired differences, Pareto front
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+
+from safetensors import SafetensorError
 
 from bem_peft.budget.report import BudgetError
 from bem_peft.cli import budget, experiment, results, sites
 from bem_peft.cli.budget import NOT_MET
 
 _USER_ERROR = 2
+_INTERRUPTED = 130  # as a shell says of Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0, 1 where a budget is not met, or 2 after a message on stderr."""
+    """Runs one command; returns 0, 1 where a budget is not met, 2 after a message on stderr, or 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 gets an escape instead of a traceback
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="bem-peft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -31,13 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         group.add_commands(commands)
     arguments = parser.parse_args(argv)
     try:
-        return arguments.run(arguments)
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return code
     except BudgetError as error:
         print(f"bem-peft: {error}", file=sys.stderr)
         return NOT_MET
-    except (OSError, ValueError) as error:
+    except BrokenPipeError:  # who reads has closed, as `| head` does; nothing more can be said there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _USER_ERROR
+    except (OSError, ValueError, SafetensorError) as error:
         print(f"bem-peft: {error}", file=sys.stderr)
         return _USER_ERROR
+    except KeyboardInterrupt:
+        print("bem-peft: interrupted", file=sys.stderr)
+        return _INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +22,11 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     command = commands.add_parser("evaluate", help="score a saved adapter of any PEFT method item by item")
     command.add_argument("adapter", help="folder or hub id")
     command.add_argument("--data", required=True, help="jsonl, json, csv or parquet (.gz), or a dataset's hub id")
-    command.add_argument("--prompt", required=True, help="template with columns, as 'Archaic: {archaic}'")
-    command.add_argument("--completion", required=True, help="template of what is scored")
+    command.add_argument(
+        "--prompt", required=True, type=unescaped,
+        help="template with columns, as 'Archaic: {archaic}\\n'; escapes as in YAML's double quotes",
+    )  # fmt: skip
+    command.add_argument("--completion", required=True, type=unescaped, help="template of what is scored, likewise")
     command.add_argument("--id", help="template of an item's name; default its number")
     command.add_argument("--group", help="template of what items belong together")
     command.add_argument("--group-pattern", help="regular expression; its first group is taken from --group")
@@ -42,7 +46,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--metrics", nargs="+", default=["nll"], help="nll bleu chrf exact_match f1 rouge_l json_validity (default nll)"
     )
     command.add_argument("--max-new-tokens", type=int, default=128, help="of generated answers (default 128)")
-    command.add_argument("--stop", help="text that ends an answer")
+    command.add_argument("--stop", type=unescaped, help="text that ends an answer, with escapes")
     command.add_argument("--out", type=Path, required=True, metavar="DIR")
     command.set_defaults(run=_evaluate)
 
@@ -90,6 +94,27 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.set_defaults(run=_compare)
 
 
+ESCAPE = re.compile(r"\\(?:(?P<code>x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8})|(?P<sign>.)|$)", re.S)
+SIGNS = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'", "/": "/", "0": "\0"}
+
+
+def unescaped(text: str) -> str:
+    """A text of the command line with escapes as in YAML's double quotes: \\n, \\t, \\\\, \\u00e9.
+
+    Raises:
+        argparse.ArgumentTypeError: an escape that is none.
+    """
+
+    def sign(found: re.Match[str]) -> str:
+        if found["code"]:
+            return chr(int(found["code"][1:], 16))
+        if found["sign"] in SIGNS:
+            return SIGNS[found["sign"]]
+        raise argparse.ArgumentTypeError(f"{found.group()!r} in {text!r} is no escape: write \\\\ for a backslash")
+
+    return ESCAPE.sub(sign, text)
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     from bem_peft.experiments.run import evaluate_adapter
 
@@ -134,9 +159,11 @@ def _compare(arguments: argparse.Namespace) -> int:
     from bem_peft.evaluation.report.card import check_card, write_card
     from bem_peft.evaluation.report.files import write_files
     from bem_peft.evaluation.slices import DEVELOPMENT, HELD_OUT
+    from bem_peft.whole_file import prove_writable
 
     systems = read_results(arguments.results)
     cards = [check_card(text, [s.name for s in systems], arguments.dataset) for text in arguments.card]
+    prove_writable(arguments.out)
     report = ComprehensiveEvaluator(
         systems, arguments.anchor, margin=_margins(arguments.margin), correction=arguments.correction,
         stands_on=HELD_OUT if arguments.held_out else DEVELOPMENT, title=arguments.title,

@@ -11,6 +11,7 @@ from typing import Any
 from bem_peft.evaluation.profiler import BASE, Profile, Workload, requests_per_minute
 from bem_peft.evaluation.report.markdown_table import markdown_table, plain
 from bem_peft.evaluation.results import SystemResult
+from bem_peft.json_text import read_json
 from bem_peft.whole_file import write_whole
 
 VERSION = 1
@@ -131,13 +132,13 @@ class ProfileDocument:
     def read(cls, path: Path) -> ProfileDocument:
         """Read a document of `write`. Raises ValueError where it is none, or of another version."""
         try:
-            given = json.loads(path.read_text(encoding="utf-8"))
+            given = read_json(path)
             if given["version"] != VERSION:
                 raise ValueError(f"{path} has version {given['version']}, this release reads {VERSION}.")
             profiles = tuple(_profile(entry) for entry in given["profiles"])
             request = None if given["request"] is None else (int(given["request"][0]), int(given["request"][1]))
             return cls(str(given["anchor"]), profiles, dict(given["provenance"]), request)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"{path} is no document of `bem-peft profile`: {error!r}.") from error
 
 

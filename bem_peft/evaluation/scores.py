@@ -18,6 +18,7 @@ import numpy as np
 
 from bem_peft.evaluation.corpus import pseudo_values
 from bem_peft.evaluation.metrics import corpus_metric
+from bem_peft.json_text import read_json
 from bem_peft.whole_file import write_whole
 
 VERSION = 1
@@ -167,9 +168,9 @@ class Scores:
     def read(cls, path: Path) -> Scores:
         """Read a document of `write`. Raises ValueError where it is none, or of a later version."""
         try:
-            given = json.loads(path.read_text(encoding="utf-8"))
+            given = read_json(path)
             version = given.pop("version")
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        except (KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is no document of scores: {error!r}.") from error
         if version != VERSION:
             raise ValueError(f"{path} has version {version}, this release reads {VERSION}: update bem_peft.")

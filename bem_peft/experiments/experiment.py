@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,10 +41,13 @@ from bem_peft.experiments.sections import (
     ModelSection,
 )
 from bem_peft.experiments.yaml_document import changed_document
+from bem_peft.json_text import text_of
 from bem_peft.tuners.adapter_spec import config_class, method_names
 
 # set for each seed, or from another section
 RESERVED_TRAINING = ("output_dir", "seed", "data_seed", "budget_anchor", "budget_policy", "budget_tolerance_ratio")
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_steps", "warmup_ratio", "max_grad_norm", "adam_epsilon")
+AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
 class ExperimentError(ValueError):
@@ -75,7 +79,7 @@ def read_experiment(path: str | Path, changes: Sequence[str] = ()) -> Experiment
         OSError: the file cannot be read.
     """
     problems = Problems()
-    document = changed_document(Path(path).read_text(encoding="utf-8"), changes, problems)
+    document = changed_document(text_of(Path(path)), changes, problems)
     experiment = None
     if isinstance(document, dict):
         experiment = check_experiment(document, problems)
@@ -146,6 +150,14 @@ def _check_training(training: dict[str, Any], problems: Problems) -> None:
             other = "budget" if name.startswith("budget") else "seeds" if "seed" in name else "output_dir"
             problems.append(f"training.{name}: is set by `{other}`; remove it")
             del training[name]
+    for name, value in training.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not math.isfinite(value):
+            problems.append(f"training.{name} = {value}: must be finite")
+        elif is_number and name in NOT_NEGATIVE and value < 0:
+            problems.append(f"training.{name} = {value}: must be at least 0")
+        elif is_number and name in AT_LEAST_ONE and value < 1:
+            problems.append(f"training.{name} = {value}: must be at least 1")
     build_config(PTTrainingConfig, training, "training", problems)
 
 
@@ -167,10 +179,7 @@ def _check_data(data: DataSection, problems: Problems) -> None:
         problems.append("data.group: splits by `eval_share`, and `eval` is given")
     if data.too_long not in TOO_LONG:
         problems.append(f"data.too_long = {data.too_long!r}: must be one of {', '.join(TOO_LONG)}")
-    for name in ("max_tokens", "eval_items"):
-        value = getattr(data, name)
-        if value is not None and value < 1:
-            problems.append(f"data.{name} = {value}: must be at least 1")
+    check_counts(data, "data.", problems)
     if data.group_pattern is not None:
         if data.group is None:
             problems.append("data.group_pattern: needs `group`")
@@ -185,6 +194,14 @@ def _check_data(data: DataSection, problems: Problems) -> None:
             problems.append(f"data.{name} = {path!r}: there is no such file, seen from {Path.cwd()}")
         elif path is not None and is_file_name(path):
             _check_columns(data, name, Path(path), problems)
+
+
+def check_counts(data: DataSection, where: str, problems: list[str]) -> None:
+    """Append what is wrong with the numbers of `data`; `where` stands before a field's name."""
+    for name in ("max_tokens", "eval_items"):
+        value = getattr(data, name)
+        if value is not None and value < 1:
+            problems.append(f"{where}{name} = {value}: must be at least 1")
 
 
 def _check_columns(data: DataSection, part: str, path: Path, problems: Problems) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from bem_peft.evaluation.profiler import ANCHOR, PerformanceProfiler, Workload
 from bem_peft.experiments.provenance import provenance
 from bem_peft.experiments.run import load_model
 from bem_peft.experiments.sections import ModelSection
+from bem_peft.json_text import read_json
 
 
 def adapter_of(folder: Path) -> tuple[str, str, str | None]:
@@ -27,14 +27,17 @@ def adapter_of(folder: Path) -> tuple[str, str, str | None]:
     found = sorted(folder.glob("seed-*/result.json"))
     if not found:
         raise ValueError(f"{folder}: no seed-*/result.json; give a folder of `bem-peft run` or `bem-peft evaluate`.")
-    result = json.loads(found[0].read_text(encoding="utf-8"))
-    settings = result["provenance"]["settings"]
+    result = read_json(found[0])
+    try:
+        name, settings = str(result["name"]), dict(result["provenance"]["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{found[0]}: no result of `bem-peft run`: {error!r}.") from error
     beside = found[0].with_name("adapter")
     # `evaluate` keeps where the adapter stood; `run` saved it beside the result
-    path = str(beside) if beside.is_dir() else settings["adapter"]
+    path = str(beside) if beside.is_dir() else settings.get("adapter")
     if not isinstance(path, str):
         raise ValueError(f"{beside} is not there: what `run` saved must stand beside its result.")
-    return str(result["name"]), path, settings.get("model", {}).get("path")
+    return name, path, settings.get("model", {}).get("path")
 
 
 def profile_results(

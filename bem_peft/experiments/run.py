@@ -31,7 +31,7 @@ from bem_peft.budget.check import BudgetConstraints, adapted_copy, at_sites_of, 
 from bem_peft.budget.match import match_budget
 from bem_peft.budget.parameters import count_parameters
 from bem_peft.experiments.encoding import encode_items
-from bem_peft.experiments.experiment import check_evaluation
+from bem_peft.experiments.experiment import check_counts, check_evaluation
 from bem_peft.experiments.items import Item, read_items, read_items_of, selected
 from bem_peft.experiments.provenance import provenance
 from bem_peft.experiments.scoring import ItemScores, score_model
@@ -201,6 +201,9 @@ def evaluate_adapter(
     evaluation = EvaluationSection() if evaluation is None else evaluation
     problems: list[str] = []
     check_evaluation(evaluation, "", problems)
+    check_counts(data, "", problems)
+    if batch < 1:
+        problems.append(f"batch = {batch}: must be at least 1")
     if problems:
         raise ValueError("; ".join(problems))
     out = folder / f"seed-{seed}"

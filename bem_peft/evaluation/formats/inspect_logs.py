@@ -70,7 +70,7 @@ def read_inspect(path: Path) -> SystemResult:
             for sample in samples:
                 missing |= _add(values, contents, seed, prefix, sample, file)
     if not values:
-        raise ValueError(f"{path}: no scored sample of inspect_ai.")
+        raise ValueError(f"{path}: no scored sample of inspect_ai{': ' if warnings else ''}{'; '.join(warnings)}.")
     if missing:
         warnings.append(f"{len(missing)} sample(s) ended in an error or got no score and are left out")
     scores = {metric: _scores(path.stem, metric, found, contents, missing) for metric, found in values.items()}

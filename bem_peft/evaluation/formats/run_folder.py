@@ -23,6 +23,13 @@ def is_run_folder(folder: Path) -> bool:
 
 def read_run(folder: Path) -> SystemResult:
     """A system of `bem-peft run`: every seed of one experiment. Raises ValueError where seeds do not fit together."""
+    try:
+        return _read(folder)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{folder}: a seed-*/result.json is none of `bem-peft run`: {error!r}.") from error
+
+
+def _read(folder: Path) -> SystemResult:
     results, records = [], []
     left_out: set[str] = set()
     tokens: dict[str, int] = {}

@@ -1,0 +1,181 @@
+"""What ends a command: a message that names the file, and a code; never a traceback."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bem_peft.cli import experiment as experiment_commands
+from bem_peft.cli.main import main
+from bem_peft.cli.results import unescaped
+from bem_peft.experiments.yaml_document import parse_yaml
+
+FILES: dict[str, bytes] = {
+    "empty": b"", "list": b"- a\n", "broken": b"name: [a\n", "binary": bytes(range(256)),
+    "utf-16": "name: a".encode("utf-16"),
+    "latin": b"name: caf\xe9\n", "twice": b"name: a\nname: b\n", "octal": b"seeds: [012]\n", "deep": b"[" * 5_000,
+    "object": b"!!python/object/apply:os.system [ls]\n", "text": b"hello\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("command", ["validate", "run"])
+def test_an_experiment_that_is_none_is_named(
+    name: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"{name}.yaml"
+    path.write_bytes(FILES[name])
+    assert main([command, str(path)]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("bem-peft: ")
+    assert str(path) in text
+
+
+@pytest.mark.parametrize("content", [b"", b"[", b"{}", b"[1]", b"\xff\xfe", b'{"name": 3}', b"null"])
+@pytest.mark.parametrize(
+    "name", ["seed-0/result.json", "x.json", "x.csv", "x.parquet", "x.eval", "samples_t_2026-01-01T00.jsonl"]
+)
+def test_results_that_are_none_are_named(
+    content: bytes, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "given" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    (path.parent / "items.jsonl").write_bytes(content)
+    for given_path in (path, tmp_path / "given", tmp_path / "nothing"):
+        assert main(["compare", str(given_path), "--anchor", "a", "--out", str(tmp_path / "out")]) == 2
+        text = capsys.readouterr().err
+        assert text.startswith("bem-peft: ")
+        assert str(tmp_path) in text
+
+
+def test_ctrl_c_ends_with_130(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment_commands, "read_experiment", interrupt)
+    assert main(["validate", str(tmp_path / "x.yaml")]) == 130
+    assert capsys.readouterr().err == "bem-peft: interrupted\n"
+
+
+def test_a_closed_pipe_and_a_terminal_of_another_encoding_are_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "é.yaml").write_text("name: [")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "bem_peft.cli.main"]
+    ended = subprocess.run([*command, "validate", str(tmp_path / "é.yaml")], capture_output=True, env=environment)
+    assert ended.returncode == 2
+    assert b"\\xe9.yaml" in ended.stderr
+    assert b"Traceback" not in ended.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed = subprocess.run([*command, "sites", "llama"], stdout=writer, stderr=subprocess.PIPE, env=environment)
+    os.close(writer)
+    assert b"Traceback" not in closed.stderr
+    assert b"BrokenPipe" not in closed.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1:30", "1:30"), ("yes", "yes"), ("off", "off"), ("2020-01-01", "2020-01-01"), ("1_000", "1_000"),
+        ("1e-3", 0.001),
+               ("true", True), ("0o17", 15), ("0x1F", 31), ("-3", -3), ("1.50", 1.5), ("null", None), ("~", None),
+        ("'012'", "012"),
+               ("{<<: {a: 1}, b: 2}", {"a": 1, "b": 2}), (".inf", float("inf")), ("0", 0), ("1.", 1.0), ("+7", 7),
+    ],
+)  # fmt: skip
+def test_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+    found = parse_yaml(text)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    "text", ["012", "-007", "00", "a: 1\na: 2", "? [a]\n: b", "!!python/object:os.x {}", "[" * 5_000]
+)
+def test_what_could_be_read_in_two_ways_is_refused(text: str) -> None:
+    with pytest.raises(yaml.YAMLError):
+        parse_yaml(text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=60) | st.text("[]{}:,-#&*!|>'\"%@`?\n 0x1eya~<.", max_size=40))
+def test_any_text_is_yaml_or_a_yaml_error(text: str) -> None:
+    try:
+        parse_yaml(text)
+    except yaml.YAMLError:
+        return
+
+
+WORDS = st.text(st.characters(categories=["L", "N", "P", "S"], include_characters=" "), max_size=12)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | WORDS
+DOCUMENTS = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3), max_leaves=6
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(DOCUMENTS)
+def test_what_another_writer_quotes_is_read_equal(value: Any) -> None:
+    assert parse_yaml(yaml.safe_dump(value, allow_unicode=True)) == value
+
+
+@pytest.mark.parametrize(
+    ("given_text", "expected"),
+    [(r"{q}\n", "{q}\n"), (r"\t\\n", "\t\\n"), (r"\u00e9\x41", "éA"), ("plain\n", "plain\n"), (r"\"a\'", "\"a'")],
+)
+def test_escapes_of_the_command_line_are_those_of_yaml(given_text: str, expected: str) -> None:
+    assert unescaped(given_text) == expected
+
+
+@pytest.mark.parametrize("options", [["--prompt", r"\q"], ["--stop", "a\\"], ["--completion", r"\u12"]])
+def test_an_escape_that_is_none_is_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    given_options = {"--prompt": "{a}", "--completion": "{b}", "--stop": "c", **dict([options])}
+    flat = [part for pair in given_options.items() for part in pair]
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "adapter", "--data", "d.jsonl", "--name", "n", "--out", "o", *flat])
+    assert ended.value.code == 2
+    assert "is no escape" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--items", "-2"], "eval_items = -2: must be at least 1"),
+        (["--items", "0"], "eval_items = 0: must be at least 1"),
+        (["--batch", "0"], "batch = 0: must be at least 1"),
+        (["--max-tokens", "0"], "max_tokens = 0: must be at least 1"),
+    ],
+)  # fmt: skip
+def test_counts_below_one_are_refused(
+    options: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "adapter", "--data", "d.jsonl", "--prompt", "{a}", "--completion", "{b}", "--name", "n"]
+    assert main([*command, "--out", str(tmp_path / "o"), *options]) == 2
+    assert re.search(re.escape(text), capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("training.learning_rate=-1", "training.learning_rate = -1: must be at least 0"),
+        ("training.learning_rate=.inf", "training.learning_rate = inf: must be finite"),
+        ("training.weight_decay=.nan", "training.weight_decay = nan: must be finite"),
+        ("training.per_device_train_batch_size=0", "training.per_device_train_batch_size = 0: must be at least 1"),
+        ("data.too_long=cut", "data.too_long = 'cut': must be one of error, drop"),
+    ],
+)
+def test_numbers_out_of_range_do_not_validate(setting: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))[0]
+    assert main(["validate", str(path), "--set", setting]) == 2
+    assert text in capsys.readouterr().err
