@@ -89,10 +89,9 @@ def test_a_closed_pipe_and_a_terminal_of_another_encoding_are_no_traceback(tmp_p
     ("text", "value"),
     [
         ("1:30", "1:30"), ("yes", "yes"), ("off", "off"), ("2020-01-01", "2020-01-01"), ("1_000", "1_000"),
-        ("1e-3", 0.001),
-               ("true", True), ("0o17", 15), ("0x1F", 31), ("-3", -3), ("1.50", 1.5), ("null", None), ("~", None),
-        ("'012'", "012"),
-               ("{<<: {a: 1}, b: 2}", {"a": 1, "b": 2}), (".inf", float("inf")), ("0", 0), ("1.", 1.0), ("+7", 7),
+        ("1e-3", 0.001), ("true", True), ("0o17", 15), ("0x1F", 31), ("-3", -3), ("1.50", 1.5), ("null", None),
+        ("~", None), ("'012'", "012"), ("{<<: {a: 1}, b: 2}", {"a": 1, "b": 2}), (".inf", float("inf")), ("0", 0),
+        ("1.", 1.0), ("+7", 7),
     ],
 )  # fmt: skip
 def test_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
