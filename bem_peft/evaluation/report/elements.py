@@ -17,8 +17,12 @@ def html(text: str) -> str:
     return text if isinstance(text, Html) else escape(text, quote=True)
 
 
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> Html:
-    """A table whose first cell of each row names it; `numeric` columns are set to the right."""
+def table(
+    caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = (), *,
+    is_stacked: bool = False,
+) -> Html:  # fmt: skip
+    """A table whose first cell of each row names it; `numeric` columns are set to the right. is_stacked: on a narrow
+    page the cells of a row stand below each other."""
 
     def kind(i: int) -> str:
         return ' class="n"' if i in numeric else ""
@@ -30,8 +34,9 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], nume
         + "</tr>"
         for row in rows
     )
+    kinds = "scroll stack" if is_stacked else "scroll"
     return Html(
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{html(caption)}"><table><caption>{html(caption)}'
+        f'<div class="{kinds}" role="region" tabindex="0" aria-label="{html(caption)}"><table><caption>{html(caption)}'
         f"</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

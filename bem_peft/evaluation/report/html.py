@@ -52,7 +52,9 @@ def _verdicts(report: Report) -> str:
         common = [r for r in report.promotions[0].reasons if all(r in p.reasons for p in report.promotions)]
         shown = badge(report.promotions[0].verdict, CLASSES[report.promotions[0].verdict])
         return f"<h2>Verdicts</h2><p>{rule}</p><p>All {len(rows)} systems: {shown}</p>{bullets(common)}"
-    return f"<h2>Verdicts</h2><p>{rule}</p>" + table("Verdict on each system", ("system", "verdict", "why"), rows)
+    return f"<h2>Verdicts</h2><p>{rule}</p>" + table(
+        "Verdict on each system", ("system", "verdict", "why"), rows, is_stacked=True
+    )
 
 
 def _differences(report: Report) -> str:
