@@ -129,7 +129,10 @@ def test_a_broken_log_is_named(tmp_path: Path) -> None:
     (path,) = (INSPECT / "pt3/seed-0").iterdir()
     whole = path.read_bytes()
     broken = tmp_path / "a.eval"
-    for content in (whole[: len(whole) // 2], b"", whole[:40] + b"\0" * 200 + whole[240:]):
+    with zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.startswith("samples/"))
+        middle = archive.getinfo(name).header_offset + 300
+    for content in (whole[: len(whole) // 2], b"", whole[:middle] + b"\0" * 200 + whole[middle + 200 :]):
         broken.write_bytes(content)
         with pytest.raises(ValueError, match=re.escape(str(broken))):
             read_results([broken])
