@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # set by CI: number of parallel test processes
 WORKERS ?= 2
 
-.PHONY: demo test lint peft-suite versions newest lock overhead clean
+.PHONY: demo test lint fuzz peft-suite versions newest lock overhead clean
 
 # every version that is installed, also of what builds a package, stands in requirements.lock (`make lock`)
 export PIP_CONSTRAINT := $(CURDIR)/requirements.lock
@@ -45,6 +45,10 @@ lint: $(VENV)/.dev
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term
+
+# a minute of broken files for every reader
+fuzz: $(VENV)/.dev
+	$(BIN)/python tests/fuzz/readers.py
 
 # PEFT's own test suite, from its source package, with the configs of bem_peft
 peft-suite: $(VENV)/.dev
