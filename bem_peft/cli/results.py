@@ -47,6 +47,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     command.add_argument("--max-new-tokens", type=int, default=128, help="of generated answers (default 128)")
     command.add_argument("--stop", type=unescaped, help="text that ends an answer, with escapes")
+    command.add_argument("--retain", metavar="FILE", help="text that was not trained on: what has been forgotten")
+    command.add_argument("--retain-text", default="{text}", type=unescaped, help="template of it (default {text})")
     command.add_argument("--out", type=Path, required=True, metavar="DIR")
     command.set_defaults(run=_evaluate)
 
@@ -126,10 +128,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     result = evaluate_adapter(
         arguments.adapter, data, arguments.out, name=arguments.name, seed=arguments.seed, base=arguments.base,
         batch=arguments.batch, dtype=arguments.dtype,
-        evaluation=EvaluationSection(arguments.metrics, arguments.max_new_tokens, arguments.stop),
+        evaluation=EvaluationSection(
+            arguments.metrics, arguments.max_new_tokens, arguments.stop, arguments.retain, arguments.retain_text
+        ),
     )  # fmt: skip
     metrics = result["metrics"]
-    others = "".join(f", {name} {metrics[name]:.4g}" for name in arguments.metrics if name != "nll")
+    shown = [name for name in (*arguments.metrics, "forgetting") if name != "nll" and name in metrics]
+    others = "".join(f", {name} {metrics[name]:.4g}" for name in shown)
     print(f"{arguments.name}: loss {metrics['loss']:.4f}{others} on {metrics['items']} items")
     return 0
 

@@ -22,6 +22,7 @@ OBJECTIVES = {
     "f1": Objective("f1", True, "of 1"),
     "rouge_l": Objective("rouge_l", True, "of 1"),
     "json_validity": Objective("json_validity", True, "of 1"),
+    "forgetting": Objective("forgetting", False, "nats/token"),
     "parameters": Objective("parameters", False, ""),
     "file_bytes": Objective("file_bytes", False, "B"),
     "memory_bytes": Objective("memory_bytes", False, "B"),

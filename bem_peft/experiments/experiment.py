@@ -233,6 +233,12 @@ def check_evaluation(evaluation: EvaluationSection, where: str, problems: list[s
         problems.append(f"{where}metrics = {evaluation.metrics}: one stands twice")
     if evaluation.max_new_tokens < 1:
         problems.append(f"{where}max_new_tokens = {evaluation.max_new_tokens}: must be at least 1")
+    if evaluation.retain is not None and not Path(evaluation.retain).is_file():
+        problems.append(f"{where}retain = {evaluation.retain!r}: there is no such file, seen from {Path.cwd()}")
+    elif evaluation.retain is not None and not (evaluation.retain.endswith(".txt") or is_file_name(evaluation.retain)):
+        problems.append(
+            f"{where}retain = {evaluation.retain!r}: must be a .txt, or a file of records (jsonl, csv, ...)"
+        )
     if evaluation.stop == "":
         problems.append(f"{where}stop = '': must be some text, or null for none")
 

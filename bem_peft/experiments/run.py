@@ -34,6 +34,7 @@ from bem_peft.experiments.encoding import encode_items
 from bem_peft.experiments.experiment import check_counts, check_evaluation
 from bem_peft.experiments.items import Item, read_items, read_items_of, selected
 from bem_peft.experiments.provenance import provenance
+from bem_peft.experiments.retained import read_texts, score_texts, write_texts
 from bem_peft.experiments.scoring import ItemScores, score_model
 from bem_peft.experiments.sections import DataSection, EvaluationSection, Experiment, ModelSection
 from bem_peft.experiments.seed_folder import PartialScores, begin, changes, fingerprint
@@ -122,7 +123,15 @@ def _run_seed(
     if experiment.budget is not None:
         arguments.budget_policy = experiment.budget.policy
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    trainer = PTTrainer(model, arguments, budget=budget, train_dataset=fitting.encoded, data_collator=collator)
+    watched = None
+    if str(arguments.eval_strategy.value) != "no":
+        watched = encode_items(
+            items[1], tokenizer, max_tokens=experiment.data.max_tokens, is_seq2seq=is_seq2seq,
+            too_long=experiment.data.too_long, what="evaluation",
+        ).encoded  # fmt: skip
+    trainer = PTTrainer(
+        model, arguments, budget=budget, train_dataset=fitting.encoded, eval_dataset=watched, data_collator=collator
+    )
     last = last_complete_checkpoint(folder / "checkpoints")
     if last is not None:
         report(f"seed {seed}: goes on from {Path(last).name}")
@@ -142,11 +151,34 @@ def _run_seed(
         **_result(experiment.name, seed, config, trainer.model, scores, experiment.document),
         "too_long": {"training": len(fitting.left_out), "evaluation": len(scores.left_out)},
         "budget": _budget_lines(trainer),
+        "curve": _curve(trainer),
+        "selected_on_evaluation": bool(arguments.load_best_model_at_end),
         "training_seconds": seconds,
     }
     result["metrics"]["train_loss"] = outcome.training_loss
+    result["metrics"] |= _retained(
+        trainer.model, tokenizer, folder, experiment.data, experiment.evaluation, arguments.per_device_eval_batch_size
+    )
     _finish(folder, scores, result)
     return result
+
+
+def _retained(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataSection,
+    evaluation: EvaluationSection, batch: int,
+) -> dict[str, float]:  # fmt: skip
+    """The metrics of text that was not trained on; nothing where none was asked for."""
+    if evaluation.retain is None:
+        return {}
+    lines = score_texts(model, tokenizer, read_texts(evaluation), max_tokens=data.max_tokens, batch=batch)
+    return write_texts(folder / "retain.jsonl", lines)
+
+
+def _curve(trainer: PTTrainer) -> list[dict[str, Any]]:
+    """The losses that the Trainer logged, by step."""
+    names = ("step", "epoch", "loss", "eval_loss", "learning_rate")
+    logged = trainer.state.log_history
+    return [{n: line[n] for n in names if n in line} for line in logged if "loss" in line or "eval_loss" in line]
 
 
 def _finish(folder: Path, scores: ItemScores, result: dict[str, Any]) -> None:
@@ -230,6 +262,7 @@ def evaluate_adapter(
         **_result(name, seed, config, model, scores, settings), "budget": None, "training_seconds": 0.0,
         "too_long": {"training": 0, "evaluation": len(scores.left_out)},
     }  # fmt: skip
+    result["metrics"] |= _retained(model, tokenizer, out, data, evaluation, batch)
     _finish(out, scores, result)
     return result
 

@@ -51,11 +51,15 @@ class BudgetSection:
 
 @dataclass
 class EvaluationSection:
-    """What is measured on the evaluation items. Metrics but the loss ("nll") are of greedily generated text."""
+    """What is measured on the evaluation items. Metrics but the loss ("nll") are of greedily generated text. `retain`:
+    a file of text that was not trained on (.txt, or records with the template `retain_text`), for what was
+    forgotten."""
 
     metrics: list[str] = field(default_factory=lambda: ["nll"])
     max_new_tokens: int = 128
     stop: str | None = None  # text that ends an answer, and is no part of it
+    retain: str | None = None
+    retain_text: str = "{text}"
 
 
 @dataclass

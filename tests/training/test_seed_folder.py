@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bem_peft.cli.main import main
 from bem_peft.evaluation.formats.read import read_results
@@ -247,3 +249,61 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(
     assert main(["run", str(given)]) == 2
     assert "file" in capsys.readouterr().err
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_forgotten_is_the_loss_with_the_adapter_less_that_without_it(folder: Path) -> None:
+    texts = ["w3 w4 w5 w6 w7", "w8", "w9 w10 w11 " * 9]
+    (folder / "retain.txt").write_text("\n\n".join(texts))
+    given = document(folder)
+    given["evaluation"] = {"retain": str(folder / "retain.txt")}
+    given["data"]["max_tokens"] = 10
+    assert main(["run", str(write(folder, given)), "--set", "seeds=[0, 1, 2]"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    tokenizer = word_tokenizer()
+
+    def loss(of: Any, text: str) -> tuple[float, int]:
+        ids, total, count = tokenizer(text)["input_ids"], 0.0, 0
+        for start in range(0, len(ids), 10):
+            window = torch.tensor([ids[start : start + 10]])
+            if window.shape[1] > 1:
+                with torch.no_grad():
+                    total += float(of(input_ids=window, labels=window).loss) * (window.shape[1] - 1)
+                count += window.shape[1] - 1
+        return total, count
+
+    lines = [json.loads(line) for line in (folder / "runs/seed-0/retain.jsonl").read_text().split("\n")[:-1]]
+    assert [line["id"] for line in lines] == ["0", "2"]  # one word has no token to predict
+    expected = [loss(model, texts[0]), loss(model, texts[2])]
+    assert [line["tokens"] for line in lines] == [count for _, count in expected]
+    assert [line["base_nll"] for line in lines] == pytest.approx([total for total, _ in expected], rel=1e-5)
+    adapted = PeftModel.from_pretrained(model, folder / "runs/seed-0/adapter").eval()
+    own = [loss(adapted, texts[0]), loss(adapted, texts[2])]
+    assert [line["nll"] for line in lines] == pytest.approx([total for total, _ in own], rel=1e-5)
+    metrics = json.loads((folder / "runs/seed-0/result.json").read_text())["metrics"]
+    by_hand = sum((o - b) / n for (o, n), (b, _) in zip(own, expected, strict=True)) / 2
+    assert metrics["forgetting"] == pytest.approx(by_hand, abs=1e-6)
+    (system,) = read_results([folder / "runs"])
+    assert system.scores["forgetting"].values.shape == (3, 2)
+    assert system.values["forgetting"] == pytest.approx(np.mean(system.scores["forgetting"].values))
+    options = ["--data", str(folder / "items.jsonl"), "--prompt", "{a}", "--completion", " {b}", "--name", "again"]
+    command = ["evaluate", str(folder / "runs/seed-0/adapter"), *options, "--retain", str(folder / "retain.txt")]
+    assert main([*command, "--max-tokens", "10", "--out", str(folder / "again")]) == 0
+    again = json.loads((folder / "again/seed-0/result.json").read_text())["metrics"]
+    assert again["forgetting"] == pytest.approx(metrics["forgetting"], abs=1e-6)
+    assert main(["validate", str(write(folder, given)), "--set", "evaluation.retain=nowhere.txt"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_is_evaluated_meanwhile_keeps_its_curve(folder: Path) -> None:
+    given = document(folder)
+    given["training"] |= {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1, "save_steps": 2}
+    given["training"] |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    assert main(["run", str(write(folder, given)), "--set", "seeds=[0]"]) == 0
+    result = json.loads((folder / "runs/seed-0/result.json").read_text())
+    evaluated = {line["step"]: line["eval_loss"] for line in result["curve"] if "eval_loss" in line}
+    assert set(evaluated) == {2, 4}
+    assert [line["step"] for line in result["curve"] if "loss" in line] == [1, 2, 3, 4]
+    assert result["selected_on_evaluation"] is True
+    (system,) = read_results([folder / "runs"])
+    assert any("chosen on the evaluation items" in text for text in system.warnings)

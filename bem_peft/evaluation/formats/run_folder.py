@@ -32,11 +32,13 @@ def read_run(folder: Path) -> SystemResult:
 def _read(folder: Path) -> SystemResult:
     results, records = [], []
     left_out: set[str] = set()
+    retained: list[dict[str, Any]] = []
     tokens: dict[str, int] = {}
     generated: dict[str, list[Any]] = {}
     for path in sorted(folder.glob("seed-*/result.json")):
         result = read_json(path)
         results.append(result)
+        retained += _retained(path.with_name("retain.jsonl"), result["seed"])
         items = path.with_name("items.jsonl")
         for number, item in read_lines(items):
             if item.get("too_long"):
@@ -60,6 +62,10 @@ def _read(folder: Path) -> SystemResult:
     nll = Scores.from_records(records, system=names.pop(), metric="nll", higher_is_better=False)
     nll = with_length_slices(nll, tokens)
     by_metric = {"nll": nll} | {m: _of_text(nll, m, found, folder) for m, found in generated.items()}
+    if retained:
+        by_metric["forgetting"] = Scores.from_records(
+            retained, system=nll.system, metric="forgetting", higher_is_better=False
+        )
     first = results[0]
     found = system_of_scores(
         nll.system, str(first["adapter"].get("peft_type", "")), by_metric, warnings=_warnings(results),
@@ -73,12 +79,25 @@ def _read(folder: Path) -> SystemResult:
     return replace(found, values=found.values | sizes, budget=first["budget"])
 
 
+def _retained(path: Path, seed: int) -> list[dict[str, Any]]:
+    """Records of what was forgotten, of a seed whose texts were scored."""
+    if not path.is_file():
+        return []
+    return [
+        {"seed": seed, "id": line["id"], "value": (line["nll"] - line["base_nll"]) / line["tokens"],
+         "cluster": line["group"], "sha256": line["sha256"]}
+        for _, line in read_lines(path)
+    ]  # fmt: skip
+
+
 def _warnings(results: Sequence[dict[str, Any]]) -> list[str]:
     warnings = []
     if len(results) < 3:
         warnings.append(f"{len(results)} seed(s): fewer than 3 say little of other seeds")
     if len({_settings(result["provenance"]) for result in results}) != 1:
         warnings.append("the seeds were run with different settings")
+    if any(result.get("selected_on_evaluation") for result in results):
+        warnings.append("the checkpoint was chosen on the evaluation items, so that these are no test")
     if any(result["provenance"]["git"] and result["provenance"]["git"]["is_dirty"] for result in results):
         warnings.append("the code differed from its commit")
     return warnings

@@ -1,0 +1,90 @@
+"""What a model has forgotten: the loss on plain text that was not trained on, with the adapter and without it.
+
+    forgetting = mean over texts of (nll - base_nll) / tokens,  nats a token; above 0 the adapter is worse at the text
+
+A text longer than `max_tokens` is scored in windows of so many; the first token of a window has no context and no loss.
+retain.jsonl: {"id", "group", "sha256", "nll", "tokens", "base_nll"} a line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from bem_peft.experiments.encoding import prompt_tokens
+from bem_peft.experiments.items import Encoded, Item, score_items
+from bem_peft.experiments.records import Template, read_records
+from bem_peft.experiments.sections import EvaluationSection
+from bem_peft.json_text import text_of
+from bem_peft.whole_file import write_whole
+
+
+def read_texts(evaluation: EvaluationSection) -> list[Item]:
+    """The texts of `evaluation.retain`: the paragraphs of a .txt file, or a record each of any other.
+
+    Raises:
+        ValueError: there is none, or what `read_records` raises.
+    """
+    source = str(evaluation.retain)
+    if source.endswith(".txt"):
+        found = [part.strip() for part in re.split(r"\n\s*\n", text_of(Path(source)))]
+        texts = [(f"{source}: paragraph {i}", text) for i, text in enumerate(found, 1)]
+    else:
+        template = Template(evaluation.retain_text, "evaluation.retain_text")
+        texts = [(where, template.fill(where, record)) for where, record in read_records(source)]
+    items = [Item(str(i), "", text, str(i)) for i, (_, text) in enumerate(texts) if text.strip()]
+    if not items:
+        raise ValueError(f"evaluation.retain = {source!r}: holds no text.")
+    return items
+
+
+def score_texts(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Item], *, max_tokens: int, batch: int
+) -> list[dict[str, Any]]:
+    """A line a text of at least two tokens, as retain.jsonl has it.
+
+    Raises:
+        ValueError: an encoder-decoder, which has no loss of a plain text, or no text of two tokens.
+    """
+    if bool(model.config.is_encoder_decoder):
+        raise ValueError("evaluation.retain: an encoder-decoder has no loss of a plain text; leave `retain` out.")
+    rows: list[Encoded] = []
+    owners: list[int] = []
+    for i, text in enumerate(texts):
+        ids = prompt_tokens(text.completion, tokenizer)
+        for start in range(0, len(ids), max_tokens):
+            window = ids[start : start + max_tokens]
+            if len(window) > 1:
+                rows.append({"input_ids": window, "attention_mask": [1] * len(window), "labels": list(window)})
+                owners.append(i)
+    if not rows:
+        raise ValueError("evaluation.retain: no text has two tokens.")
+    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    mine = score_items(model, rows, collator, batch, list)
+    with model.disable_adapter():
+        base = score_items(model, rows, collator, batch, list)
+    lines: dict[int, dict[str, Any]] = {}
+    for owner, (nll, _), (base_nll, _), row in zip(owners, mine, base, rows, strict=True):
+        text = texts[owner]
+        line = lines.setdefault(
+            owner,
+            {"id": text.id, "group": text.group, "sha256": text.sha256, "nll": 0.0, "tokens": 0, "base_nll": 0.0},
+        )
+        line["nll"] += nll
+        line["base_nll"] += base_nll
+        line["tokens"] += len(row["input_ids"]) - 1
+    return list(lines.values())
+
+
+def write_texts(path: Path, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Write retain.jsonl; returns the metrics of it."""
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    own = sum(line["nll"] / line["tokens"] for line in lines) / len(lines)
+    base = sum(line["base_nll"] / line["tokens"] for line in lines) / len(lines)
+    return {"forgetting": own - base, "retain_nll": own, "base_retain_nll": base}
