@@ -122,10 +122,12 @@ class _Columns:
         self.codes: dict[str, np.ndarray] = {}
         self.names: dict[str, list[str]] = {}
         for name in ("system", "item", "metric", *(o for o in OPTIONAL if o in table.column_names)):
-            column = table[name].cast(pyarrow.string())
+            column = table[name]
+            if not pyarrow.types.is_dictionary(column.type):
+                column = pyarrow.compute.dictionary_encode(column.cast(pyarrow.string()))
             if column.null_count:
                 self._null(column, name)
-            coded = pyarrow.compute.dictionary_encode(column).combine_chunks()
+            coded = column.unify_dictionaries().combine_chunks()
             self.codes[name], self.names[name] = coded.indices.to_numpy(), coded.dictionary.to_pylist()
             if name in NEEDED and "" in self.names[name]:
                 row = int(np.flatnonzero(self.codes[name] == self.names[name].index(""))[0])
@@ -184,7 +186,9 @@ def _read(path: Path) -> Any:
 
     try:
         if path.name.endswith(".parquet"):
-            return parquet.ParquetFile(path).read()
+            schema = parquet.read_schema(path)
+            texts = [field.name for field in schema if pyarrow.types.is_string(field.type)]
+            return parquet.ParquetFile(path, read_dictionary=texts).read()  # a name that stands often is held once
         separator = "\t" if ".tsv" in path.suffixes else ","
         with pyarrow.input_stream(path) as stream:
             head = csv.open_csv(
