@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bem_peft.experiments.encoding import TOO_LONG
 from bem_peft.experiments.sections import DTYPES, DataSection, EvaluationSection
@@ -21,34 +22,41 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("evaluate", help="score a saved adapter of any PEFT method item by item")
     command.add_argument("adapter", help="folder or hub id")
-    command.add_argument("--data", required=True, help="jsonl, json, csv or parquet (.gz), or a dataset's hub id")
     command.add_argument(
-        "--prompt", required=True, type=unescaped,
+        "--experiment", type=Path, metavar="FILE",
+        help="take data, metrics and precision from it, as its runs do, in place of the options below",
+    )  # fmt: skip
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes to the experiment")
+    command.add_argument("--data", help="jsonl, json, csv or parquet (.gz), or a dataset's hub id")
+    command.add_argument(
+        "--prompt", type=unescaped,
         help="template with columns, as 'Archaic: {archaic}\\n'; escapes as in YAML's double quotes",
     )  # fmt: skip
-    command.add_argument("--completion", required=True, type=unescaped, help="template of what is scored, likewise")
+    command.add_argument("--completion", type=unescaped, help="template of what is scored, likewise")
+    command.add_argument("--chat", action="store_true", default=None, help="ask in the model's chat template")
+    command.add_argument("--messages", metavar="COLUMN", help="of conversations; their last answers are scored")
     command.add_argument("--id", help="template of an item's name; default its number")
     command.add_argument("--group", help="template of what items belong together")
     command.add_argument("--group-pattern", help="regular expression; its first group is taken from --group")
-    command.add_argument("--name", required=True, help="of the system in reports")
+    command.add_argument("--name", help="of the system in reports; default the experiment's")
     command.add_argument("--seed", type=int, default=0, help="that the adapter was trained with (default 0)")
     command.add_argument("--base", help="base model; default the one that the adapter names")
     command.add_argument(
         "--dtype", choices=DTYPES, help="of the base; default that of the adapter's own run, else auto"
     )
-    command.add_argument("--max-tokens", type=int, default=512)
+    command.add_argument("--max-tokens", type=int, help="default 512")
     command.add_argument(
-        "--too-long", default="error", choices=TOO_LONG, help="an item of more tokens is an error, or is left out"
+        "--too-long", choices=TOO_LONG, help="an item of more tokens is an error (default), or is left out"
     )
-    command.add_argument("--items", type=int, help="only the first so many")
-    command.add_argument("--batch", type=int, default=8)
+    command.add_argument("--items", type=int, help="only so many, the same ones by whatever road")
+    command.add_argument("--batch", type=int, help="items that are scored at once (default 8)")
     command.add_argument(
-        "--metrics", nargs="+", default=["nll"], help="nll bleu chrf exact_match f1 rouge_l json_validity (default nll)"
+        "--metrics", nargs="+", help="nll bleu chrf exact_match f1 rouge_l json_validity (default nll)"
     )
-    command.add_argument("--max-new-tokens", type=int, default=128, help="of generated answers (default 128)")
+    command.add_argument("--max-new-tokens", type=int, help="of generated answers (default 128)")
     command.add_argument("--stop", type=unescaped, help="text that ends an answer, with escapes")
     command.add_argument("--retain", metavar="FILE", help="text that was not trained on: what has been forgotten")
-    command.add_argument("--retain-text", default="{text}", type=unescaped, help="template of it (default {text})")
+    command.add_argument("--retain-text", type=unescaped, help="template of it (default {text})")
     command.add_argument("--out", type=Path, required=True, metavar="DIR")
     command.set_defaults(run=_evaluate)
 
@@ -117,26 +125,61 @@ def unescaped(text: str) -> str:
     return ESCAPE.sub(sign, text)
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from bem_peft.experiments.run import evaluate_adapter
+# option of `evaluate` -> field of the experiment's section
+OF_DATA = {
+    "data": "eval", "prompt": "prompt", "completion": "completion", "chat": "chat", "messages": "messages", "id": "id",
+    "group": "group", "group_pattern": "group_pattern", "max_tokens": "max_tokens", "items": "eval_items",
+    "too_long": "too_long",
+}  # fmt: skip
+OF_EVALUATION = {name: name for name in ("metrics", "max_new_tokens", "stop", "retain", "retain_text")}
 
-    data = DataSection(
-        train="", prompt=arguments.prompt, completion=arguments.completion, eval=arguments.data, id=arguments.id,
-        group=arguments.group, group_pattern=arguments.group_pattern, max_tokens=arguments.max_tokens,
-        eval_items=arguments.items, too_long=arguments.too_long,
-    )  # fmt: skip
-    result = evaluate_adapter(
-        arguments.adapter, data, arguments.out, name=arguments.name, seed=arguments.seed, base=arguments.base,
-        batch=arguments.batch, dtype=arguments.dtype,
-        evaluation=EvaluationSection(
-            arguments.metrics, arguments.max_new_tokens, arguments.stop, arguments.retain, arguments.retain_text
-        ),
-    )  # fmt: skip
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from bem_peft.experiments.evaluate import evaluate_adapter
+
+    given = _of_experiment(arguments) if arguments.experiment is not None else _of_options(arguments)
+    result = evaluate_adapter(arguments.adapter, folder=arguments.out, seed=arguments.seed, **given)
     metrics = result["metrics"]
-    shown = [name for name in (*arguments.metrics, "forgetting") if name != "nll" and name in metrics]
+    shown = [name for name in (*given["evaluation"].metrics, "forgetting") if name != "nll" and name in metrics]
     others = "".join(f", {name} {metrics[name]:.4g}" for name in shown)
-    print(f"{arguments.name}: loss {metrics['loss']:.4f}{others} on {metrics['items']} items")
+    print(f"{result['name']}: loss {metrics['loss']:.4f}{others} on {metrics['items']} items")
     return 0
+
+
+def _of_experiment(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What an experiment's file says of an evaluation, with the options that may stand beside it."""
+    from bem_peft.experiments.experiment import read_experiment
+
+    beside = [name for name in (*OF_DATA, *OF_EVALUATION) if getattr(arguments, name) is not None]
+    if beside:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
+        raise ValueError(f"{names}: stands in the experiment's file; change it there, or by --set.")
+    found = read_experiment(arguments.experiment, arguments.set)
+    return {
+        "data": found.data, "evaluation": found.evaluation, "name": arguments.name or found.name,
+        "base": arguments.base or found.model.path, "dtype": arguments.dtype or found.model.dtype,
+        "revision": None if arguments.base else found.model.revision,
+        "attn_implementation": found.model.attn_implementation,
+        "batch": found.training.get("per_device_eval_batch_size", 8) if arguments.batch is None else arguments.batch,
+    }  # fmt: skip
+
+
+def _of_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    missing = [name for name in ("data", "name") if getattr(arguments, name) is None]
+    if missing:
+        raise ValueError(f"--{missing[0]}: is missing; give it, or --experiment FILE.")
+    if arguments.set:
+        raise ValueError("--set: changes an experiment; give --experiment FILE.")
+
+    def fields(names: Mapping[str, str]) -> dict[str, Any]:
+        values = {field: getattr(arguments, option) for option, field in names.items()}
+        return {field: value for field, value in values.items() if value is not None}
+
+    return {
+        "data": DataSection(train="", **fields(OF_DATA)), "evaluation": EvaluationSection(**fields(OF_EVALUATION)),
+        "name": arguments.name, "base": arguments.base, "dtype": arguments.dtype,
+        "batch": 8 if arguments.batch is None else arguments.batch,
+    }  # fmt: skip
 
 
 def _profile(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,14 +39,10 @@ from bem_peft.experiments.sections import (
     Experiment,
     ModelSection,
 )
+from bem_peft.experiments.training_fields import check_training
 from bem_peft.experiments.yaml_document import changed_document
 from bem_peft.json_text import text_of
 from bem_peft.tuners.adapter_spec import config_class, method_names
-
-# set for each seed, or from another section
-RESERVED_TRAINING = ("output_dir", "seed", "data_seed", "budget_anchor", "budget_policy", "budget_tolerance_ratio")
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_steps", "warmup_ratio", "max_grad_norm", "adam_epsilon")
-AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
 class ExperimentError(ValueError):
@@ -102,7 +97,7 @@ def check_experiment(document: Mapping[str, Any], problems: Problems) -> Experim
     if budget is not None and isinstance(budget.anchor, dict):
         anchor = adapter_config(budget.anchor, "budget.anchor", problems)
     training = dict(given.get("training", {}))
-    _check_training(training, problems)
+    check_training(training, adapter, problems)
     if model is not None and model.dtype not in DTYPES:
         problems.append(f"model.dtype = {model.dtype!r}: must be one of {', '.join(DTYPES)}")
     if data is not None:
@@ -142,26 +137,21 @@ def adapter_config(section: Mapping[str, Any], where: str, problems: Problems) -
     return config if isinstance(config, PeftConfig) else None
 
 
-def _check_training(training: dict[str, Any], problems: Problems) -> None:
-    from bem_peft.training.trainer import PTTrainingConfig
-
-    for name in RESERVED_TRAINING:
-        if name in training:
-            other = "budget" if name.startswith("budget") else "seeds" if "seed" in name else "output_dir"
-            problems.append(f"training.{name}: is set by `{other}`; remove it")
-            del training[name]
-    for name, value in training.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and not math.isfinite(value):
-            problems.append(f"training.{name} = {value}: must be finite")
-        elif is_number and name in NOT_NEGATIVE and value < 0:
-            problems.append(f"training.{name} = {value}: must be at least 0")
-        elif is_number and name in AT_LEAST_ONE and value < 1:
-            problems.append(f"training.{name} = {value}: must be at least 1")
-    build_config(PTTrainingConfig, training, "training", problems)
+def check_item_fields(data: DataSection, where: str, problems: list[str]) -> None:
+    """Append what is wrong with the fields that items are made of; `where` stands before a field's name."""
+    pair = f"{where}prompt, {where}completion"
+    if data.messages is None and (data.prompt is None or data.completion is None):
+        problems.append(f"{pair}: give both, or `messages`, a column of conversations")
+    if data.messages is not None and (data.prompt is not None or data.completion is not None):
+        problems.append(f"{where}messages = {data.messages!r}: stands in place of prompt and completion; remove those")
+    if data.messages is not None and not re.fullmatch(r"[^{}]+", data.messages):
+        problems.append(f"{where}messages = {data.messages!r}: must be the name of a column, without braces")
+    if data.messages is not None and data.chat:
+        problems.append(f"{where}chat: `messages` are a chat already; remove it")
 
 
 def _check_data(data: DataSection, problems: Problems) -> None:
+    check_item_fields(data, "data.", problems)
     for name in ("prompt", "completion", "group", "id"):
         text = getattr(data, name)
         if text is None:
@@ -213,10 +203,11 @@ def _check_columns(data: DataSection, part: str, path: Path, problems: Problems)
     if not columns:
         problems.append(f"data.{part} = {str(path)!r}: holds no record")
         return
-    for name in ("prompt", "completion", "group", "id"):
+    for name in ("prompt", "completion", "group", "id", "messages"):
         text = getattr(data, name)
         try:
-            missing = [] if text is None else Template(text, f"data.{name}").missing(columns)
+            whole = f"{{{text}}}" if name == "messages" else text
+            missing = [] if text is None else Template(whole, f"data.{name}").missing(columns)
         except ValueError:
             continue  # noted before
         if missing:
@@ -239,8 +230,26 @@ def check_evaluation(evaluation: EvaluationSection, where: str, problems: list[s
         problems.append(
             f"{where}retain = {evaluation.retain!r}: must be a .txt, or a file of records (jsonl, csv, ...)"
         )
+    else:
+        _check_retain_text(evaluation, where, problems)
     if evaluation.stop == "":
         problems.append(f"{where}stop = '': must be some text, or null for none")
+
+
+def _check_retain_text(evaluation: EvaluationSection, where: str, problems: list[str]) -> None:
+    if evaluation.retain is None or evaluation.retain.endswith(".txt"):
+        return
+    try:
+        columns = columns_of(evaluation.retain)
+        missing = Template(evaluation.retain_text, f"{where}retain_text").missing(columns)
+    except (ValueError, OSError) as error:
+        problems.append(f"{where}retain = {evaluation.retain!r}: {error}")
+        return
+    if missing:
+        problems.append(
+            f"{where}retain_text = {evaluation.retain_text!r}: {evaluation.retain} has no column {missing}; it has "
+            f"{columns}"
+        )
 
 
 def _check_budget(budget: BudgetSection, adapter: PeftConfig | None, problems: Problems) -> None:

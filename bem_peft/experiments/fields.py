@@ -8,7 +8,7 @@ import enum
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Union
 
 
@@ -52,12 +52,18 @@ def build_config(cls: type, values: Mapping[str, Any], where: str, problems: Pro
     """
     before = len(problems)
     right = check_keys(cls, values, where, problems)
-    rest = {name: value for name, value in values.items() if name in right}
+    config = blamed(cls, {name: value for name, value in values.items() if name in right}, where, problems)
+    return config if len(problems) == before else None
+
+
+def blamed(make: Callable[..., Any], values: Mapping[str, Any], where: str, problems: Problems) -> Any:
+    """`make(**values)`, or None where it raises; each field that is to blame is noted."""
+    before, rest = len(problems), dict(values)
     while True:
-        config, error = _try(cls, rest)
+        config, error = _try(make, rest)
         if error is None:
             return config if len(problems) == before else None
-        culprit = _culprit(cls, rest, error)
+        culprit = _culprit(make, rest, error)
         if culprit is None:
             problems.append(f"{where}: {error}")
             return None
@@ -66,20 +72,20 @@ def build_config(cls: type, values: Mapping[str, Any], where: str, problems: Pro
         del rest[culprit]
 
 
-def _try(cls: type, values: Mapping[str, Any]) -> tuple[Any, str | None]:
+def _try(make: Callable[..., Any], values: Mapping[str, Any]) -> tuple[Any, str | None]:
     try:
-        return cls(**values), None
+        return make(**values), None
     except (ValueError, TypeError) as error:
         return None, str(error)
 
 
-def _culprit(cls: type, values: Mapping[str, Any], error: str) -> str | None:
+def _culprit(make: Callable[..., Any], values: Mapping[str, Any], error: str) -> str | None:
     """The field that the error names, else one without which it does not come."""
     named = [name for name in re.findall(r"`(\w+)`", error) if name in values]
     if named:
         return named[0]
     for name in values:
-        if _try(cls, {key: value for key, value in values.items() if key != name})[1] != error:
+        if _try(make, {key: value for key, value in values.items() if key != name})[1] != error:
             return name
     return None
 

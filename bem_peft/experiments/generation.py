@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from bem_peft.experiments.encoding import prompt_tokens
-from bem_peft.experiments.items import Progress
+from bem_peft.experiments.encoding import tokens_of_prompt
+from bem_peft.experiments.items import Progress, Prompt
 
 
 class _Stop(StoppingCriteria):
@@ -25,7 +25,7 @@ class _Stop(StoppingCriteria):
 
 @torch.no_grad()
 def generate_texts(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *,
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *,
     max_new_tokens: int, stop: str | None, batch: int, progress: Progress,
 ) -> list[str]:  # fmt: skip
     """The continuation of each prompt (the output of an encoder-decoder), up to `stop`, which is not part of it.
@@ -38,7 +38,7 @@ def generate_texts(
     model.eval()
     device = next(model.parameters()).device
     is_seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
-    encoded = [list(tokenizer(p)["input_ids"]) if is_seq2seq else prompt_tokens(p, tokenizer) for p in prompts]
+    encoded = [tokens_of_prompt(prompt, tokenizer, is_seq2seq) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:
             raise ValueError(f"the prompt {prompt!r} has no tokens: nothing can be generated from it.")

@@ -1,12 +1,13 @@
-"""Items of an experiment: prompts and completions from a file or a dataset, split, tokenised, and scored one by one.
+"""Items of an experiment: prompts and completions from a file or a dataset, split, and scored one by one.
 
-The loss is on the completion alone. A split by `eval_share` depends on each item's group alone, so that it is the same
-for every seed and every adapter.
+A prompt is a text, or the messages of a conversation up to the answer. The loss is on the completion alone. A split by
+`eval_share` depends on each item's group alone, so that it is the same for every seed and every adapter.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from bem_peft.experiments.records import Template, columns_of, read_records
+from bem_peft.experiments.records import Template, as_text, columns_of, read_records
 from bem_peft.experiments.sections import DataSection
 
 IGNORED = -100
+Message = dict[str, Any]  # {"role": ..., "content": ...}, and what else the chat template reads
+Prompt = str | tuple[Message, ...]
 Encoded = dict[str, list[int]]
 Collator = Callable[[list[Encoded]], Mapping[str, torch.Tensor]]
 Progress = Callable[[range], Iterable[int]]  # wraps the batches while they are run, as tqdm does
@@ -29,14 +32,17 @@ class Item:
     """One prompt and its completion. `id` names it among all items of the experiment."""
 
     id: str
-    prompt: str
+    prompt: Prompt
     completion: str
     group: str
 
     @property
     def sha256(self) -> str:
         """Of the content: items that are the same have the same."""
-        return hashlib.sha256(f"{self.prompt}\0{self.completion}".encode()).hexdigest()
+        prompt = self.prompt
+        if not isinstance(prompt, str):
+            prompt = json.dumps(prompt, ensure_ascii=False, default=str)
+        return hashlib.sha256(f"{prompt}\0{self.completion}".encode()).hexdigest()
 
 
 def read_items(data: DataSection) -> tuple[list[Item], list[Item]]:
@@ -50,15 +56,19 @@ def read_items(data: DataSection) -> tuple[list[Item], list[Item]]:
     """
     training = read_items_of(data, data.train)
     if data.eval is not None:
-        evaluation = read_items_of(data, data.eval)
-    else:
-        share = data.eval_share or 0.0
-        evaluation = [item for item in training if _unit(item.group) < share]
-        training = [item for item in training if _unit(item.group) >= share]
+        return training, read_evaluation_items(data)
+    share = data.eval_share or 0.0
+    evaluation = [item for item in training if _unit(item.group) < share]
+    training = [item for item in training if _unit(item.group) >= share]
     for name, items in (("training", training), ("evaluation", evaluation)):
         if not items:
             raise ValueError(f"no {name} item is left of {data.train!r}: change `eval_share` or `group`.")
     return training, selected(evaluation, data.eval_items)
+
+
+def read_evaluation_items(data: DataSection) -> list[Item]:
+    """The items that are scored. Raises as `read_items`."""
+    return selected(read_items_of(data, data.eval), data.eval_items) if data.eval is not None else read_items(data)[1]
 
 
 def selected(items: Sequence[Item], count: int | None) -> list[Item]:
@@ -67,18 +77,14 @@ def selected(items: Sequence[Item], count: int | None) -> list[Item]:
 
 
 def read_items_of(data: DataSection, source: str) -> list[Item]:
-    """All items of one file or dataset, in its order. Raises as `read_items`."""
-    prompt, completion = Template(data.prompt, "data.prompt"), Template(data.completion, "data.completion")
-    name, group = (
-        None if text is None else Template(text, f"data.{field}")
-        for field, text in (("id", data.id), ("group", data.group))
-    )
-    templates = [template for template in (prompt, completion, name, group) if template is not None]
+    """All items of one file or dataset, one or more, in its order. Raises as `read_items`."""
+    templates = templates_of(data)
+    name, group = templates.get("id"), templates.get("group")
     items: list[Item] = []
     seen: dict[str, str] = {}
     for number, (where, record) in enumerate(read_records(source)):
         if number == 0:
-            for template in templates:
+            for template in templates.values():
                 _check_columns(template, record, source)
         own = str(number) if name is None else name.fill(where, record)
         if own in seen:
@@ -92,8 +98,56 @@ def read_items_of(data: DataSection, source: str) -> list[Item]:
             if match is None:
                 raise ValueError(f"{where}: data.group_pattern = {data.group_pattern!r} does not match {together!r}.")
             together = match.group(1)
-        items.append(Item(own, prompt.fill(where, record), completion.fill(where, record), together))
+        items.append(Item(own, *_prompt_and_completion(data, templates, where, record), together))
+    if not items:
+        raise ValueError(f"{source}: holds no item.")
     return items
+
+
+def templates_of(data: DataSection) -> dict[str, Template]:
+    """Field of `data` -> its template. Raises ValueError for one that is none."""
+    texts = {name: getattr(data, name) for name in ("prompt", "completion", "id", "group")}
+    found = {name: Template(text, f"data.{name}") for name, text in texts.items() if text is not None}
+    if data.messages is not None:
+        found["messages"] = Template(f"{{{data.messages}}}", "data.messages")
+    return found
+
+
+def _prompt_and_completion(
+    data: DataSection, templates: Mapping[str, Template], where: str, record: Mapping[str, Any]
+) -> tuple[Prompt, str]:
+    if data.messages is not None:
+        if record.get(data.messages) is None:
+            templates["messages"].fill(where, record)  # raises, and says whether it is null or missing
+        messages = read_messages(record[data.messages], where, data.messages)
+        return tuple(messages[:-1]), messages[-1]["content"]
+    prompt, completion = (templates[name].fill(where, record) for name in ("prompt", "completion"))
+    return ({"role": "user", "content": prompt},) if data.chat else prompt, completion
+
+
+def read_messages(value: Any, where: str, name: str) -> list[Message]:
+    """A conversation, as a list or as JSON of one. Raises ValueError where it is none, or ends in no answer."""
+    rule = f'{where}: {name!r} must be a list of {{"role": ..., "content": ...}}'
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{rule}, or JSON of it, and is no JSON ({error}).") from None
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+        raise ValueError(f"{rule}, not {value!r:.60}.")
+    messages = [
+        {key: part for key, part in message.items() if part is not None or key in ("role", "content")}
+        for message in value
+    ]
+    for number, message in enumerate(messages, 1):
+        for key in ("role", "content"):
+            if type(message.get(key)) is not str:
+                raise ValueError(f"{rule}, both texts; message {number} has {key} {message.get(key)!r:.60}.")
+            as_text(message[key], where, name)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"{rule} that ends in an answer of the role 'assistant'; its roles are: {roles or 'none'}.")
+    return messages
 
 
 def _check_columns(template: Template, record: Mapping[str, Any], source: str) -> None:

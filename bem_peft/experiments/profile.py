@@ -12,8 +12,8 @@ from peft import PeftModel
 from bem_peft.budget.check import copy_around_weights
 from bem_peft.evaluation.profile_document import ProfileDocument
 from bem_peft.evaluation.profiler import ANCHOR, PerformanceProfiler, Workload
+from bem_peft.experiments.loading import load_model
 from bem_peft.experiments.provenance import provenance
-from bem_peft.experiments.run import load_model
 from bem_peft.experiments.sections import ModelSection
 from bem_peft.json_text import read_json
 
@@ -77,7 +77,7 @@ def profile_results(
     if base is None and (len(bases) != 1 or None in bases):
         raise ValueError(f"the adapters stand on {sorted(map(str, bases))}: give `base`, one model for all of them.")
     base = base if base is not None else next(path for path in bases if path is not None)
-    model, _ = load_model(ModelSection(base, dtype))
+    model = load_model(ModelSection(base, dtype))
     place = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     model = model.to(place)
     adapted = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,24 @@ def read_texts(evaluation: EvaluationSection) -> list[Item]:
     return items
 
 
-def score_texts(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Item], *, max_tokens: int, batch: int
-) -> list[dict[str, Any]]:
-    """A line a text of at least two tokens, as retain.jsonl has it.
+@dataclass(frozen=True)
+class RetainedTexts:
+    """`rows`: windows of tokens; `owners`: the text that each belongs to."""
+
+    texts: list[Item]
+    rows: list[Encoded]
+    owners: list[int]
+
+
+def encode_texts(
+    texts: Sequence[Item], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, is_seq2seq: bool
+) -> RetainedTexts:
+    """The texts of at least two tokens, in windows.
 
     Raises:
         ValueError: an encoder-decoder, which has no loss of a plain text, or no text of two tokens.
     """
-    if bool(model.config.is_encoder_decoder):
+    if is_seq2seq:
         raise ValueError("evaluation.retain: an encoder-decoder has no loss of a plain text; leave `retain` out.")
     rows: list[Encoded] = []
     owners: list[int] = []
@@ -65,13 +75,20 @@ def score_texts(
                 owners.append(i)
     if not rows:
         raise ValueError("evaluation.retain: no text has two tokens.")
+    return RetainedTexts(list(texts), rows, owners)
+
+
+def score_texts(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, retained: RetainedTexts, *, batch: int
+) -> list[dict[str, Any]]:
+    """A line a text, as retain.jsonl has it."""
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    mine = score_items(model, rows, collator, batch, list)
+    mine = score_items(model, retained.rows, collator, batch, list)
     with model.disable_adapter():
-        base = score_items(model, rows, collator, batch, list)
+        base = score_items(model, retained.rows, collator, batch, list)
     lines: dict[int, dict[str, Any]] = {}
-    for owner, (nll, _), (base_nll, _), row in zip(owners, mine, base, rows, strict=True):
-        text = texts[owner]
+    for owner, (nll, _), (base_nll, _), row in zip(retained.owners, mine, base, retained.rows, strict=True):
+        text = retained.texts[owner]
         line = lines.setdefault(
             owner,
             {"id": text.id, "group": text.group, "sha256": text.sha256, "nll": 0.0, "tokens": 0, "base_nll": 0.0},

@@ -20,10 +20,10 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 
 from bem_peft.evaluation.corpus import corpus_score
 from bem_peft.evaluation.metrics import CORPUS, LOSS, corpus_metric, text_scores
-from bem_peft.experiments.encoding import EncodedItems, encode_items
+from bem_peft.experiments.encoding import EncodedItems
 from bem_peft.experiments.generation import generate_texts
 from bem_peft.experiments.items import Item, score_items
-from bem_peft.experiments.sections import DataSection, EvaluationSection
+from bem_peft.experiments.sections import EvaluationSection
 from bem_peft.experiments.seed_folder import BLOCK, PartialScores
 from bem_peft.whole_file import write_whole
 
@@ -64,15 +64,11 @@ def _about(item: Item) -> dict[str, Any]:
 
 
 def score_model(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], folder: Path, *,
-    data: DataSection, evaluation: EvaluationSection, batch: int, label: str, is_quiet: bool = False,
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, fitting: EncodedItems, folder: Path, *,
+    evaluation: EvaluationSection, batch: int, label: str, is_quiet: bool = False,
 ) -> ItemScores:  # fmt: skip
     """All scores that `evaluation` asks for, with a progress bar named `label`. They are written to `folder` as they
     are made; what a stopped evaluation left there is taken up. The caller removes it once it has written the whole."""
-    is_seq2seq = bool(model.config.is_encoder_decoder)
-    fitting = encode_items(
-        items, tokenizer, max_tokens=data.max_tokens, is_seq2seq=is_seq2seq, too_long=data.too_long, what="evaluation"
-    )
     names = [name for name in evaluation.metrics if name != LOSS]
     partial = PartialScores(folder)
     lines = partial.read()

@@ -23,12 +23,15 @@ class DataSection:
     """`train` and `eval`: a file (jsonl, json, csv, tsv, also .gz; parquet, arrow) or a dataset's hub id.
 
     Templates name columns by whatever name they have, {question} or {Question Text}; {{ and }} are braces, as in
-    '{{"answer": {answer}}}'.
+    '{{"answer": {answer}}}'. An item is `prompt` and `completion`; or, with `messages`, a conversation whose last
+    answer is the completion.
     """
 
     train: str
-    prompt: str
-    completion: str
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None  # column of conversations: lists of {"role": ..., "content": ...}
+    chat: bool = False  # prompt and completion are a question and its answer in the model's chat template
     eval: str | None = None
     eval_share: float | None = None
     group: str | None = None  # template of what must not be split between training and evaluation

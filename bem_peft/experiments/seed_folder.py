@@ -18,6 +18,16 @@ from bem_peft.json_text import read_json
 from bem_peft.whole_file import write_whole
 
 SETTINGS, PARTIAL = "settings.json", "items.partial.jsonl"
+SECTIONS = ("model", "adapter", "data", "evaluation", "training", "budget")  # which a seed that goes on must share
+# fields of `training` that change what is shown or kept or how fast it goes, and nothing of the adapter
+WITHOUT_EFFECT = (
+    "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "logging_dir", "logging_first_step",
+    "logging_strategy", "logging_steps", "logging_nan_inf_filter", "report_to", "run_name", "project",
+    "trackio_space_id", "include_num_input_tokens_seen", "skip_memory_metrics", "save_total_limit", "push_to_hub",
+    "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "torch_empty_cache_steps",
+)  # fmt: skip
 BLOCK = 64  # items that are scored between two writes
 
 
@@ -25,6 +35,30 @@ def fingerprint(items: Sequence[Item]) -> str:
     """Of the items' names, content and order."""
     text = "\n".join(f"{item.id!r} {item.sha256} {item.group!r}" for item in items)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def significant(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as JSON has them, without what changes nothing of a result."""
+    found: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    if isinstance(found.get("training"), dict):
+        found["training"] = {k: v for k, v in found["training"].items() if k not in WITHOUT_EFFECT} or None
+    return found
+
+
+def check_finished(folder: Path, result: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where a seed that has its result was made with other settings or other data."""
+    path, now = folder / SETTINGS, significant(settings)
+    if path.is_file():
+        changed = changes(significant(read_json(path)), now)
+    else:  # of a release that kept none: what it was trained on is unknown
+        document = significant(result["provenance"]["settings"])
+        before = {name: document.get(name) for name in SECTIONS}
+        changed = changes(before, {name: now.get(name) for name in SECTIONS})
+    if changed:
+        raise ValueError(
+            f"{folder / 'result.json'} was made with other settings ({'; '.join(changed)}): choose another "
+            "`output_dir`, or remove it."
+        )
 
 
 def begin(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -36,10 +70,9 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
-    now = json.loads(json.dumps(settings, default=str))
+    now = significant(settings)
     if path.is_file():
-        before = read_json(path)
-        changed = changes(before, now)
+        changed = changes(significant(read_json(path)), now)
         if changed:
             raise ValueError(
                 f"{folder} was begun with other settings ({'; '.join(changed)}): go on with those, choose another "

@@ -65,6 +65,64 @@ def write(folder: Path, content: Any) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"metric_for_best_model": "chrf"}, "training.metric_for_best_model = 'chrf': must be eval_loss"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "'best': needs an `eval_strategy`"),
+        ({"save_strategy": "best", "eval_strategy": "epoch"}, "training.metric_for_best_model: is missing"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end = True: .*save and eval strategy to match"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "greater_is_better": True},
+            "training.greater_is_better = True: would keep the checkpoint with the highest loss",
+        ),
+        ({"optim": "galore_adamw"}, "training: optim = 'galore_adamw': "),
+        ({"report_to": "nothing"}, "training: report_to = 'nothing': "),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "training: lr_scheduler_type = 'cosine_with_min_lr': "),
+        ({"dataloader_persistent_workers": True}, "training: dataloader_persistent_workers = True: "),
+        ({"use_liger_kernel": True}, "training.use_liger_kernel = True: needs the package"),
+        ({"resume_from_checkpoint": "x"}, "training.resume_from_checkpoint: is read by no Trainer"),
+        ({"max_steps": 0}, "training.max_steps = 0: must be at least 1"),
+        ({"num_train_epochs": 0}, "training.num_train_epochs = 0: must be above 0"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_training_that_a_trainer_refuses_is_no_sound_experiment(
+    folder: Path, fields: dict[str, Any], problem: str
+) -> None:
+    given = document(folder)
+    given["training"] |= fields
+    with pytest.raises(ExperimentError, match=problem) as raised:
+        read_experiment(write(folder, given))
+    assert len(raised.value.problems) == 1
+
+
+def test_a_cap_needs_an_update_to_cap(folder: Path) -> None:
+    given = document(folder)
+    given["training"] |= {"max_singular_value": 1.0}
+    read_experiment(write(folder, given))
+    for method in ({"method": "film"}, {"method": "lora", "r": 2}):
+        given["adapter"] = {**method, "task_type": "CAUSAL_LM"}
+        given.pop("budget", None)
+        with pytest.raises(ExperimentError, match=r"training\.max_singular_value: caps an additive):
+            read_experiment(write(folder, given))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_validates_runs(folder: Path) -> None:
+    """The fields that only the Trainer judges, and that it takes together."""
+    given = document(folder)
+    given["training"] |= {
+        "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best",
+        "metric_for_best_model": "eval_loss", "load_best_model_at_end": True, "label_smoothing_factor": 0.1,
+        "lr_scheduler_type": "reduce_lr_on_plateau", "gradient_checkpointing": True, "optim": "adafactor",
+        "logging_steps": 1,
+    }  # fmt: skip
+    assert main(["run", str(write(folder, given)), "--set", "seeds=[0]"]) == 0
+    curve = json.loads((folder / "runs/seed-0/result.json").read_text())["curve"]
+    assert [line["step"] for line in curve if "eval_loss" in line] == [0, 2, 4]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_experiments_are_sound(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.chdir(ROOT)

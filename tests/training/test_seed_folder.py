@@ -3,6 +3,7 @@ have."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -20,10 +21,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bem_peft.cli.main import main
 from bem_peft.evaluation.formats.read import read_results
-from bem_peft.experiments import scoring
+from bem_peft.experiments import evaluate, run, scoring
 from bem_peft.experiments.encoding import encode, encode_items, prompt_tokens
 from bem_peft.experiments.items import Item
-from bem_peft.experiments.seed_folder import BLOCK, PartialScores, begin, changes
+from bem_peft.experiments.seed_folder import BLOCK, WITHOUT_EFFECT, PartialScores, begin, changes
+from bem_peft.training.trainer import PTTrainingConfig
 from tests.tiny_models import build
 from tests.training.equalities import word_tokenizer
 from tests.training.test_experiments import document, write
@@ -242,8 +244,6 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "file").write_text("x")
-    from bem_peft.experiments import run
-
     monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("a model was loaded"))
     given = write(folder, {**document(folder), "output_dir": str(folder / "file" / "runs")})
     assert main(["run", str(given)]) == 2
@@ -307,3 +307,70 @@ def test_a_run_that_is_evaluated_meanwhile_keeps_its_curve(folder: Path) -> None
     assert result["selected_on_evaluation"] is True
     (system,) = read_results([folder / "runs"])
     assert any("chosen on the evaluation items" in text for text in system.warnings)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_all_data_are_checked_before_a_model_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    lines = [json.loads(line) for line in (folder / "items.jsonl").read_text().split("\n")]
+    evaluated = [dict(line) for line in lines[:20]]
+    evaluated[3]["b"] = " ".join(["w4"] * 600)
+    (folder / "eval.jsonl").write_text("\n".join(map(json.dumps, evaluated)))
+    given = document(folder)
+    for name in ("eval_share", "group", "group_pattern"):
+        given["data"].pop(name)
+    given["data"]["eval"] = str(folder / "eval.jsonl")
+    assert main(["run", str(write(folder, given))]) == 2
+    assert "1 of 20 evaluation items are longer than data.max_tokens" in capsys.readouterr().err
+    given["data"]["eval"] = str(folder / "items.jsonl")
+    (folder / "empty.txt").write_text(" \n\n ")
+    (folder / "short.txt").write_text("w3\n\nw4")
+    (folder / "latin.txt").write_bytes(b"caf\xe9 noir")
+    for name, text in (("empty", "holds no text"), ("short", "no text has two tokens"), ("latin", "latin.txt:1")):
+        given["evaluation"] = {"retain": str(folder / f"{name}.txt")}
+        assert main(["run", str(write(folder, given))]) == 2
+        assert text in capsys.readouterr().err
+    given["evaluation"] = {"retain": str(folder / "items.jsonl")}
+    assert main(["validate", str(write(folder, given))]) == 2
+    assert "items.jsonl has no column ['text']" in capsys.readouterr().err
+    given["evaluation"] = {}
+    lines[7]["a"] = ""  # no BOS: nothing would predict the first token of the answer
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["run", str(write(folder, given))]) == 2
+    assert "item 'book 1:3': its prompt '' has no tokens" in capsys.readouterr().err
+    row, _ = encode(Item("a", "", "w3", "a"), tokenizer_with("<s> $A"), False)
+    assert row["labels"] == [-100, VOCABULARY["w3"], 1]  # with BOS there is a first token
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_finished_seed_stands_for_its_own_data_and_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(folder, document(folder))
+    assert main(["run", str(path), "--set", "seeds=[0]"]) == 0
+    capsys.readouterr()
+    items = folder / "items.jsonl"
+    before = items.read_text()
+    items.write_text(before.replace("w3", "w9"))
+    assert main(["run", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert "training_items" in err
+    assert not (folder / "runs/seed-1").exists()
+    items.write_text(before)
+    shown = ["training.disable_tqdm=false", "training.logging_steps=1", "training.run_name=other"]
+    changes = [word for text in shown for word in ("--set", text)]
+    assert main(["run", str(path), "--set", "seeds=[0]", *changes]) == 0
+    assert "done before" in capsys.readouterr().out
+    assert main(["run", str(path), "--set", "seeds=[0]", "--set", "training.weight_decay=0.1"]) == 2
+    assert "training.weight_decay: None -> 0.1" in capsys.readouterr().err
+    (folder / "runs/seed-0/settings.json").unlink()  # as a release that kept none
+    assert main(["run", str(path), "--set", "seeds=[0]"]) == 0
+    assert main(["run", str(path), "--set", "seeds=[0]", "--set", "data.prompt=Old {a}"]) == 2
+
+
+def test_fields_without_effect_are_fields() -> None:
+    """Every one that some supported transformers has; a name that none has would be a slip."""
+    fields = {field.name for field in dataclasses.fields(PTTrainingConfig)}
+    gone = {"logging_dir", "include_num_input_tokens_seen", "hub_revision", "project", "trackio_space_id"}
+    assert set(WITHOUT_EFFECT) - fields <= gone
