@@ -16,9 +16,10 @@ from bem_peft.budget.parameters import ParameterCount, count_parameters
 from bem_peft.budget.report import BudgetError, BudgetLine, BudgetReport
 from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
 from bem_peft.evaluation.intervals import Comparison, compare_means
+from bem_peft.evaluation.paired import PairedScores
 from bem_peft.evaluation.pareto import Objective, ParetoAnalyzer
 from bem_peft.evaluation.profiler import PerformanceProfiler, Profile, Workload
-from bem_peft.evaluation.scores import PairedScores, Scores
+from bem_peft.evaluation.scores import Scores
 from bem_peft.evaluation.slices import slice_b_analysis
 from bem_peft.evaluation.validator import StatisticalValidator
 from bem_peft.hub import push_to_hub

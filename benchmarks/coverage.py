@@ -27,9 +27,11 @@ import numpy as np
 from results_table import ResultsTable, add_output
 
 from bem_peft.evaluation.corpus import pseudo_values
-from bem_peft.evaluation.intervals import bootstrap_means, compare_means, sign_flip_p_value
+from bem_peft.evaluation.exact_tests import sign_flip_p_value
+from bem_peft.evaluation.intervals import compare_means
 from bem_peft.evaluation.metrics import corpus_metric
 from bem_peft.evaluation.multiplicity import METHODS
+from bem_peft.evaluation.resampling import bootstrap_means
 from bem_peft.evaluation.slices import WHOLE, judge_slices
 
 COLUMNS = (

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from bem_peft._version import __version__
 from bem_peft.evaluation.intervals import Comparison
 from bem_peft.evaluation.outlook import Outlook, outlooks
+from bem_peft.evaluation.paired import PairedScores
 from bem_peft.evaluation.pareto import Objective, ParetoAnalyzer, ParetoPoint
 from bem_peft.evaluation.profile_document import ProfileDocument
 from bem_peft.evaluation.promotion import Promotion, judge
@@ -20,7 +21,7 @@ from bem_peft.evaluation.rate_curves import RateCurve, rate_curves
 from bem_peft.evaluation.report.report import Report
 from bem_peft.evaluation.resampling import resampled_means
 from bem_peft.evaluation.results import SystemResult, shared_objectives
-from bem_peft.evaluation.scores import PairedScores, Scores
+from bem_peft.evaluation.scores import Scores
 from bem_peft.evaluation.slices import (
     DEVELOPMENT,
     HELD_OUT,

@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from bem_peft.evaluation.exact_tests import sign_flip_p_value
 from bem_peft.evaluation.variance import Parts, variance_parts
 
 TWO_WAY = "two-way standard error over seeds and items, Satterthwaite t"
@@ -45,7 +46,6 @@ ONE_SEED_JACKKNIFE = "jackknife over items or clusters, t, conditional on this s
 LEAST_DEGREES = 4.0  # of the items' part of the variance, for any claim
 LEAST_BY_SIZES = 6.0  # of clusters by their sizes, where these leave less than half of what equal ones would
 BOOTSTRAP_LIMIT = 2_000  # items up to which one seed's interval is drawn
-EXACT_LIMIT = 2**14  # sign patterns that are enumerated instead of drawn
 
 
 @dataclass(frozen=True)
@@ -247,63 +247,3 @@ def _bca(row: np.ndarray, confidence: float, resamples: int, random_seed: int) -
 def _d_z(means: np.ndarray) -> float | None:
     spread = float(means.std(ddof=1))
     return None if spread == 0.0 else float(means.mean() / spread)
-
-
-def sign_flip_p_value(differences: np.ndarray, *, resamples: int = 9_999, random_seed: int = 0) -> float:
-    """Two-sided p-value of mean(differences) = 0 by flipping signs, (n,) -> (0, 1].
-
-    Patterns at least as extreme count (>=, within rounding), and so does the observed one: p is never 0, and 1 for
-    identical systems. All 2^n patterns are enumerated where they are at most 16,384.
-    """
-    row = np.asarray(differences, dtype=np.float64)
-    if row.ndim != 1 or row.size < 1 or not np.isfinite(row).all():
-        raise ValueError(f"`differences` has shape {row.shape}: must be (n,), finite, n at least 1.")
-    observed = abs(float(row.sum()))
-    bound = observed - 1e-12 * float(np.abs(row).sum())
-    if 2**row.size <= EXACT_LIMIT:
-        patterns = (np.arange(2**row.size)[:, None] >> np.arange(row.size)) & 1
-        return float((np.abs((1.0 - 2.0 * patterns) @ row) >= bound).mean())
-    rng = np.random.default_rng(random_seed)
-    extreme, left = 0, resamples
-    bytes_a_row = -(-row.size // 8)
-    while left:
-        block = min(left, 1024)
-        bits = np.unpackbits(rng.integers(0, 256, (block, bytes_a_row), dtype=np.uint8), axis=1, count=row.size)
-        sums = row.sum() - 2.0 * (bits @ row)
-        extreme += int((np.abs(sums) >= bound).sum())
-        left -= block
-    return (extreme + 1) / (resamples + 1)
-
-
-def bootstrap_means(
-    difference: np.ndarray, *, resamples: int = 10_000, random_seed: int = 0, block: int = 500
-) -> np.ndarray:
-    """Means of D (seeds, items) with seeds and items both drawn again, (resamples,).
-
-    For statistics that have no formula; for an interval of the mean use `compare_means`, whose coverage is better.
-    """
-    found = np.asarray(difference, dtype=np.float64)
-    seeds, items = found.shape
-    rng = np.random.default_rng(random_seed)
-    means = np.empty(resamples)
-    for start in range(0, resamples, block):
-        count = min(block, resamples - start)
-        rows = rng.integers(0, seeds, (count, seeds))
-        weights = np.stack([(rows == k).sum(1) for k in range(seeds)], axis=1) / seeds  # (count, K)
-        drawn = rng.integers(0, items, (count, items), dtype=np.int32)
-        drawn += (np.arange(count, dtype=np.int32) * items)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=count * items).reshape(count, items)
-        means[start : start + count] = np.einsum("rk,rk->r", weights, counts @ found.T / items)
-    return means
-
-
-def mcnemar_p_value(a: np.ndarray, b: np.ndarray) -> float:
-    """Exact McNemar test of two systems' binary scores (n,) on one seed: binomial on the items that they split."""
-    first, second = np.asarray(a), np.asarray(b)
-    for name, given in (("a", first), ("b", second)):
-        if given.ndim != 1 or not np.isin(given, (0, 1)).all():
-            raise ValueError(f"`{name}` must be (n,) of zeros and ones.")
-    if first.shape != second.shape:
-        raise ValueError(f"`a` has {first.size} items and `b` {second.size}: score both on the same ones.")
-    wins, losses = int(((first == 1) & (second == 0)).sum()), int(((first == 0) & (second == 1)).sum())
-    return 1.0 if wins + losses == 0 else float(stats.binomtest(wins, wins + losses, 0.5).pvalue)

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bem_peft.evaluation.intervals import too_few
+from bem_peft.evaluation.paired import PairedScores
 from bem_peft.evaluation.planning import Components, Plan
-from bem_peft.evaluation.scores import PairedScores
 
 MORE_ITEMS = 500
 

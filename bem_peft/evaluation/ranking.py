@@ -20,8 +20,9 @@ from scipy import stats
 
 from bem_peft.evaluation.intervals import compare_means, too_few
 from bem_peft.evaluation.multiplicity import adjusted_p_values
+from bem_peft.evaluation.paired import PairedScores
 from bem_peft.evaluation.resampling import on_shared_items, resampled_means
-from bem_peft.evaluation.scores import PairedScores, Scores
+from bem_peft.evaluation.scores import Scores
 
 MOST_SYSTEMS = 20  # whose pairs are all compared
 

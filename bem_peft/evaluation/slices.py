@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from bem_peft.evaluation.intervals import Comparison, compare_means, too_few
 from bem_peft.evaluation.multiplicity import adjusted_p_values
-from bem_peft.evaluation.scores import PairedScores
+from bem_peft.evaluation.paired import PairedScores
 
 DEVELOPMENT, HELD_OUT = "slice_a", "slice_b"
 WHOLE = "all"

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from bem_peft.evaluation.intervals import Comparison, compare_means, mcnemar_p_value
+from bem_peft.evaluation.exact_tests import mcnemar_p_value
+from bem_peft.evaluation.intervals import Comparison, compare_means
+from bem_peft.evaluation.paired import PairedScores
 from bem_peft.evaluation.planning import required_items
-from bem_peft.evaluation.scores import PairedScores, Scores
+from bem_peft.evaluation.scores import Scores
 from bem_peft.evaluation.slices import DEVELOPMENT, SliceResult, compare_slices, slice_b_analysis
 
 

@@ -12,12 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from bem_peft.evaluation.intervals import (
-    bootstrap_means,
-    compare_means,
-    mcnemar_p_value,
-    sign_flip_p_value,
-)
+from bem_peft.evaluation.exact_tests import mcnemar_p_value, sign_flip_p_value
+from bem_peft.evaluation.intervals import compare_means
+from bem_peft.evaluation.resampling import bootstrap_means
 from bem_peft.evaluation.variance import variance_parts
 
 

@@ -13,8 +13,9 @@ from bem_peft.evaluation import metrics, words
 from bem_peft.evaluation.corpus import corpus_score
 from bem_peft.evaluation.intervals import compare_means
 from bem_peft.evaluation.metrics import corpus_metric, metric_problem, text_scores
+from bem_peft.evaluation.paired import PairedScores
 from bem_peft.evaluation.resampling import resampled_means
-from bem_peft.evaluation.scores import PairedScores, Scores, corpus_scores, corpus_values
+from bem_peft.evaluation.scores import Scores, corpus_scores, corpus_values
 
 PREDICTED = ["The Denver Broncos!", "a cat sat", "", "1976", "nothing here", "an"]
 EXPECTED = ["Denver Broncos", "the cat sat down", "x", "in 1976", "other words", ""]

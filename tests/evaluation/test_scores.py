@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from bem_peft.evaluation.multiplicity import adjusted_p_values
-from bem_peft.evaluation.scores import PairedScores, Scores
+from bem_peft.evaluation.paired import PairedScores
+from bem_peft.evaluation.scores import Scores
 from bem_peft.evaluation.slices import check_disjoint, compare_slices, promoting, slice_b_analysis
 
 
@@ -218,7 +219,8 @@ def test_an_item_in_both_slices_is_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore:chrF on 'tiny' is left out")
 def test_the_validator_gives_what_its_parts_give() -> None:
-    from bem_peft.evaluation.intervals import compare_means, mcnemar_p_value
+    from bem_peft.evaluation.exact_tests import mcnemar_p_value
+    from bem_peft.evaluation.intervals import compare_means
     from bem_peft.evaluation.validator import StatisticalValidator
 
     a, b = scores("candidate", 0.5), scores("anchor")

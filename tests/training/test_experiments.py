@@ -104,7 +104,7 @@ def test_a_cap_needs_an_update_to_cap(folder: Path) -> None:
     for method in ({"method": "film"}, {"method": "lora", "r": 2}):
         given["adapter"] = {**method, "task_type": "CAUSAL_LM"}
         given.pop("budget", None)
-        with pytest.raises(ExperimentError, match=r"training\.max_singular_value: caps an additive):
+        with pytest.raises(ExperimentError, match=r"training\.max_singular_value: caps an additive"):
             read_experiment(write(folder, given))
 
 

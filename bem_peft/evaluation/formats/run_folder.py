@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from bem_peft.evaluation.metrics import CORPUS
+from bem_peft.evaluation.paired import BY_LENGTH
 from bem_peft.evaluation.results import SystemResult, system_of_scores
-from bem_peft.evaluation.scores import BY_LENGTH, Scores, corpus_scores
+from bem_peft.evaluation.scores import Scores, corpus_scores
 from bem_peft.json_text import read_json, read_lines
 
 

@@ -4,11 +4,11 @@ give."""
 from __future__ import annotations
 
 from bem_peft.evaluation.outlook import MORE_ITEMS, Outlook
+from bem_peft.evaluation.paired import PairedScores
 from bem_peft.evaluation.planning import Plan
 from bem_peft.evaluation.report.elements import badge, figure, table
 from bem_peft.evaluation.report.rank_plots import critical_difference_plot, heat_map, rate_plot
 from bem_peft.evaluation.report.report import Report
-from bem_peft.evaluation.scores import PairedScores
 
 MOST_MAPS = 6  # systems whose seeds and items are drawn
 
