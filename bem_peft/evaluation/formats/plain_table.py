@@ -7,6 +7,7 @@ says.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bem_peft.evaluation.scores import Scores
 NEEDED = ("system", "seed", "item", "metric", "value")
 OPTIONAL = ("cluster", "slice", "higher_is_better")
 SUFFIXES = (".csv", ".tsv", ".parquet")
+ROWS_AT_ONCE = 2**18
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -61,8 +63,6 @@ def _scores(columns: _Columns, rows: np.ndarray, system: str, metric: str) -> tu
         raise ValueError(f"{where}: seed {seeds[seed]} has no score for item {name!r}, which another seed has.")
     values = np.empty(counts.size)
     values[place] = columns.values[rows]
-    names = tuple(columns.names["item"][i] for i in items)
-    clusters = slices = None
     about = {}
     for column in ("cluster", "slice"):
         if column in columns.codes:
@@ -71,9 +71,8 @@ def _scores(columns: _Columns, rows: np.ndarray, system: str, metric: str) -> tu
             wrong = np.flatnonzero(found[at_item] != columns.codes[column][rows])
             if wrong.size:
                 raise ValueError(f"{columns.at(rows[wrong[0]])}: the item has another `{column}` in another row.")
-            about[column] = [columns.names[column][i] for i in found]
-    clusters = tuple(about["cluster"]) if "cluster" in about else None
-    slices = _slices(names, about.get("slice", []))
+            about[column] = found
+    names, clusters, slices = columns.items(items, about.get("cluster"), about.get("slice"))
     better, notes = _direction(columns, rows, metric)
     return Scores(
         system, metric, values.reshape(len(seeds), len(items)), tuple(map(int, seeds)), names, better, clusters, slices
@@ -104,69 +103,124 @@ def _direction(columns: _Columns, rows: np.ndarray, metric: str) -> tuple[bool, 
 
 
 class _Columns:
-    """The table's columns as numbers: `codes` into `names`, `seeds` and `values`."""
+    """The table's columns as numbers: `codes` into `names`, `seeds` and `values`.
+
+    Read a batch at a time, so that a name is held once however often it stands.
+    """
 
     def __init__(self, path: Path) -> None:
-        import pyarrow.compute
-
         self.path = path
-        table = _read(path)
-        missing = [name for name in NEEDED if name not in table.column_names]
-        if missing:
-            raise ValueError(
-                f"{path}: has no column {missing}; a table of scores has {', '.join(NEEDED)}, and may have "
-                f"{', '.join(OPTIONAL)}. It has {table.column_names}."
-            )
-        if table.num_rows == 0:
+        self._coders: dict[str, _Coder] = {}
+        self._items: dict[Any, Any] = {}
+        parts: dict[str, list[np.ndarray]] = {"seed": [], "value": []}
+        start = 0
+        for batch in _batches(path):
+            if not self._coders:
+                self._check_names(batch.schema.names)
+                self._coders = {n: _Coder() for n in (*NEEDED, *OPTIONAL) if n in batch.schema.names and n not in parts}
+            for name, coder in self._coders.items():
+                self._check_filled(batch.column(name), name, start)
+                coder.add(batch.column(name))
+                if name in NEEDED and coder.place_of("") is not None:
+                    row = start + int(np.flatnonzero(coder.parts[-1] == coder.place_of(""))[0])
+                    raise ValueError(f"{self.at(row)}: `{name}` is empty.")
+            for name in parts:
+                self._check_filled(batch.column(name), name, start)
+                parts[name].append(self._numbers(batch.column(name), name, start))
+            start += batch.num_rows
+        if start == 0:
             raise ValueError(f"{path}: has no rows.")
-        self.codes: dict[str, np.ndarray] = {}
-        self.names: dict[str, list[str]] = {}
-        for name in ("system", "item", "metric", *(o for o in OPTIONAL if o in table.column_names)):
-            column = table[name]
-            if not pyarrow.types.is_dictionary(column.type):
-                column = pyarrow.compute.dictionary_encode(column.cast(pyarrow.string()))
-            if column.null_count:
-                self._null(column, name)
-            coded = column.unify_dictionaries().combine_chunks()
-            self.codes[name], self.names[name] = coded.indices.to_numpy(), coded.dictionary.to_pylist()
-            if name in NEEDED and "" in self.names[name]:
-                row = int(np.flatnonzero(self.codes[name] == self.names[name].index(""))[0])
-                raise ValueError(f"{self.at(row)}: `{name}` is empty.")
-        self.seeds = self._numbers(table["seed"], "seed", pyarrow.int64())
-        self.values = self._numbers(table["value"], "value", pyarrow.float64())
+        self.codes = {name: np.concatenate(coder.parts) for name, coder in self._coders.items()}
+        self.names = {name: coder.names for name, coder in self._coders.items()}
+        self.seeds, self.values = np.concatenate(parts["seed"]), np.concatenate(parts["value"])
         wrong = np.flatnonzero(~np.isfinite(self.values))
         if wrong.size:
             raise ValueError(f"{self.at(wrong[0])}: `value` is {self.values[wrong[0]]}: must be a finite number.")
-        key = self.codes["system"].astype(np.int64) * len(self.names["metric"]) + self.codes["metric"]
-        self._order = np.argsort(key, kind="stable")
-        self._ends = np.searchsorted(
-            key[self._order], np.arange(len(self.names["system"]) * len(self.names["metric"]) + 1)
-        )
+        key = self.codes["system"] * np.int32(len(self.names["metric"])) + self.codes["metric"]
+        self._order = np.argsort(key, kind="stable").astype(np.int32 if start < 2**31 else np.int64)
+        counts = np.bincount(key, minlength=len(self.names["system"]) * len(self.names["metric"]))
+        self._ends = np.concatenate([[0], np.cumsum(counts)])
 
     def rows_of(self, system: int, metric: int) -> np.ndarray:
         at = system * len(self.names["metric"]) + metric
         found: np.ndarray = self._order[self._ends[at] : self._ends[at + 1]]
         return found
 
+    def items(
+        self, items: np.ndarray, clusters: np.ndarray | None, slices: np.ndarray | None
+    ) -> tuple[tuple[str, ...], tuple[str, ...] | None, dict[str, frozenset[str]]]:
+        """(names, clusters, slices) of items, from codes (N,); the same objects where they are the same again."""
+        key = tuple(None if codes is None else codes.tobytes() for codes in (items, clusters, slices))
+        if key not in self._items:
+            names = tuple(self.names["item"][i] for i in items)
+            cells = [] if slices is None else [self.names["slice"][i] for i in slices]
+            own = None if clusters is None else tuple(self.names["cluster"][i] for i in clusters)
+            self._items[key] = names, own, _slices(names, cells)
+        return self._items[key]
+
     def at(self, row: int) -> str:
         """The file and row of a message; rows count from 1, without the header."""
         return f"{self.path}: row {int(row) + 1}"
 
-    def _null(self, column: Any, name: str) -> None:
-        row = int(np.flatnonzero(column.is_null().to_numpy())[0])
-        raise ValueError(f"{self.at(row)}: `{name}` is empty.")
+    def _check_names(self, names: list[str]) -> None:
+        missing = [name for name in NEEDED if name not in names]
+        if missing:
+            raise ValueError(
+                f"{self.path}: has no column {missing}; a table of scores has {', '.join(NEEDED)}, and may have "
+                f"{', '.join(OPTIONAL)}. It has {names}."
+            )
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{self.path}: two columns are called {twice[0]!r}.")
 
-    def _numbers(self, column: Any, name: str, kind: Any) -> np.ndarray:
+    def _check_filled(self, column: Any, name: str, start: int) -> None:
+        if column.null_count:
+            row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+            raise ValueError(f"{self.at(start + row)}: `{name}` is empty.")
+
+    def _numbers(self, column: Any, name: str, start: int) -> np.ndarray:
         import pyarrow
 
-        if column.null_count:
-            self._null(column, name)
+        kind = pyarrow.int64() if name == "seed" else pyarrow.float64()
         try:
             found: np.ndarray = column.cast(kind).to_numpy()
         except pyarrow.ArrowInvalid:
             row, cell = next((i, v) for i, v in enumerate(column.to_pylist()) if not _is(v, kind))
             what = "a whole number" if name == "seed" else "a number"
-            raise ValueError(f"{self.at(row)}: `{name}` is {cell!r}: must be {what}.") from None
+            raise ValueError(f"{self.at(start + row)}: `{name}` is {cell!r}: must be {what}.") from None
+        return found
+
+
+class _Coder:
+    """Texts as places in the list of those that came before; `parts`: the places, a batch each."""
+
+    def __init__(self) -> None:
+        import pyarrow
+
+        self.parts: list[np.ndarray] = []
+        self._known = pyarrow.array([], pyarrow.string())
+
+    def add(self, column: Any) -> None:
+        import pyarrow
+        from pyarrow import compute
+
+        if pyarrow.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        coded = column.cast(pyarrow.string()).dictionary_encode()
+        places = compute.index_in(coded.dictionary, value_set=self._known)
+        if places.null_count:
+            new = coded.dictionary.filter(places.is_null())
+            self._known = pyarrow.concat_arrays([self._known, new])
+            places = compute.index_in(coded.dictionary, value_set=self._known)
+        self.parts.append(places.to_numpy()[coded.indices.to_numpy()].astype(np.int32, copy=False))
+
+    def place_of(self, text: str) -> int | None:
+        found = int(self._known.index(text).as_py())
+        return None if found < 0 else found
+
+    @property
+    def names(self) -> list[str]:
+        found: list[str] = self._known.to_pylist()
         return found
 
 
@@ -180,29 +234,19 @@ def _is(value: Any, kind: Any) -> bool:
     return True
 
 
-def _read(path: Path) -> Any:
+def _batches(path: Path) -> Iterator[Any]:
     import pyarrow
     from pyarrow import csv, parquet
 
     try:
         if path.name.endswith(".parquet"):
-            schema = parquet.read_schema(path)
-            texts = [field.name for field in schema if pyarrow.types.is_string(field.type)]
-            return parquet.ParquetFile(path, read_dictionary=texts).read()  # a name that stands often is held once
-        separator = "\t" if ".tsv" in path.suffixes else ","
+            yield from parquet.ParquetFile(path).iter_batches(batch_size=ROWS_AT_ONCE)
+            return
+        parsing = csv.ParseOptions(delimiter="\t" if ".tsv" in path.suffixes else ",", newlines_in_values=True)
         with pyarrow.input_stream(path) as stream:
-            head = csv.open_csv(
-                stream, parse_options=csv.ParseOptions(delimiter=separator, newlines_in_values=True)
-            ).schema.names
+            head = csv.open_csv(stream, parse_options=parsing).schema.names
         text = csv.ConvertOptions(column_types=dict.fromkeys(head, pyarrow.string()), strings_can_be_null=False)
         with pyarrow.input_stream(path) as stream:
-            found = csv.read_csv(
-                stream, parse_options=csv.ParseOptions(delimiter=separator, newlines_in_values=True),
-                convert_options=text,
-            )  # fmt: skip
+            yield from csv.open_csv(stream, parse_options=parsing, convert_options=text)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError) as error:
         raise ValueError(f"{path}: cannot be read as a table ({error}).") from None
-    twice = sorted({name for name in found.column_names if found.column_names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{path}: two columns are called {twice[0]!r}.")
-    return found
