@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from bem_peft.cli import experiment as experiment_commands
 from bem_peft.cli.main import main
 from bem_peft.cli.results import unescaped
-from bem_peft.experiments.yaml_document import parse_yaml
+from bem_peft.yaml_text import parse_yaml
 
 FILES: dict[str, bytes] = {
     "empty": b"", "list": b"- a\n", "broken": b"name: [a\n", "binary": bytes(range(256)),

@@ -8,8 +8,9 @@ free sizes this is done on the last, for each choice of the others.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig
@@ -86,7 +87,8 @@ def match_budget(
         config: everything but the free sizes stays as it is.
         anchor: config of any PEFT method that adapts single modules.
         free: names of integer fields of `config`, or name -> the values to choose from (None: all that it accepts);
-            None: the method's own sizes.
+            None: the method's own sizes, and where these do not meet the anchor, what it can be folded
+            by as well (`further_sizes`, PT3's `u_dim`).
         match: of "params" (trainable) and "flops" (forward and backward, a token).
         tolerance_ratio: 0.05 is 5 %.
         limit: largest value that a size may take.
@@ -116,11 +118,20 @@ def match_budget(
         raise ValueError(f"the anchor {type(anchor).__name__} costs nothing in {[n for n in goal if not goal[n]]}.")
     search = _Search(sizes, cost, goal)
     best = search.best()
+    if free is None and (best is None or best[1].worst > tolerance_ratio):
+        for name, value in _further(config, cost):
+            wider = _Search(_Sizes(config, (name, *sizes.names), {name: [value]}, limit), cost, goal)
+            found = wider.best()
+            if found is not None and (best is None or found[1].worst < best[1].worst):
+                best, search = found, wider
+            if best is not None and best[1].worst <= tolerance_ratio:
+                break
     if best is None:
         raise ValueError(
             f"no value of {', '.join(sizes.names)} up to {limit} fits the sites of {type(config).__name__}."
         )
     values, deviation = best
+    sizes = search.sizes
     chosen = sizes.config_with(values)
     assert chosen is not None
     return BudgetMatch(
@@ -132,6 +143,13 @@ def match_budget(
         tolerance_ratio=tolerance_ratio,
         tried=len(search.tried),
     )
+
+
+def _further(config: PeftConfig, cost: ModelCost) -> list[tuple[str, int]]:
+    """(field, value) of what the method can change beside its sizes, the likeliest first."""
+    further = getattr(config, "further_sizes", None)
+    found: dict[str, list[int]] = {} if further is None else further(cost.widths)
+    return [(name, value) for name, values in found.items() for value in values]
 
 
 def _free_names(config: PeftConfig, free: Iterable[str] | None) -> tuple[str, ...]:
@@ -164,6 +182,7 @@ class _Sizes:
     names: tuple[str, ...]
     choices: Mapping[str, Sequence[int]]
     limit: int
+    _accepted: dict[Any, _Accepted] = field(default_factory=dict)
 
     def config_with(self, values: Sequence[int]) -> PeftConfig | None:
         """The config with these values of the first names, or None where it refuses them."""
@@ -174,18 +193,24 @@ class _Sizes:
         except ValueError:
             return None
 
-    def accepted(self, outer: tuple[int, ...]) -> list[int]:
-        """Values of the name after `outer` that the config accepts."""
-        values = self.choices.get(self.names[len(outer)]) or range(1, self.limit + 1)
-        return [v for v in values if self.config_with((*outer, v)) is not None]
+    def accepted(self, outer: tuple[int, ...]) -> _Accepted:
+        """Values of the name after `outer` that the config accepts; of several methods' sizes, "0.r" and "1.r", each
+        method's own decide."""
+        name = self.names[len(outer)]
+        whose = name.partition(".")[0] if "." in name else None
+        key = name, tuple(v for n, v in zip(self.names, outer, strict=False) if whose in (None, n.partition(".")[0]))
+        if key not in self._accepted:
+            values = self.choices.get(name) or range(1, self.limit + 1)
+            self._accepted[key] = _Accepted(v for v in values if self.config_with((*outer, v)) is not None)
+        return self._accepted[key]
 
     def first(self, outer: tuple[int, ...]) -> tuple[int, ...]:
         """`outer` and the smallest accepted values of the other names; `outer` alone where there are none."""
         while len(outer) < len(self.names):
-            values = self.accepted(outer)
-            if not values:
+            value = self.accepted(outer).get(0)
+            if value is None:
                 break
-            outer = (*outer, values[0])
+            outer = (*outer, value)
         return outer
 
     def smallest(self) -> PeftConfig:
@@ -197,6 +222,25 @@ class _Sizes:
                 f"{type(self.config).__name__} accepts no value of {self.names[len(values)]} up to {self.limit}."
             )
         return found
+
+
+class _Accepted:
+    """Values that are found as they are asked for: a config is made for each, and most lie far beyond the anchor."""
+
+    def __init__(self, values: Iterator[int]) -> None:
+        self._found: list[int] = []
+        self._rest = values
+
+    def get(self, i: int) -> int | None:
+        """The value at `i`, or None where there are not so many."""
+        self._found += islice(self._rest, max(0, i + 1 - len(self._found)))
+        return self._found[i] if i < len(self._found) else None
+
+    def __iter__(self) -> Iterator[int]:
+        i = 0
+        while (value := self.get(i)) is not None:
+            yield value
+            i += 1
 
 
 class _Deviation(NamedTuple):
@@ -267,7 +311,7 @@ class _Search:
         found = self.deviation(start)
         if found is not None or len(start) < len(names) or names[-1] in self.sizes.choices:
             return found
-        for value in self.sizes.accepted(start[:-1])[1:FIRST]:
+        for value in islice(self.sizes.accepted(start[:-1]), 1, FIRST):
             found = self.deviation((*start[:-1], value))
             if found is not None:
                 break
@@ -279,19 +323,22 @@ class _Search:
         if self.sizes.names[-1] in self.sizes.choices:
             return [(*outer, value) for value in values]
 
-        def is_above(i: int) -> bool:
-            found = self.deviation((*outer, values[i]))
+        def at(i: int) -> _Deviation | None:
+            value = values.get(i)
+            return None if value is None else self.deviation((*outer, value))
+
+        def is_above(i: int) -> bool:  # also past the last value
+            found = at(i)
             return found is None or found.is_above
 
-        low, high, step = 0, len(values), 1  # values[:low] lie below the crossing, values[high:] at or above it
-        while low < min(high, FIRST) - 1 and self.deviation((*outer, values[low])) is None:
+        low, step = 0, 1  # values before `low` lie below the crossing, those from `high` on at or above it
+        while low + 1 < FIRST and values.get(low + 1) is not None and at(low) is None:
             low += 1  # too small for the sites
-        while low + step < high:  # double first: large sizes are the costly ones to try
-            if is_above(low + step):
-                high = low + step
-                break
+        while not is_above(low + step):  # double first: large sizes are the costly ones to try
             low, step = low + step, step * 2
+        high = low + step
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if is_above(middle) else (middle + 1, high)
-        return [(*outer, values[i]) for i in (high - 1, high) if 0 <= i < len(values)]
+        near = [values.get(i) for i in (high - 1, high) if i >= 0]
+        return [(*outer, value) for value in near if value is not None]

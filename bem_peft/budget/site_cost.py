@@ -19,6 +19,7 @@ from torch import nn
 from bem_peft.budget.check import adapted_copy
 from bem_peft.budget.fake_run import FakeRun, adapters_off, mode_of
 from bem_peft.budget.flops import DECIDES_BY_VALUES, count_passes, trained_numbers
+from bem_peft.tuners.base.layer import projection_shape
 
 MATCHED = ("params", "flops")
 TOKENS = 16
@@ -32,11 +33,23 @@ class ModelCost:
 
     def __init__(self, model: nn.Module, config: PeftConfig) -> None:
         self.parts = [MethodCost(model, part) for part in getattr(config, "methods", [config])]
+        self._found: list[dict[str, dict[str, float]]] = [{} for _ in self.parts]
 
     def __call__(self, config: PeftConfig) -> dict[str, float]:
         """Raises ValueError where the sizes do not fit a site."""
-        costs = [cost(part) for cost, part in zip(self.parts, getattr(config, "methods", [config]), strict=True)]
-        return {name: sum(cost[name] for cost in costs) for name in MATCHED}
+        total = dict.fromkeys(MATCHED, 0.0)
+        for part, cost, found in zip(getattr(config, "methods", [config]), self.parts, self._found, strict=True):
+            key = repr(part)  # a search changes one method of several at a time
+            if key not in found:
+                found[key] = cost(part)
+            for name in MATCHED:
+                total[name] += found[key][name]
+        return total
+
+    @property
+    def widths(self) -> list[list[int]]:
+        """The input widths of the sites of each method, each kind of site once."""
+        return [[projection_shape(module)[0] for module in part.modules.values()] for part in self.parts]
 
     def try_sizes(self, config: PeftConfig) -> dict[str, float] | None:
         """As a call, or None where the sizes do not fit a site."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Sequence
 
 import torch
 from peft import PeftConfig
 from torch import nn
 
-from bem_peft.budget.check import BudgetConstraints, BudgetValidator, adapted_copy, at_sites_of
+from bem_peft.budget.check import QUANTITIES, BudgetConstraints, BudgetValidator, adapted_copy, at_sites_of
 from bem_peft.budget.match import match_budget
 from bem_peft.budget.site_cost import MATCHED
 from bem_peft.sites import find as sites
-from bem_peft.tuners.adapter_spec import parse_adapter
+from bem_peft.tuners.adapter_spec import adapter_text, parse_adapter
 
 NOT_MET = 1
 
@@ -27,11 +29,30 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         command.add_argument("--anchor", required=True, help="as CONFIG; without target_modules: at CONFIG's sites")
         command.add_argument("--tolerance", type=float, default=0.05, help="ratio, 0.05 is 5 %% (default)")
     budget.add_argument("--scope", choices=("adapter", "total"), default="adapter")
-    budget.add_argument("--quantities", nargs="+", default=list(MATCHED), help="params flops memory stored")
+    budget.add_argument(
+        "--quantities", nargs="+", default=list(MATCHED), choices=QUANTITIES[:-1],
+        help="params flops memory stored; latency is timed on real weights, by `profile`",
+    )  # fmt: skip
     budget.set_defaults(run=_budget)
-    match.add_argument("--free", nargs="+", help="fields to choose; default: the method's own sizes")
-    match.add_argument("--match", nargs="+", default=list(MATCHED), help="params flops (default: both)")
+    match.add_argument(
+        "--free", nargs="+", type=_free,
+        help="fields to choose, or field=value,value,... to choose from; default: the method's own sizes",
+    )  # fmt: skip
+    match.add_argument(
+        "--match", nargs="+", default=list(MATCHED), choices=MATCHED, help="params flops (default: both)"
+    )
     match.set_defaults(run=_match)
+
+
+def _free(text: str) -> tuple[str, Sequence[int] | None]:
+    """("u_dim", [12, 24]) of "u_dim=12,24" or "u_dim=[12,24]"; ("u_rank", None) of "u_rank"."""
+    name, equals, values = text.partition("=")
+    if not equals:
+        return name, None
+    try:
+        return name, [int(value) for value in values.strip("[]").split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write field=value,value,... with whole numbers") from None
 
 
 def _budget(arguments: argparse.Namespace) -> int:
@@ -48,10 +69,10 @@ def _budget(arguments: argparse.Namespace) -> int:
 
 def _match(arguments: argparse.Namespace) -> int:
     model, config, anchor = _model_and_configs(arguments)
-    match = match_budget(
-        model, config, anchor, free=arguments.free, match=arguments.match, tolerance_ratio=arguments.tolerance
-    )
+    free = None if arguments.free is None else dict(arguments.free)
+    match = match_budget(model, config, anchor, free=free, match=arguments.match, tolerance_ratio=arguments.tolerance)
     print(match)
+    print(f"config: {shlex.quote(adapter_text(match.config))}")
     return 0 if match.is_met else NOT_MET
 
 

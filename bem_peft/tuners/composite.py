@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -122,6 +122,11 @@ class CompositeConfig(AdapterConfig):
     def size_fields(self) -> tuple[str, ...]:
         """What a budget search may change: "0.rank_per_group" is `rank_per_group` of the first method."""
         return tuple(f"{i}.{name}" for i, part in enumerate(self.methods) for name in part.size_fields)
+
+    def further_sizes(self, widths: Sequence[Sequence[int]]) -> dict[str, list[int]]:
+        """Those of its methods, "1.u_dim" of the second."""
+        parts = enumerate(zip(self.methods, widths, strict=True))
+        return {f"{i}.{n}": values for i, (part, own) in parts for n, values in part.further_sizes([own]).items()}
 
     def with_sizes(self, **sizes: int) -> AdapterConfig:
         """This config with other sizes of its methods, named as in `size_fields`."""

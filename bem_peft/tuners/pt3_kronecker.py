@@ -11,6 +11,7 @@ factors and no B); the initialisation is the higher-order SVD of De Lathauwer, D
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -28,6 +29,8 @@ from bem_peft.tuners.base.model import AdapterModel
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.calls.penalty import diversity, orthogonality
 from bem_peft.tuners.steps.sharded import whole
+
+FOLDS_TRIED = 12  # by a budget search
 
 
 @dataclass
@@ -82,6 +85,14 @@ class KroneckerConfig(LowRankConfig):
                 )
             self.layers_to_transform = [self.single_site_layer]
         super().__post_init__()
+
+    def further_sizes(self, widths: Sequence[Sequence[int]]) -> dict[str, list[int]]:
+        """The ways to fold every site's input, the most balanced first."""
+        if self.u_dim is not None or self.v_dim is not None:
+            return {}
+        shared = math.gcd(*widths[0])
+        folds = {dim for pair in factor_pairs(shared) for dim in pair}
+        return {"u_dim": sorted(folds, key=lambda dim: abs(math.log(dim * dim / shared)))[:FOLDS_TRIED]}
 
 
 def factor_pairs(width: int) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from bem_peft.experiments.encoding import encode
 from bem_peft.experiments.experiment import ExperimentError, read_experiment
 from bem_peft.experiments.generation import generate_texts
 from bem_peft.experiments.items import score_items
-from bem_peft.experiments.yaml_document import parse_yaml
+from bem_peft.yaml_text import parse_yaml
 from tests.tiny_models import build
 from tests.training.equalities import word_tokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -175,6 +176,14 @@ class AdapterConfig(PeftConfig):
     def with_sizes(self, **sizes: int) -> AdapterConfig:
         """This config with other values of `size_fields`; sizes that follow them keep their ratio."""
         return self._resized({**sizes})
+
+    def further_sizes(self, widths: Sequence[Sequence[int]]) -> dict[str, list[int]]:
+        """Field -> values that a budget search tries where `size_fields` alone do not meet the anchor.
+
+        Args:
+            widths: input widths of the sites, a list for each method of a composite.
+        """
+        return {}
 
     # what is checked once all adapters of a model are planned
 
