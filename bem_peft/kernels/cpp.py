@@ -11,7 +11,8 @@ inside. The backward is one operator (`film_backward`) and gives float32 gradien
 goes through the torch form of the adapter that called (`name_caller`).
 
 Building takes half a minute, a C++ compiler (g++ or clang++) and ninja, once; torch keeps the result in its folder of
-extensions (`TORCH_EXTENSIONS_DIR`). Who finds another process building waits for it, `WAIT_SECONDS` at most.
+extensions (`TORCH_EXTENSIONS_DIR`). Who finds another process building waits for it, `WAIT_SECONDS` at most, and builds
+itself where that one is gone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import logging
+import os
 import platform
 import threading
 import time
@@ -40,12 +43,20 @@ CFLAGS = [
     "-DAT_PER_OPERATOR_HEADERS",  # torch's headers without all of its operators, which take as long as the rest
 ]  # fmt: skip
 WAIT_SECONDS = 600.0  # for another process that builds
+OWNED = b"bem_peft"
+logger = logging.getLogger(__name__)
 # set by `build`: make_site(kind, module._parameters, packed, options), and run_site(site, module._parameters, x, y,
 # may_overwrite), the operator without the dispatcher, or None where that is needed or a master has changed
 make_site: Any = None
 run_site: Any = None
 _name_caller: Any = None  # name_caller(number, is_training), of the next training operator of this thread
 DTYPES = (torch.float32, torch.bfloat16)
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 class BuildError(RuntimeError):
@@ -66,11 +77,31 @@ def build() -> Any:
 
 
 class _Baton(FileBaton):
-    """torch's lock on a folder of extensions, which waits for ever where the process that took it was killed."""
+    """torch's lock on a folder of extensions, which waits for ever where the process that took it was killed.
+
+    This one's file is locked as well, by the system, for as long as its process lives; `OWNED` in it says so.
+    """
+
+    def try_acquire(self) -> bool:
+        try:
+            file = os.open(self.lock_file_path, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+        except FileExistsError:
+            return False
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.write(file, OWNED)
+        self.fd = file  # type: ignore[assignment]
+        return True
 
     def wait(self) -> None:
         end = time.monotonic() + WAIT_SECONDS
+        logger.warning(
+            "waiting for another process to build the C++ operators (%s), %g s at most", self.lock_file_path,
+            WAIT_SECONDS,
+        )  # fmt: skip
         while Path(self.lock_file_path).exists():
+            if self._remove_where_its_process_is_gone():
+                return
             if time.monotonic() > end:
                 raise BuildError(
                     f"waited {WAIT_SECONDS:g} s for another process to build the C++ operators: its lock "
@@ -78,6 +109,24 @@ class _Baton(FileBaton):
                     f"it did: delete that file and start again; or choose BEM_PEFT_KERNELS=torch."
                 )
             time.sleep(self.wait_seconds)
+
+    def _remove_where_its_process_is_gone(self) -> bool:
+        if fcntl is None:
+            return False
+        try:
+            file = os.open(self.lock_file_path, os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_dead = os.read(file, len(OWNED)) == OWNED
+            if is_dead and os.path.samestat(os.fstat(file), os.stat(self.lock_file_path)):
+                os.remove(self.lock_file_path)
+            return is_dead
+        except (BlockingIOError, FileNotFoundError):
+            return False
+        finally:
+            os.close(file)
 
 
 def _load(may_retry: bool = True) -> Any:

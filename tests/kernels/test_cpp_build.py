@@ -62,6 +62,25 @@ def test_a_lock_that_was_left_over_is_named_after_a_while(small_source: Path, mo
     assert cpp._load().one() == 1, "and then it builds"
 
 
+def test_a_process_that_was_killed_while_it_built_is_not_waited_for(small_source: Path) -> None:
+    lock = lock_file()
+    code = (
+        "import os, signal, sys; from bem_peft.kernels import cpp;"
+        f"assert cpp._Baton({str(lock)!r}).try_acquire(); print('taken', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "taken\n"
+    baton = cpp._Baton(str(lock))
+    assert not baton.try_acquire()
+    assert not baton._remove_where_its_process_is_gone(), "it builds still"
+    holder.kill()
+    holder.communicate()
+    assert lock.exists()
+    assert cpp._load().one() == 1
+    assert not lock.exists()
+
+
 def test_another_process_that_builds_is_waited_for(small_source: Path) -> None:
     """A lock that goes away, and what it left is loaded."""
     assert cpp._load().one() == 1
