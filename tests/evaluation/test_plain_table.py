@@ -113,3 +113,9 @@ def test_a_table_is_compared_on_the_command_line(tmp_path: Path, capsys: pytest.
     assert "| &lt;b&gt;mine&lt;/b&gt; | my\\|score | all | +0.5" in text
     assert "<b>" not in text
     assert "<b>" not in (out / "report.html").read_text()
+
+
+def test_a_head_that_is_no_utf8_is_told_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"s\xecystem,seed,item,metric,value\na,0,i,nll,1\n")
+    with pytest.raises(ValueError, match=r"t\.csv: .*no UTF-8"):
+        read_results([tmp_path / "t.csv"])

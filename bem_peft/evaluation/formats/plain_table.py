@@ -35,7 +35,10 @@ def read_plain_table(path: Path) -> list[SystemResult]:
         twice or
             is missing, or an item whose cluster or slice is not the same everywhere; with file and row.
     """
-    columns = _Columns(path)
+    try:
+        columns = _Columns(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: cannot be read as a table, it is no UTF-8 ({error}).") from None
     systems = []
     for system, name in enumerate(columns.names["system"]):
         scores, notes = {}, []
