@@ -106,9 +106,16 @@ class ComprehensiveEvaluator:
         return {m: PairedScores(mine[m], base[m]) for m in mine if m in base}
 
     def quality_objective(self) -> Objective | None:
-        """The metric that is traded against costs: the one asked for, or the first that every system has."""
+        """The metric that is traded against costs: the one asked for, or the first that every system has and under
+        which some item scores."""
         qualities, _ = shared_objectives(list(self.systems.values()))
-        return next((found for found in qualities if self.quality in (None, found.name)), None)
+        if self.quality is not None:
+            return next((found for found in qualities if found.name == self.quality), None)
+        for found in qualities:
+            scores = self._scores_of(found.name)
+            if scores is None or any(one.values.any() for one in scores):
+                return found
+        return next(iter(qualities), None)
 
     def objectives(self) -> list[Objective]:
         """One of quality, then the costs, that every system has a value of; several qualities would rank nobody."""

@@ -275,3 +275,20 @@ def test_margins_are_a_metrics_own(runs: dict[str, Path], tmp_path: Path, capsys
     ):
         assert main([*command, "--margin", given]) == 2
         assert text in capsys.readouterr().err
+
+
+def test_a_metric_that_gives_everybody_nothing_ranks_nobody(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = ["system,seed,item,metric,value"]
+    for system in ("a", "b"):
+        for seed in range(3):
+            for item in range(30):
+                rows.append(f"{system},{seed},i{item},a_zero,0")
+                rows.append(f"{system},{seed},i{item},score,{rng.normal():.6f}")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    report = ComprehensiveEvaluator(read_results([tmp_path / "t.csv"]), "a").report()
+    assert report.ranking is not None
+    assert report.objectives[0].name == "score"
+    asked = ComprehensiveEvaluator(read_results([tmp_path / "t.csv"]), "a", quality="a_zero").quality_objective()
+    assert asked is not None
+    assert asked.name == "a_zero", "who asks for it gets it"
