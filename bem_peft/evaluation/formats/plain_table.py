@@ -112,6 +112,8 @@ class _Columns:
     """
 
     def __init__(self, path: Path) -> None:
+        import pyarrow
+
         self.path = path
         self._coders: dict[str, _Coder] = {}
         self._items: dict[Any, Any] = {}
@@ -131,11 +133,13 @@ class _Columns:
                 self._check_filled(batch.column(name), name, start)
                 parts[name].append(self._numbers(batch.column(name), name, start))
             start += batch.num_rows
+            del batch
         if start == 0:
             raise ValueError(f"{path}: has no rows.")
-        self.codes = {name: np.concatenate(coder.parts) for name, coder in self._coders.items()}
+        pyarrow.default_memory_pool().release_unused()
+        self.codes = {name: _joined(coder.parts) for name, coder in self._coders.items()}
         self.names = {name: coder.names for name, coder in self._coders.items()}
-        self.seeds, self.values = np.concatenate(parts["seed"]), np.concatenate(parts["value"])
+        self.seeds, self.values = _joined(parts["seed"]), _joined(parts["value"])
         wrong = np.flatnonzero(~np.isfinite(self.values))
         if wrong.size:
             raise ValueError(f"{self.at(wrong[0])}: `value` is {self.values[wrong[0]]}: must be a finite number.")
@@ -186,12 +190,19 @@ class _Columns:
 
         kind = pyarrow.int64() if name == "seed" else pyarrow.float64()
         try:
-            found: np.ndarray = column.cast(kind).to_numpy()
+            found = np.array(column.cast(kind).to_numpy())  # a copy, so that the batch can be let go
         except pyarrow.ArrowInvalid:
             row, cell = next((i, v) for i, v in enumerate(column.to_pylist()) if not _is(v, kind))
             what = "a whole number" if name == "seed" else "a number"
             raise ValueError(f"{self.at(start + row)}: `{name}` is {cell!r}: must be {what}.") from None
         return found
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """One array of many, which are let go."""
+    found = np.concatenate(parts)
+    parts.clear()
+    return found
 
 
 class _Coder:
