@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -18,8 +19,17 @@ from bem_peft.experiments.sections import ModelSection
 from bem_peft.json_text import read_json
 
 
-def adapter_of(folder: Path) -> tuple[str, str, str | None]:
-    """(name, path of the adapter, path of its base or None) of the first seed in a folder of `run` or `evaluate`.
+class Scored(NamedTuple):
+    """A system of a folder of results. base, precision: None where its result does not say."""
+
+    name: str
+    adapter: str
+    base: str | None
+    precision: str | None
+
+
+def adapter_of(folder: Path) -> Scored:
+    """The system of the first seed in a folder of `run` or `evaluate`.
 
     Raises:
         ValueError: the folder holds no result, or its adapter is not there any more.
@@ -37,7 +47,7 @@ def adapter_of(folder: Path) -> tuple[str, str, str | None]:
     path = str(beside) if beside.is_dir() else settings.get("adapter")
     if not isinstance(path, str):
         raise ValueError(f"{beside} is not there: what `run` saved must stand beside its result.")
-    return name, path, settings.get("model", {}).get("path")
+    return Scored(name, path, settings.get("model", {}).get("path"), result.get("precision"))
 
 
 def profile_results(
@@ -45,7 +55,7 @@ def profile_results(
     anchor: str,
     *,
     base: str | None = None,
-    dtype: str = "auto",
+    dtype: str | None = None,
     device: str | None = None,
     prompt_tokens: int = 256,
     new_tokens: int = 64,
@@ -59,33 +69,39 @@ def profile_results(
 
     Args:
         base: of the base model; None: the one that the anchor's result names. device: None: a GPU where there is one.
+        dtype: of the base model; None: that in which the results were scored.
         prompt_tokens, new_tokens, batch: decoding is timed with a cache of prompt_tokens + new_tokens / 2.
         progress: wraps the rounds of a workload, as tqdm does; None: nothing is shown.
 
     Raises:
-        ValueError: no result of that name, two of one name, adapters of several base models, or sizes below 1.
+        ValueError: no result of that name, two of one name, adapters of several base models or precisions, or sizes
+            below 1.
     """
     if new_tokens < 1:
         raise ValueError(f"`new_tokens` = {new_tokens}: must be at least 1.")
     found = [adapter_of(folder) for folder in folders]
-    names = [name for name, _, _ in found]
+    names = [one.name for one in found]
     if anchor not in names or len(set(names)) != len(names):
         raise ValueError(f"`anchor` = {anchor!r}: must be one of {', '.join(names)}, which must all be different.")
     if len(names) < 2:
         raise ValueError(f"only {anchor!r} is given: give the folder of another system too.")
-    bases = {path for _, _, path in found}
+    bases = {one.base for one in found}
     if base is None and (len(bases) != 1 or None in bases):
         raise ValueError(f"the adapters stand on {sorted(map(str, bases))}: give `base`, one model for all of them.")
     base = base if base is not None else next(path for path in bases if path is not None)
-    model = load_model(ModelSection(base, dtype))
+    precisions = sorted({one.precision for one in found if one.precision is not None})
+    if dtype is None and len(precisions) > 1:
+        raise ValueError(f"the adapters were scored in {', '.join(precisions)}: give `dtype`, one for all of them.")
+    model = load_model(ModelSection(base, dtype or next(iter(precisions), "auto")))
     place = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     model = model.to(place)
     adapted = {
-        name: PeftModel.from_pretrained(copy_around_weights(model), path, is_trainable=True) for name, path, _ in found
+        one.name: PeftModel.from_pretrained(copy_around_weights(model), one.adapter, is_trainable=True) for one in found
     }
     settings = {
         "base": base, "dtype": str(model.dtype), "device": place, "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens, "batch": batch, "rounds": rounds, "adapters": {name: path for name, path, _ in found},
+        "new_tokens": new_tokens, "batch": batch, "rounds": rounds,
+        "adapters": {one.name: one.adapter for one in found},
     }  # fmt: skip
     lengths = {"prefill": prompt_tokens, "decode": prompt_tokens + new_tokens // 2, "train_step": prompt_tokens}
     unknown = [kind for kind in kinds if kind not in lengths]

@@ -403,12 +403,19 @@ def test_generated_answers_are_scored_and_compared(folder: Path, capsys: pytest.
     assert report["objectives"][0]["name"] == "chrf"
     profiled = ["--rounds", "5", "--prompt-tokens", "8", "--new-tokens", "4", "--device", "cpu"]
     out = str(folder / "profile.json")
+    for path in folder.glob("*/seed-0/result.json"):  # times are of the precision that was scored, not the checkpoint's
+        path.write_text(path.read_text().replace('"precision": "float32"', '"precision": "bfloat16"'))
     kinds = ["--kinds", "prefill", "decode", "train_step"]
     assert main(["profile", *compared, "--anchor", "tiny", *profiled, *kinds, "--out", out]) == 0
     assert "requests/min" in capsys.readouterr().out
     assert main(["compare", *compared, "--anchor", "tiny", "--out", str(folder / "out"), "--profile", out]) == 0
     report = json.loads((folder / "out/report.json").read_text())
     assert {profile["system"] for profile in report["profiles"]["profiles"]} == {"base", "tiny", "again"}
+    assert json.loads(Path(out).read_text())["provenance"]["settings"]["dtype"] == "torch.bfloat16"
+    path = folder / "again/seed-0/result.json"
+    path.write_text(path.read_text().replace('"precision": "bfloat16"', '"precision": "float32"'))
+    assert main(["profile", *compared, "--anchor", "tiny", *profiled, "--out", out]) == 2
+    assert "were scored in bfloat16, float32: give `dtype`" in capsys.readouterr().err
     assert {"prefill_ms", "decode_ms", "train_step_ms"} <= {o["name"] for o in report["objectives"]}
     assert main(["profile", compared[0], "--anchor", "tiny", *profiled, "--out", out]) == 2
     assert "give the folder of another system" in capsys.readouterr().err
