@@ -79,6 +79,10 @@ def profile_results(
     """
     if new_tokens < 1:
         raise ValueError(f"`new_tokens` = {new_tokens}: must be at least 1.")
+    lengths = {"prefill": prompt_tokens, "decode": prompt_tokens + new_tokens // 2, "train_step": prompt_tokens}
+    unknown = [kind for kind in kinds if kind not in lengths]
+    if unknown or not kinds:
+        raise ValueError(f"`kinds` = {list(kinds)}: must be of {', '.join(lengths)}.")
     found = [adapter_of(folder) for folder in folders]
     names = [one.name for one in found]
     if anchor not in names or len(set(names)) != len(names):
@@ -103,10 +107,6 @@ def profile_results(
         "new_tokens": new_tokens, "batch": batch, "rounds": rounds,
         "adapters": {one.name: one.adapter for one in found},
     }  # fmt: skip
-    lengths = {"prefill": prompt_tokens, "decode": prompt_tokens + new_tokens // 2, "train_step": prompt_tokens}
-    unknown = [kind for kind in kinds if kind not in lengths]
-    if unknown or not kinds:
-        raise ValueError(f"`kinds` = {list(kinds)}: must be of {', '.join(lengths)}.")
     profiler = PerformanceProfiler(
         model, adapted[anchor], {name: m for name, m in adapted.items() if name != anchor}, rounds=rounds,
         tolerance_ratio=tolerance_ratio, progress=progress,
