@@ -30,7 +30,7 @@ PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class LoraExportReport:
-    """What was written, and what it loses.
+    """What was written, and what it loses. ranks: of each site, before it is filled up.
 
     relative_error: |update - exported| / |update| over the calibration's real tokens, a gated site.
     logits: the whole model with the exported LoRA against the adapter itself, on the calibration; None without one, or
@@ -49,6 +49,8 @@ def export_lora(
     save_directory: str | os.PathLike[str],
     adapter_name: str = "default",
     calibration: Iterable[dict[str, Any]] | None = None,
+    *,
+    uniform_rank: bool = True,
 ) -> LoraExportReport:
     """Write `adapter_name` as a LoRA adapter (adapter_config.json, adapter_model.safetensors).
 
@@ -56,6 +58,9 @@ def export_lora(
         model: a model with adapters of bem_peft.
         calibration: keyword arguments of calls, e.g. tokenised batches; gated methods need them. Padding, as their
             `attention_mask` tells it, changes nothing.
+        uniform_rank: fill every site up with zeros to the largest rank. Some runtimes (llama.cpp) divide one alpha by
+            each site's own rank, and would scale a site of another rank wrongly; False: ranks as they are, with PEFT's
+            `rank_pattern` and `alpha_pattern`.
 
     Returns:
         ranks, exactness and, with `calibration`, the error of gated sites and of the model's logits.
@@ -93,13 +98,16 @@ def export_lora(
         for layer, own in layers.values()
     }
     errors, logits = measure(model, adapter_name, {a: factors[a] for a in gated}, stacked, batches)
-    tensors, ranks = {}, {}
+    ranks = {name: stacked[layer][0].shape[0] for name, (layer, _) in layers.items()}
+    tensors, written = {}, {}
     for name, (layer, _) in layers.items():
         a, b = stacked[layer]
+        missing = max(ranks.values()) - ranks[name] if uniform_rank else 0
+        a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.contiguous().cpu()
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.contiguous().cpu()
-        ranks[name] = a.shape[0]
-    _write(model, save_directory, adapter_name, tensors, ranks, layers)
+        written[name] = a.shape[0]
+    _write(model, save_directory, adapter_name, tensors, written, layers)
     return LoraExportReport(os.fspath(save_directory), ranks, not gated, errors, logits)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -205,6 +206,26 @@ def test_a_composite_is_exported_as_the_sum_of_its_parts(tmp_path: Path) -> None
     lost = (exported - logits(model, **batch)).abs().max()
     assert report.logits is not None
     assert report.logits.largest_difference == pytest.approx(float(lost), rel=1e-3)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_sites_of_different_ranks_are_filled_up_to_one(uniform: bool, tmp_path: Path) -> None:
+    """A runtime that reads one alpha and divides it by each tensor's rank (llama.cpp) gives a scale of 1 everywhere."""
+    config = KroneckerConfig(
+        u_rank=2, v_rank=2, target_modules=["o_proj", "down_proj"], task_type="CAUSAL_LM",
+        rank_pattern={"o_proj": {"u_rank": 4, "v_rank": 2}},
+    )  # fmt: skip
+    model = get_peft_model(build("llama"), config).eval()
+    randomize(model)
+    report = export_lora(model, tmp_path, uniform_rank=uniform)
+    assert set(report.ranks.values()) == {4, 8}
+    about = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    scales = {about["lora_alpha"] / tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name}
+    assert scales == ({1.0} if uniform else {1.0, 2.0})
+    assert bool(about["rank_pattern"]) is not uniform
+    expected = logits(model, input_ids=tokens(batch=2))
+    torch.testing.assert_close(logits(loaded("llama", tmp_path), input_ids=tokens(batch=2)), expected)
 
 
 def test_the_model_is_as_it_was(tmp_path: Path) -> None:
