@@ -91,6 +91,7 @@ class MethodCost:
         self.counts = {names[0]: len(names) for names in kinds.values()}
         self.heads = {name: heads[name] for name in self.counts}
         self.modules = {name: copy.deepcopy(base.get_submodule(name).get_base_layer()) for name in self.counts}
+        self._base: dict[tuple[str, bool], int] = {}  # FLOPs of a site without its adapter, which has no sizes
 
     def __call__(self, config: PeftConfig) -> dict[str, float]:
         """Raises ValueError where the sizes do not fit a site."""
@@ -121,25 +122,26 @@ class MethodCost:
             return 0, 0.0
         layer = adapted.base_model.model.site
         try:
-            return params, _flops_per_token(layer, site.width, is_training=True)
+            return params, self._flops_per_token(name, layer, site.width, is_training=True)
         except DECIDES_BY_VALUES:  # LoKr's module dropout, in training only
-            return params, _flops_per_token(layer, site.width, is_training=False)
+            return params, self._flops_per_token(name, layer, site.width, is_training=False)
 
+    def _flops_per_token(self, name: str, layer: nn.Module, width: int, is_training: bool) -> float:
+        """Forward and backward of the adapter on one adapted layer of input `width`."""
 
-def _flops_per_token(layer: nn.Module, width: int, is_training: bool) -> float:
-    """Forward and backward of the adapter on one adapted layer of input `width`."""
+        def count() -> int:
+            run = FakeRun(layer)
+            with run.mode:
+                x = torch.empty(1, TOKENS, width, device="cpu", requires_grad=True)
+            forward, backward, _ = count_passes(lambda: run.call(x), [*run.trainable, x], run.mode)
+            return forward + backward
 
-    def count() -> int:
-        run = FakeRun(layer)
-        with run.mode:
-            x = torch.empty(1, TOKENS, width, device="cpu", requires_grad=True)
-        forward, backward, _ = count_passes(lambda: run.call(x), [*run.trainable, x], run.mode)
-        return forward + backward
-
-    with mode_of(layer, is_training):
-        whole = count()
-        with adapters_off(layer), trained_numbers(layer):
-            return (whole - count()) / TOKENS
+        with mode_of(layer, is_training):
+            whole = count()
+            if (name, is_training) not in self._base:
+                with adapters_off(layer), trained_numbers(layer):
+                    self._base[name, is_training] = count()
+            return (whole - self._base[name, is_training]) / TOKENS
 
 
 class _Site(nn.Module):
