@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # set by CI: number of parallel test processes
 WORKERS ?= 2
 
-.PHONY: demo test lint fuzz peft-suite versions newest lock overhead clean
+.PHONY: demo test coverage lint fuzz peft-suite versions newest lock overhead clean
 
 # every version that is installed, also of what builds a package, stands in requirements.lock (`make lock`)
 export PIP_CONSTRAINT := $(CURDIR)/requirements.lock
@@ -44,6 +44,10 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 test: lint
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+# the tests again, with the lines that they reach: twice the time
+coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term
 
 # a minute of broken files for every reader
