@@ -42,6 +42,7 @@ EVERYWHERE = {
     "kept",
     "upstream",
     "whole_file",
+    "yaml_text",
 }  # which import nothing of the package
 
 

@@ -19,7 +19,6 @@ from torch import nn
 from bem_peft.budget.check import adapted_copy
 from bem_peft.budget.fake_run import FakeRun, adapters_off, mode_of
 from bem_peft.budget.flops import DECIDES_BY_VALUES, count_passes, trained_numbers
-from bem_peft.tuners.base.layer import projection_shape
 
 MATCHED = ("params", "flops")
 TOKENS = 16
@@ -49,7 +48,7 @@ class ModelCost:
     @property
     def widths(self) -> list[list[int]]:
         """The input widths of the sites of each method, each kind of site once."""
-        return [[projection_shape(module)[0] for module in part.modules.values()] for part in self.parts]
+        return [[_width(module) for module in part.modules.values()] for part in self.parts]
 
     def try_sizes(self, config: PeftConfig) -> dict[str, float] | None:
         """As a call, or None where the sizes do not fit a site."""
@@ -144,13 +143,17 @@ class MethodCost:
             return (whole - self._base[name, is_training]) / TOKENS
 
 
+def _width(module: nn.Module) -> int:
+    return int(getattr(module, "in_features", 0) or module.weight.shape[0])  # type: ignore[index]
+
+
 class _Site(nn.Module):
     """A model of one projection."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.site = module
-        self.width = int(getattr(module, "in_features", 0) or module.weight.shape[0])  # type: ignore[index]
+        self.width = _width(module)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.site(x)
