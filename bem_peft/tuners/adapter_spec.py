@@ -21,6 +21,7 @@ import yaml
 from peft import PeftConfig
 
 from bem_peft.tuners.base import registry
+from bem_peft.tuners.base.adapter_config import default_of
 from bem_peft.yaml_text import parse_yaml
 
 # a comma that parts fields: outside of brackets and quotes
@@ -75,10 +76,9 @@ def adapter_text(config: PeftConfig) -> str:
 def _values(config: PeftConfig) -> dict[str, Any]:
     kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
     found: dict[str, Any] = {"method": kind.removeprefix("bem_")}
-    plain = type(config)()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.init and field.name not in ABOUT_THE_FILE and value != getattr(plain, field.name):
+        if field.init and field.name not in ABOUT_THE_FILE and value != default_of(config, field.name):
             found[field.name] = _jsonable(value)
     return found
 
@@ -94,7 +94,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def _written(value: Any) -> str:
-    is_plain = isinstance(value, str) and not re.search(r"""[,\[\]{}()"'+\s]""", value)
+    is_plain = isinstance(value, str) and _fields(value) == [value] and _value(value.strip(), value) == value
     return str(value) if is_plain else json.dumps(value, ensure_ascii=False)
 
 

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, PeftConfig
+from peft import AdaLoraConfig, LoraConfig, PeftConfig
 from transformers import LlamaConfig
 
 from bem_peft import (
@@ -67,6 +67,8 @@ def test_what_is_wrong_is_named(folder: str, config: str, message: str, capsys: 
             "composite:methods=[{method: head_gating, total_rank: 12}, {method: film}]",
             CompositeConfig([HeadGroupGatingConfig(total_rank=12), ResidualFiLMConfig()]),
         ),
+        ("adalora:total_step=9,init_r=4", AdaLoraConfig(total_step=9, init_r=4)),
+        ('lora:exclude_modules="none"', LoraConfig(exclude_modules="none")),
         ("rank_mask:layers_to_transform=[0,1]", DynamicRankMaskConfig(layers_to_transform=[0, 1])),
     ],
 )
