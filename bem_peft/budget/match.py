@@ -7,10 +7,10 @@ free sizes this is done on the last, for each choice of the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import PeftConfig
@@ -18,10 +18,9 @@ from torch import nn
 
 from bem_peft.budget.check import check_positive
 from bem_peft.budget.site_cost import MATCHED, ModelCost
+from bem_peft.budget.sizes import Sizes, sizes_of
 
 FIRST = 256  # a size that fits no site from 1 to here fits none
-# what PEFT calls the size of its own methods
-PEFT_SIZES = {"LORA": ("r",), "LOKR": ("r",), "LOHA": ("r",), "ADALORA": ("init_r",), "VERA": ("r",)}
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def match_budget(
         if not isinstance(given, PeftConfig):
             raise TypeError(f"`{name}` = {given!r}: must be a PeftConfig, as LoraConfig(r=8).")
     check_positive("tolerance_ratio", tolerance_ratio)
-    sizes = _sizes_of(config, free, limit)
+    sizes = sizes_of(config, free, limit)
     if not match or set(match) - set(MATCHED):
         raise ValueError(f"`match` = {list(match)}: must be a choice of {', '.join(MATCHED)}.")
     with torch.device("meta"):
@@ -120,7 +119,7 @@ def match_budget(
     best = search.best()
     if free is None and (best is None or best[1].worst > tolerance_ratio):
         for name, value in _further(config, cost):
-            wider = _Search(_Sizes(config, (name, *sizes.names), {name: [value]}, limit), cost, goal)
+            wider = _Search(Sizes(config, (name, *sizes.names), {name: [value]}, limit), cost, goal)
             found = wider.best()
             if found is not None and (best is None or found[1].worst < best[1].worst):
                 best, search = found, wider
@@ -152,97 +151,6 @@ def _further(config: PeftConfig, cost: ModelCost) -> list[tuple[str, int]]:
     return [(name, value) for name, values in found.items() for value in values]
 
 
-def _free_names(config: PeftConfig, free: Iterable[str] | None) -> tuple[str, ...]:
-    if free is None:
-        own = getattr(config, "size_fields", None) or PEFT_SIZES.get(str(getattr(config.peft_type, "value", "")))
-        if own is None:
-            raise ValueError(f"`free`: {type(config).__name__} names no sizes of its own; give the fields to search.")
-        return tuple(own)
-    names = tuple(free)
-    own = getattr(config, "size_fields", None) or ()
-    unknown = [name for name in names if name not in own and not hasattr(config, name)]
-    if unknown or not names:
-        raise ValueError(f"`free` = {list(names)}: {type(config).__name__} has no field {unknown}.")
-    return names
-
-
-def _sizes_of(
-    config: PeftConfig, free: Sequence[str] | Mapping[str, Sequence[int] | None] | None, limit: int
-) -> _Sizes:
-    choices = {name: sorted(values) for name, values in free.items() if values} if isinstance(free, Mapping) else {}
-    names = sorted(_free_names(config, free), key=lambda name: name not in choices)
-    return _Sizes(config, tuple(names), choices, limit)  # the given choices first: along them nothing needs to grow
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """The values of `names` in `config`: one of `choices`, or 1 to `limit`, where the config accepts them."""
-
-    config: PeftConfig
-    names: tuple[str, ...]
-    choices: Mapping[str, Sequence[int]]
-    limit: int
-    _accepted: dict[Any, _Accepted] = field(default_factory=dict)
-
-    def config_with(self, values: Sequence[int]) -> PeftConfig | None:
-        """The config with these values of the first names, or None where it refuses them."""
-        sizes = dict(zip(self.names, values, strict=False))
-        change = getattr(self.config, "with_sizes", None)  # a config may have sizes that follow another one
-        try:
-            return replace(self.config, **sizes) if change is None else change(**sizes)
-        except ValueError:
-            return None
-
-    def accepted(self, outer: tuple[int, ...]) -> _Accepted:
-        """Values of the name after `outer` that the config accepts; of several methods' sizes, "0.r" and "1.r", each
-        method's own decide."""
-        name = self.names[len(outer)]
-        whose = name.partition(".")[0] if "." in name else None
-        key = name, tuple(v for n, v in zip(self.names, outer, strict=False) if whose in (None, n.partition(".")[0]))
-        if key not in self._accepted:
-            values = self.choices.get(name) or range(1, self.limit + 1)
-            self._accepted[key] = _Accepted(v for v in values if self.config_with((*outer, v)) is not None)
-        return self._accepted[key]
-
-    def first(self, outer: tuple[int, ...]) -> tuple[int, ...]:
-        """`outer` and the smallest accepted values of the other names; `outer` alone where there are none."""
-        while len(outer) < len(self.names):
-            value = self.accepted(outer).get(0)
-            if value is None:
-                break
-            outer = (*outer, value)
-        return outer
-
-    def smallest(self) -> PeftConfig:
-        """The config with the smallest sizes that it accepts."""
-        values = self.first(())
-        found = self.config_with(values)
-        if found is None or len(values) < len(self.names):
-            raise ValueError(
-                f"{type(self.config).__name__} accepts no value of {self.names[len(values)]} up to {self.limit}."
-            )
-        return found
-
-
-class _Accepted:
-    """Values that are found as they are asked for: a config is made for each, and most lie far beyond the anchor."""
-
-    def __init__(self, values: Iterator[int]) -> None:
-        self._found: list[int] = []
-        self._rest = values
-
-    def get(self, i: int) -> int | None:
-        """The value at `i`, or None where there are not so many."""
-        self._found += islice(self._rest, max(0, i + 1 - len(self._found)))
-        return self._found[i] if i < len(self._found) else None
-
-    def __iter__(self) -> Iterator[int]:
-        i = 0
-        while (value := self.get(i)) is not None:
-            yield value
-            i += 1
-
-
 class _Deviation(NamedTuple):
     """How far a cost is from the goal's, each quantity as measured / goal - 1, and the largest of them either way."""
 
@@ -258,7 +166,7 @@ class _Deviation(NamedTuple):
 class _Search:
     """Looks for the sizes nearest to `goal`; `tried`: how far each is from it, None where it does not fit the sites."""
 
-    def __init__(self, sizes: _Sizes, cost: ModelCost, goal: Mapping[str, float]) -> None:
+    def __init__(self, sizes: Sizes, cost: ModelCost, goal: Mapping[str, float]) -> None:
         self.sizes, self.cost, self.goal = sizes, cost, goal
         self.tried: dict[tuple[int, ...], _Deviation | None] = {}
 

@@ -77,14 +77,13 @@ def encode(item: Item, tokenizer: PreTrainedTokenizerBase, is_seq2seq: bool) -> 
     Raises:
         ValueError: a completion of no tokens, or for a causal model a prompt of none.
     """
+    prompt = tokens_of_prompt(item.prompt, tokenizer, is_seq2seq)
     if is_seq2seq:
-        prompt = tokens_of_prompt(item.prompt, tokenizer, is_seq2seq)
         labels = list(tokenizer(text_target=item.completion)["input_ids"])
         plain = labels
         found = {"input_ids": prompt, "attention_mask": [1] * len(prompt), "labels": labels}
         length = max(len(prompt), len(labels))
     else:
-        prompt = tokens_of_prompt(item.prompt, tokenizer, is_seq2seq)
         if not prompt:
             raise ValueError(
                 f"item {item.id!r}: its prompt {item.prompt!r} has no tokens, so that nothing predicts the first token "

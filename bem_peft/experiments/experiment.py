@@ -230,25 +230,22 @@ def check_evaluation(evaluation: EvaluationSection, where: str, problems: list[s
         problems.append(
             f"{where}retain = {evaluation.retain!r}: must be a .txt, or a file of records (jsonl, csv, ...)"
         )
-    else:
-        _check_retain_text(evaluation, where, problems)
+    elif evaluation.retain is not None and not evaluation.retain.endswith(".txt"):
+        _check_retain_text(evaluation, evaluation.retain, where, problems)
     if evaluation.stop == "":
         problems.append(f"{where}stop = '': must be some text, or null for none")
 
 
-def _check_retain_text(evaluation: EvaluationSection, where: str, problems: list[str]) -> None:
-    if evaluation.retain is None or evaluation.retain.endswith(".txt"):
-        return
+def _check_retain_text(evaluation: EvaluationSection, source: str, where: str, problems: list[str]) -> None:
     try:
-        columns = columns_of(evaluation.retain)
+        columns = columns_of(source)
         missing = Template(evaluation.retain_text, f"{where}retain_text").missing(columns)
     except (ValueError, OSError) as error:
-        problems.append(f"{where}retain = {evaluation.retain!r}: {error}")
+        problems.append(f"{where}retain = {source!r}: {error}")
         return
     if missing:
         problems.append(
-            f"{where}retain_text = {evaluation.retain_text!r}: {evaluation.retain} has no column {missing}; it has "
-            f"{columns}"
+            f"{where}retain_text = {evaluation.retain_text!r}: {source} has no column {missing}; it has {columns}"
         )
 
 

@@ -99,14 +99,14 @@ def export_lora(
     }
     errors, logits = measure(model, adapter_name, {a: factors[a] for a in gated}, stacked, batches)
     ranks = {name: stacked[layer][0].shape[0] for name, (layer, _) in layers.items()}
-    tensors, written = {}, {}
+    written = dict.fromkeys(ranks, max(ranks.values())) if uniform_rank else ranks
+    tensors = {}
     for name, (layer, _) in layers.items():
         a, b = stacked[layer]
-        missing = max(ranks.values()) - ranks[name] if uniform_rank else 0
+        missing = written[name] - ranks[name]
         a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.contiguous().cpu()
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.contiguous().cpu()
-        written[name] = a.shape[0]
     _write(model, save_directory, adapter_name, tensors, written, layers)
     return LoraExportReport(os.fspath(save_directory), ranks, not gated, errors, logits)
 
