@@ -142,7 +142,7 @@ def _pack_film(adapter: _FiLM, dtype: torch.dtype) -> Weights:
 
 def _train_film(adapter: _FiLM, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The operator judges its output itself, and sets `unstable`."""
-    unstable = torch.zeros((), dtype=torch.bool) if adapter.is_watching_output() else None
+    unstable = torch.zeros((), dtype=torch.bool, device=y.device) if adapter.is_watching_output() else None
     bounds = adapter.scaling, adapter.clamp_range, adapter.max_beta, adapter.is_rms
     out: torch.Tensor = cpp.build().film_train(
         x, y, *adapter.held_masters(), *bounds, unstable, adapter.explosion_threshold

@@ -136,15 +136,15 @@ class PenaltyCall:
     def factor_for(self, node: object, owner: object) -> torch.Tensor:
         """a w for one carrier in the backward pass; 0 for a parameter's penalty that another layer call has carried."""
         if owner is not None and self.owners.setdefault(owner, node) is not node:
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")  # numbers of no dimension go with tensors of any device
         if self.factor is None:
             self.factor = self._settle()
         return self.factor
 
     def _settle(self) -> torch.Tensor:
         if self.loss_gradient is None:
-            return torch.tensor(self.loop.factor(self.in_float16))
-        share = torch.ones(()) if self.step_share is None else self.step_share
+            return torch.tensor(self.loop.factor(self.in_float16), device="cpu")
+        share = torch.ones((), device="cpu") if self.step_share is None else self.step_share
         return self.loss_gradient * share.to(self.loss_gradient.device)
 
 

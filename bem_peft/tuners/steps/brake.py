@@ -35,7 +35,8 @@ class Braked(Watched):
     def set_brake(self, is_guarded: bool, explosion_threshold: float) -> None:
         """For `__init__`. explosion_threshold: the largest |output| that still counts as sound."""
         self.is_guarded, self.explosion_threshold = is_guarded, explosion_threshold
-        self.is_unstable = torch.zeros((), dtype=torch.bool)  # a gradient that is held now is of an unsound output
+        # a gradient that is held now is of an unsound output; on the CPU also where a model is made on another device
+        self.is_unstable = torch.zeros((), dtype=torch.bool, device="cpu")
         self.is_reverting = False  # the step that is taken now is undone
         self.last_good: dict[str, torch.Tensor] = {}
         self.emergency_count = 0
