@@ -37,7 +37,7 @@ def test_a_size_search_counts_the_same_with_the_cpp_forms(method: str) -> None:
 @pytest.mark.parametrize("form", ["torch", "cpp"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_step_under_another_default_device(method: str, form: str) -> None:
-    """Meta stands for a GPU: a tensor that forgets its device would end there, and an error or a wrong gradient come."""
+    """Meta stands for a GPU: a tensor that forgets its device ends there, with an error or a wrong gradient."""
     use_kernels(form)
     gradients = []
     for device in ("cpu", "meta"):
