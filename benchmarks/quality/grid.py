@@ -1,0 +1,88 @@
+"""The grid of grid.yaml, and what of it is still to be run, given the runs that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+GRID: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("grid.yaml").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """One training: a system on a task, at the rate base * 2^(k/2), with a seed."""
+
+    task: str
+    system: str
+    k: int
+    seed: int
+
+    @property
+    def is_search(self) -> bool:
+        """Scored on Slice-A; else on Slice-B."""
+        return self.seed == GRID["search"]["seed"]
+
+    @property
+    def rate(self) -> float:
+        return float(GRID["base_rate"] * 2 ** (self.k / 2))
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.system}/k{self.k:+d}-seed{self.seed}"
+
+
+Losses = Mapping[Run, float]  # of the runs that are there; infinite where one diverged
+
+
+def systems_of(task: str) -> list[str]:
+    return [name for name, system in GRID["systems"].items() if task in system.get("tasks", list(GRID["tasks"]))]
+
+
+def searched(losses: Losses, task: str, system: str) -> dict[int, float]:
+    """k -> loss on Slice-A."""
+    return {run.k: loss for run, loss in losses.items() if (run.task, run.system) == (task, system) and run.is_search}
+
+
+def next_rates(losses: Losses, task: str, system: str) -> list[int]:
+    """The ks to be tried now; none where the search has ended."""
+    search = GRID["search"]
+    found = searched(losses, task, system)
+    first: Sequence[int] = GRID["systems"][system].get("first", search["first"])
+    missing = [k for k in first if k not in found]
+    if missing:
+        return missing
+    best = min(found, key=lambda k: (found[k], k))
+    if found[best] == inf:
+        return [min(found) - 1] if min(found) > search["lowest"] else []
+    if best == min(found) and best > search["lowest"]:
+        return [best - 1]
+    if best == max(found) and best < search["highest"]:
+        return [best + 1]
+    return []
+
+
+def best_rate(losses: Losses, task: str, system: str) -> int | None:
+    """The k that the search has chosen, or None before its end."""
+    if next_rates(losses, task, system):
+        return None
+    found = searched(losses, task, system)
+    return min(found, key=lambda k: (found[k], k))
+
+
+def wanted_runs(losses: Losses, tasks: Sequence[str]) -> Iterator[Run]:
+    """What is to be run now, searches first; runs whose rate is not known yet come once it is."""
+    for task in tasks:
+        for system in systems_of(task):
+            for k in next_rates(losses, task, system):
+                yield Run(task, system, k, GRID["search"]["seed"])
+    for task in tasks:
+        for seed in GRID["seeds"]:
+            for system in systems_of(task):
+                best = best_rate(losses, task, system)
+                if best is not None and Run(task, system, best, seed) not in losses:
+                    yield Run(task, system, best, seed)

@@ -1,0 +1,231 @@
+"""Run the quality study, from where it stands.
+
+    python benchmarks/quality/study.py CHECKPOINT [--minutes 150] [--jobs 2] [--tasks verses records definitions]
+    python benchmarks/quality/study.py CHECKPOINT --list
+
+CHECKPOINT is a folder of SmolLM2-135M-Instruct (examples/smollm2.py makes it). What is to be run stands in grid.yaml;
+a run that has its file in results/ is not run again, so that the study goes on wherever it was stopped, on any machine.
+Each job is a process of one thread, and two of them on two cores do more than one on both.
+
+results/TASK/SYSTEM/kK-seedS.json.gz: losses and predictions item by item, metrics, sizes, settings, versions, date,
+device and commit. A search's run is scored on Slice-A; a run of the five seeds on Slice-B, which nothing else reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gzip
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from grid import GRID, Losses, Run, wanted_runs
+from results_table import clean_commit, device_name
+from splits import DATA, Sizes, assign_slices, read_items
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+VERSES = HERE.parents[1] / "examples" / "data" / "archaic_modern.jsonl.gz"
+
+
+def items_of(task: str) -> list[dict[str, Any]]:
+    """The task's items, each with `id` and `slice`."""
+    if task != "verses":
+        return read_items(DATA / f"{task}.jsonl.gz")
+    verses = [{"id": v["ref"], "group": v["ref"].rpartition(":")[0], **v} for v in read_items(VERSES)]
+    return assign_slices(verses, Sizes(**GRID["slices"]))
+
+
+def write_slices(task: str, folder: Path) -> None:
+    for name in ("train", "A", "B"):
+        lines = [json.dumps(item, ensure_ascii=False) for item in items_of(task) if item["slice"] == name]
+        (folder / f"{task}-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def result_path(run: Run) -> Path:
+    return RESULTS / f"{run.name}.json.gz"
+
+
+def losses() -> Losses:
+    """Of every run that has its file."""
+    found = {}
+    for path in sorted(RESULTS.glob("*/*/k*-seed*.json.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            document = json.load(file)
+        run = Run(**{name: document[name] for name in ("task", "system", "k", "seed")})
+        loss = document["metrics"]["loss"]
+        found[run] = math.inf if loss is None else float(loss)
+    return found
+
+
+def experiment_of(run: Run, checkpoint: str, slices: Path, out: Path) -> dict[str, Any]:
+    """The run as an experiment's document: its training, and the loss on its slice."""
+    task, system = GRID["tasks"][run.task], GRID["systems"][run.system]
+    evaluation: dict[str, Any] = {"metrics": ["nll"]}
+    if not run.is_search:
+        evaluation["retain"] = str(DATA / "general.jsonl")
+    return {
+        "name": run.system,
+        "model": {"path": checkpoint, "dtype": GRID["dtype"]},
+        "adapter": {**system["config"], "task_type": "CAUSAL_LM"},
+        "data": {
+            "train": str(slices / f"{run.task}-train.jsonl"),
+            "eval": str(slices / f"{run.task}-{'A' if run.is_search else 'B'}.jsonl"),
+            "prompt": task["prompt"], "completion": task["completion"], "id": "{id}", "max_tokens": 256,
+        },
+        "evaluation": evaluation,
+        "training": {
+            "max_steps": GRID["steps"], "per_device_train_batch_size": GRID["batch"], "learning_rate": run.rate,
+            "warmup_steps": GRID["warmup_steps"], "lr_scheduler_type": "cosine",
+            "train_sampling_strategy": "group_by_length", "per_device_eval_batch_size": 16, "use_cpu": True,
+            "save_strategy": "no", "logging_steps": 8, "disable_tqdm": True,
+            **system.get("training", {}),
+        },
+        "seeds": [run.seed],
+        "output_dir": str(out),
+    }  # fmt: skip
+
+
+def perform(run: Run, checkpoint: str, slices: Path, commit: str) -> None:
+    """Train, score, and write the run's file."""
+    from bem_peft.experiments.evaluate import evaluate_adapter
+    from bem_peft.experiments.experiment import ExperimentError, check_experiment
+    from bem_peft.experiments.fields import Problems
+    from bem_peft.experiments.run import run_experiment
+    from bem_peft.experiments.sections import DataSection, EvaluationSection
+
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name)
+        document = experiment_of(run, checkpoint, slices, out)
+        problems = Problems()
+        experiment = check_experiment(document, problems)
+        if experiment is None:
+            raise ExperimentError(run.name, problems)
+        result = run_experiment(experiment, report=lambda line: print(f"{run.name}: {line}", flush=True))[0]
+        folder = out / f"seed-{run.seed}"
+        items = read_lines(folder / "items.jsonl")
+        metrics, retained = dict(result["metrics"]), None
+        if not run.is_search:
+            task = GRID["tasks"][run.task]
+            retained = [
+                {k: line[k] for k in ("nll", "base_nll", "tokens")} for line in read_lines(folder / "retain.jsonl")
+            ]
+            generated = evaluate_adapter(
+                str(folder / "adapter"), DataSection(**{**document["data"], "eval_items": task["generated"]}),
+                out / "generated", name=run.system, seed=run.seed, dtype=GRID["dtype"], batch=30,
+                evaluation=EvaluationSection(["nll", *task["metrics"]], task["max_new_tokens"], stop="\n"),
+            )  # fmt: skip
+            metrics |= {name: generated["metrics"][name] for name in task["metrics"]}
+            texts = {i["id"]: i for i in read_lines(out / "generated" / f"seed-{run.seed}" / "items.jsonl")}
+            for item in items:
+                item |= {k: texts[item["id"]][k] for k in ("prediction", "reference")} if item["id"] in texts else {}
+    kept = ("id", "nll", "tokens", "prediction", "reference")
+    record = {
+        "task": run.task, "system": run.system, "k": run.k, "seed": run.seed, "learning_rate": run.rate,
+        "slice": "A" if run.is_search else "B", "metrics": finite(metrics), "parameters": result["parameters"],
+        "curve": finite(result["curve"]), "training_seconds": round(result["training_seconds"], 1),
+        "seconds": round(time.monotonic() - start, 1), "items": [{k: finite(i[k]) for k in kept if k in i} for i in items],
+        "retained": retained, "grid": GRID["systems"][run.system], "provenance": result["provenance"]["versions"],
+        "kernels": os.environ.get("BEM_PEFT_KERNELS", "auto"),
+        "date": datetime.date.today().isoformat(), "device": device_name(), "commit": commit,
+    }  # fmt: skip
+    path = result_path(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
+        file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+    part.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """Numbers that JSON does not have (of a run that diverged) as null, at any depth."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def claim(run: Run, work: Path) -> bool:
+    """Whether this process takes the run; one whose taker is gone may be taken again."""
+    path = work / (run.name.replace("/", "__") + ".claim")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(str(os.getpid()))
+        return True
+    except FileExistsError:
+        owner = path.read_text(encoding="utf-8").strip()
+    if not owner or Path(f"/proc/{owner}").exists():
+        return False
+    path.unlink(missing_ok=True)
+    return claim(run, work)
+
+
+def work_through(options: argparse.Namespace, work: Path, deadline: float, commit: str) -> None:
+    """Run what is wanted until the deadline; a search whose next rate depends on a run of another job is waited for."""
+    slices = work / "slices"
+    while time.time() < deadline:
+        wanted = list(wanted_runs(losses(), options.tasks))
+        if not wanted:
+            return
+        run = next((run for run in wanted if claim(run, work)), None)
+        if run is None:
+            time.sleep(5)
+            continue
+        started = time.monotonic()
+        perform(run, options.checkpoint, slices, commit)
+        print(f"{run.name}: loss {losses()[run]:.4f}, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no run is begun after these")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--tasks", nargs="+", choices=list(GRID["tasks"]), default=list(GRID["tasks"]))
+    parser.add_argument("--list", action="store_true", help="print what is to be run now, and run nothing")
+    parser.add_argument("--job", metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.list:
+        for run in wanted_runs(losses(), options.tasks):
+            print(run.name)
+        return
+    commit = clean_commit(("bem_peft", ":(glob)benchmarks/quality/*.py", f"{HERE / 'grid.yaml'}", f"{DATA}"))
+    if options.job:
+        work_through(options, Path(options.job), options.deadline, commit)
+        return
+    deadline = time.time() + 60 * min(options.minutes, 1e6)
+    work = Path(tempfile.mkdtemp(prefix="quality-"))
+    (work / "slices").mkdir()
+    for task in options.tasks:
+        write_slices(task, work / "slices")
+    environment = {"BEM_PEFT_KERNELS": "cpp", **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, str(Path(options.checkpoint).resolve()), "--tasks", *options.tasks]
+    jobs = [
+        subprocess.Popen([*command, "--job", str(work), "--deadline", str(deadline)], env=environment)
+        for _ in range(options.jobs)
+    ]
+    codes = [job.wait() for job in jobs]
+    shutil.rmtree(work)
+    if any(codes):
+        raise SystemExit(f"a job ended with an error: exit codes {codes}")
+
+
+if __name__ == "__main__":
+    main()
