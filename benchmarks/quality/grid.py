@@ -75,12 +75,11 @@ def best_rate(losses: Losses, task: str, system: str) -> int | None:
 
 
 def wanted_runs(losses: Losses, tasks: Sequence[str]) -> Iterator[Run]:
-    """What is to be run now, searches first; runs whose rate is not known yet come once it is."""
+    """What is to be run now, task by task, searches first; runs whose rate is not known yet come once it is."""
     for task in tasks:
         for system in systems_of(task):
             for k in next_rates(losses, task, system):
                 yield Run(task, system, k, GRID["search"]["seed"])
-    for task in tasks:
         for seed in GRID["seeds"]:
             for system in systems_of(task):
                 best = best_rate(losses, task, system)

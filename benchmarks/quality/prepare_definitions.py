@@ -47,7 +47,7 @@ def synsets(path: Path) -> Iterator[tuple[list[str], str]]:
 def passages(path: Path) -> Iterator[tuple[str, str]]:
     """headword, definition: the senses of 1913, each to its first quotation or example."""
     head, lines = "", list[str]()
-    for line in gzip.open(path, "rt", encoding="utf-8", errors="replace"):
+    for line in gzip.decompress(path.read_bytes()).decode("utf-8", "replace").splitlines():
         start = HEAD.match(line)
         if start is not None:
             head, lines = start[1].strip(), []
