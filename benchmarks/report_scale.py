@@ -67,7 +67,7 @@ def main() -> None:
         command = [
             sys.executable,
             "-m",
-            "bem_peft.cli.main",
+            "bem_peft_cli",
             "compare",
             str(path),
             "--anchor",

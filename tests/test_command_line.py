@@ -15,10 +15,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bem_peft.cli import experiment as experiment_commands
-from bem_peft.cli.main import main
-from bem_peft.cli.results import unescaped
+from bem_peft.budget import check, site_cost
+from bem_peft.experiments import encoding, experiment, sections
 from bem_peft.yaml_text import parse_yaml
+from bem_peft_cli import budget as budget_commands
+from bem_peft_cli import results as results_commands
+from bem_peft_cli.main import main
+from bem_peft_cli.results import unescaped
 
 FILES: dict[str, bytes] = {
     "empty": b"", "list": b"- a\n", "broken": b"name: [a\n", "binary": bytes(range(256)),
@@ -65,7 +68,7 @@ def test_ctrl_c_ends_with_130(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment_commands, "read_experiment", interrupt)
+    monkeypatch.setattr(experiment, "read_experiment", interrupt)
     assert main(["validate", str(tmp_path / "x.yaml")]) == 130
     assert capsys.readouterr().err == "bem-peft: interrupted\n"
 
@@ -73,7 +76,7 @@ def test_ctrl_c_ends_with_130(
 def test_a_closed_pipe_and_a_terminal_of_another_encoding_are_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "é.yaml").write_text("name: [")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "bem_peft.cli.main"]
+    command = [sys.executable, "-m", "bem_peft_cli"]
     ended = subprocess.run([*command, "validate", str(tmp_path / "é.yaml")], capture_output=True, env=environment)
     assert ended.returncode == 2
     assert b"\\xe9.yaml" in ended.stderr
@@ -84,6 +87,47 @@ def test_a_closed_pipe_and_a_terminal_of_another_encoding_are_no_traceback(tmp_p
     os.close(writer)
     assert b"Traceback" not in closed.stderr
     assert b"BrokenPipe" not in closed.stderr
+
+
+HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "safetensors", "bem_peft")
+
+
+def modules_after(*arguments: str) -> tuple[int, set[str], str]:
+    """Exit code, modules that are loaded, and the output, of `bem-peft ARGUMENTS` in a fresh process."""
+    script = (
+        "import sys\nfrom bem_peft_cli.main import main\ncode = 0\n"
+        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as end:\n    code = end.code\n"
+        "print('\\n' + str(code) + ' ' + ' '.join(sys.modules), file=sys.stderr)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    code, *names = ended.stderr.splitlines()[-1].split()
+    return int(code), set(names), ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["compare", "--help"], [], ["run"], ["match", "--match", "time"]]
+)
+def test_help_and_a_mistyped_option_load_neither_torch_nor_the_package(arguments: list[str]) -> None:
+    code, loaded, text = modules_after(*arguments)
+    assert code == (0 if "--help" in arguments else 2)
+    assert "usage: bem-peft" in text
+    assert not loaded & set(HEAVY)
+    assert len(loaded) < 150
+
+
+def test_a_command_says_that_it_loads_before_it_does(tmp_path: Path) -> None:
+    code, loaded, text = modules_after("validate", str(tmp_path / "none.yaml"))
+    assert code == 2
+    assert "torch" in loaded
+    assert text.startswith("bem-peft validate: loading")
+
+
+def test_what_the_options_may_be_is_what_the_package_takes() -> None:
+    """The command line repeats these, since it does not load the package for them."""
+    assert results_commands.DTYPES == sections.DTYPES
+    assert results_commands.TOO_LONG == encoding.TOO_LONG
+    assert check.QUANTITIES[:-1] == budget_commands.COUNTED
+    assert budget_commands.MATCHED == site_cost.MATCHED
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ file touches PEFT's private tables."""
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bem_peft"
+COMMANDS = PACKAGE.with_name("bem_peft_cli")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -33,7 +35,6 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "budget"},  # likewise
     "training": {"training", "budget", "tuners", "kernels"},
     "experiments": {"experiments", "training", "evaluation", "budget", "tuners", "kernels", "sites"},
-    "cli": {"cli", "experiments", "training", "evaluation", "budget", "tuners", "kernels", "sites"},
 }
 EVERYWHERE = {
     "_version",
@@ -54,6 +55,18 @@ def test_imports_point_down(file: Path) -> None:
         if folder in MAY_IMPORT and parts[0] == "bem_peft" and len(parts) > 1:
             allowed = MAY_IMPORT[folder] | EVERYWHERE
             assert parts[1] in allowed, f"{file.name} imports {name}, which stands above it"
+
+
+@pytest.mark.parametrize("file", sorted(COMMANDS.glob("*.py")), ids=lambda file: file.name)
+def test_the_command_line_loads_the_package_where_a_command_runs_and_is_imported_by_nobody(file: Path) -> None:
+    """So that `--help` waits for nothing: at its top a file imports the standard library and its own folder."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            root = name.split(".")[0]
+            assert root in sys.stdlib_module_names or root == COMMANDS.name, f"{file.name} imports {name} at its top"
+    assert not any(COMMANDS.name in name for other in FILES for name in imported(other))
 
 
 @pytest.mark.parametrize(("room", "below"), [("steps", ""), ("calls", "steps"), ("base", "steps calls")])

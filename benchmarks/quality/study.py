@@ -39,11 +39,14 @@ VERSES = HERE.parents[1] / "examples" / "data" / "archaic_modern.jsonl.gz"
 
 
 def items_of(task: str) -> list[dict[str, Any]]:
-    """The task's items, each with `id` and `slice`."""
-    if task != "verses":
-        return read_items(DATA / f"{task}.jsonl.gz")
-    verses = [{"id": v["ref"], "group": v["ref"].rpartition(":")[0], **v} for v in read_items(VERSES)]
-    return assign_slices(verses, Sizes(**GRID["slices"]))
+    """The task's items, each with `id` and `slice`, as many as the grid says."""
+    if task == "verses":
+        verses = [{"id": v["ref"], "group": v["ref"].rpartition(":")[0], **v} for v in read_items(VERSES)]
+        items = assign_slices(verses, Sizes(**GRID["slices"]))
+    else:
+        items = read_items(DATA / f"{task}.jsonl.gz")
+    slices = {"train": "train", "a": "A", "b": "B"}
+    return [i for name, size in GRID["slices"].items() for i in [i for i in items if i["slice"] == slices[name]][:size]]
 
 
 def write_slices(task: str, folder: Path) -> None:

@@ -16,8 +16,8 @@ from bem_peft import (
     KroneckerConfig,
     ResidualFiLMConfig,
 )
-from bem_peft.cli.main import main
 from bem_peft.tuners.adapter_spec import adapter_text, parse_adapter
+from bem_peft_cli.main import main
 from tests.tiny_models import build
 
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from bem_peft.cli.main import main
 from bem_peft.evaluation.report.card import END, START
+from bem_peft_cli.main import main
 from tests.evaluation.test_report import write_run
 
 OTHERS = """model-index:

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bem_peft.cli.main import main
 from bem_peft.evaluation.formats.inspect_logs import _read_eval
 from bem_peft.evaluation.formats.read import read_results
+from bem_peft_cli.main import main
 
 FOREIGN = Path(__file__).parent / "foreign"
 LM_EVAL, INSPECT = FOREIGN / "lm_eval", FOREIGN / "inspect"

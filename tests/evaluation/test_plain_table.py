@@ -14,8 +14,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from bem_peft.cli.main import main
 from bem_peft.evaluation.formats.read import read_results
+from bem_peft_cli.main import main
 
 HEAD = ["system", "seed", "item", "metric", "value", "cluster", "slice"]
 NAMES = ["007", "3.50", "NA", 'a "quoted", one', "two\nlines", "naïve \u2028 東京", "null", "1e3"]

@@ -11,13 +11,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from bem_peft.cli.main import main
 from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
 from bem_peft.evaluation.formats.read import read_results
 from bem_peft.evaluation.profile_document import ProfileDocument
 from bem_peft.evaluation.profiler import Profile, Workload
 from bem_peft.evaluation.report.files import write_files
 from bem_peft.evaluation.report.report import SCHEMA_FILE
+from bem_peft_cli.main import main
 from tests.evaluation.test_report import Page, write_run
 
 PREFILL, DECODE = Workload("prefill", 1, 256), Workload("decode", 1, 272)

@@ -14,7 +14,6 @@ import jsonschema
 import numpy as np
 import pytest
 
-from bem_peft.cli.main import main
 from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
 from bem_peft.evaluation.formats.read import read_results
 from bem_peft.evaluation.promotion import NO_VERDICT, NOT_PROMOTED, PROMOTED
@@ -22,6 +21,7 @@ from bem_peft.evaluation.report.files import write_files
 from bem_peft.evaluation.report.report import SCHEMA_FILE
 from bem_peft.evaluation.report.text import number
 from bem_peft.evaluation.results import SystemResult
+from bem_peft_cli.main import main
 
 ITEMS, SEEDS = 90, 4
 

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from bem_peft.cli.main import main
 from bem_peft.experiments.encoding import encode, encode_items
 from bem_peft.experiments.items import Item, read_items_of, read_messages
 from bem_peft.experiments.sections import DataSection
+from bem_peft_cli.main import main
 from tests.tiny_models import build
 from tests.training.equalities import word_tokenizer
 from tests.training.test_experiments import document, write

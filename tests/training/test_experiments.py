@@ -15,12 +15,12 @@ from peft import PeftModel
 from sacrebleu.metrics import CHRF
 from transformers import AutoModelForCausalLM
 
-from bem_peft.cli.main import main
 from bem_peft.experiments.encoding import encode
 from bem_peft.experiments.experiment import ExperimentError, read_experiment
 from bem_peft.experiments.generation import generate_texts
 from bem_peft.experiments.items import score_items
 from bem_peft.yaml_text import parse_yaml
+from bem_peft_cli.main import main
 from tests.tiny_models import build
 from tests.training.equalities import word_tokenizer
 

@@ -19,13 +19,13 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from bem_peft.cli.main import main
 from bem_peft.evaluation.formats.read import read_results
 from bem_peft.experiments import evaluate, run, scoring
 from bem_peft.experiments.encoding import encode, encode_items, prompt_tokens
 from bem_peft.experiments.items import Item
 from bem_peft.experiments.seed_folder import BLOCK, WITHOUT_EFFECT, PartialScores, begin, changes
 from bem_peft.training.trainer import PTTrainingConfig
+from bem_peft_cli.main import main
 from tests.tiny_models import build
 from tests.training.equalities import word_tokenizer
 from tests.training.test_experiments import document, write
@@ -159,7 +159,7 @@ def killed(self, lines):
         file.write(b'{"id": "x", "nl')
     os.kill(os.getpid(), signal.SIGKILL)
 seed_folder.PartialScores.add = killed
-from bem_peft.cli.main import main
+from bem_peft_cli.main import main
 main(sys.argv[1:])
 """
 

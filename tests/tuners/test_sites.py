@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-from bem_peft.cli.main import main
 from bem_peft.sites.find import (
     ATTENTION_OUTPUT,
     MLP_DOWN,
@@ -26,6 +25,7 @@ from bem_peft.sites.find import (
 )
 from bem_peft.sites.models import language_model_types
 from bem_peft.sites.table import merged_table, plain
+from bem_peft_cli.main import main
 
 TABLE = json.loads(Path(__file__).with_name("sites_table.json").read_text())
 INSTALLED = language_model_types()

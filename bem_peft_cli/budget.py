@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from peft import PeftConfig
-from torch import nn
-
-from bem_peft.budget.check import QUANTITIES, BudgetConstraints, BudgetValidator, adapted_copy, at_sites_of
-from bem_peft.budget.match import match_budget
-from bem_peft.budget.site_cost import MATCHED
-from bem_peft.sites import find as sites
-from bem_peft.tuners.adapter_spec import adapter_text, parse_adapter
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
 
 NOT_MET = 1
+COUNTED = ("params", "flops", "memory", "stored")  # what can be counted without running a model
+MATCHED = ("params", "flops")
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,7 +27,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         command.add_argument("--tolerance", type=float, default=0.05, help="ratio, 0.05 is 5 %% (default)")
     budget.add_argument("--scope", choices=("adapter", "total"), default="adapter")
     budget.add_argument(
-        "--quantities", nargs="+", default=list(MATCHED), choices=QUANTITIES[:-1],
+        "--quantities", nargs="+", default=list(MATCHED), choices=COUNTED,
         help="params flops memory stored; latency is timed on real weights, by `profile`",
     )  # fmt: skip
     budget.set_defaults(run=_budget)
@@ -56,6 +53,10 @@ def _free(text: str) -> tuple[str, Sequence[int] | None]:
 
 
 def _budget(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from bem_peft.budget.check import BudgetConstraints, BudgetValidator, adapted_copy
+
     model, config, anchor = _model_and_configs(arguments)
     constraints = BudgetConstraints.from_anchor(
         model, anchor, quantities=arguments.quantities, tolerance_ratio=arguments.tolerance, scope=arguments.scope
@@ -68,6 +69,9 @@ def _budget(arguments: argparse.Namespace) -> int:
 
 
 def _match(arguments: argparse.Namespace) -> int:
+    from bem_peft.budget.match import match_budget
+    from bem_peft.tuners.adapter_spec import adapter_text
+
     model, config, anchor = _model_and_configs(arguments)
     free = None if arguments.free is None else dict(arguments.free)
     match = match_budget(model, config, anchor, free=free, match=arguments.match, tolerance_ratio=arguments.tolerance)
@@ -78,6 +82,10 @@ def _match(arguments: argparse.Namespace) -> int:
 
 def _model_and_configs(arguments: argparse.Namespace) -> tuple[nn.Module, PeftConfig, PeftConfig]:
     """The model on the meta device; the anchor stands at the sites of the config where it names none."""
-    model = sites.build_meta(arguments.model)
+    from bem_peft.budget.check import adapted_copy, at_sites_of
+    from bem_peft.sites.find import build_meta
+    from bem_peft.tuners.adapter_spec import parse_adapter
+
+    model = build_meta(arguments.model)
     config, anchor = (parse_adapter(text) for text in (arguments.config, arguments.anchor))
     return model, config, at_sites_of(anchor, lambda: adapted_copy(model, config))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bem_peft.experiments.experiment import read_experiment
-
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `validate` and `run`."""
@@ -22,6 +20,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _validate(arguments: argparse.Namespace) -> int:
+    from bem_peft.experiments.experiment import read_experiment
+
     experiment = read_experiment(arguments.file, arguments.set)
     print(
         f"{arguments.file} is sound: {experiment.name}, {type(experiment.adapter).__name__} on "
@@ -31,9 +31,10 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    experiment = read_experiment(arguments.file, arguments.set)
+    from bem_peft.experiments.experiment import read_experiment
     from bem_peft.experiments.run import run_experiment
 
+    experiment = read_experiment(arguments.file, arguments.set)
     results = run_experiment(experiment)
     print(f"results: {experiment.output_dir}/seed-*/result.json ({len(results)})")
     return 0

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bem_peft.experiments.encoding import TOO_LONG
-from bem_peft.experiments.sections import DTYPES, DataSection, EvaluationSection
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TOO_LONG = ("error", "drop")
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -165,6 +165,8 @@ def _of_experiment(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _of_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    from bem_peft.experiments.sections import DataSection, EvaluationSection
+
     missing = [name for name in ("data", "name") if getattr(arguments, name) is None]
     if missing:
         raise ValueError(f"--{missing[0]}: is missing; give it, or --experiment FILE.")

@@ -15,11 +15,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from safetensors import SafetensorError
-
-from bem_peft.budget.report import BudgetError
-from bem_peft.cli import budget, experiment, results, sites
-from bem_peft.cli.budget import NOT_MET
+from bem_peft_cli import budget, experiment, results, sites
+from bem_peft_cli.budget import NOT_MET
 
 _USER_ERROR = 2
 _INTERRUPTED = 130  # as a shell says of Ctrl-C
@@ -38,21 +35,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         group.add_commands(commands)
     arguments = parser.parse_args(argv)
     try:
+        return _run(arguments)
+    except BrokenPipeError:  # who reads has closed, as `| head` does; nothing more can be said there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _USER_ERROR
+    except KeyboardInterrupt:
+        print("bem-peft: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """The command, and what its errors are to the user. Loads the package, which takes seconds and is said."""
+    if "bem_peft" not in sys.modules:
+        print(f"bem-peft {arguments.command}: loading torch, transformers and PEFT", file=sys.stderr, flush=True)
+    from safetensors import SafetensorError
+
+    from bem_peft.budget.report import BudgetError
+
+    try:
         code = int(arguments.run(arguments))
         sys.stdout.flush()
         return code
     except BudgetError as error:
         print(f"bem-peft: {error}", file=sys.stderr)
         return NOT_MET
-    except BrokenPipeError:  # who reads has closed, as `| head` does; nothing more can be said there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _USER_ERROR
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         print(f"bem-peft: {error}", file=sys.stderr)
         return _USER_ERROR
-    except KeyboardInterrupt:
-        print("bem-peft: interrupted", file=sys.stderr)
-        return _INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import transformers
-
-from bem_peft.sites import find as sites
-from bem_peft.sites import table as sites_table
+if TYPE_CHECKING:
+    from bem_peft.sites.find import SiteTable
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,32 +30,41 @@ def _sites(command: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
     if arguments.all:
         _print_all(arguments.write)
     else:
-        print("\n".join(_text_lines(sites.find_sites(sites.build_meta(arguments.model)))))
+        from bem_peft.sites.find import build_meta, find_sites
+
+        print("\n".join(_text_lines(find_sites(build_meta(arguments.model)))))
     return 0
 
 
-def _text_lines(table: sites.SiteTable) -> Iterable[str]:
+def _text_lines(table: SiteTable) -> Iterable[str]:
+    from bem_peft.sites.find import name_pattern, pattern_counts
+
     rows: dict[tuple[str, ...], int] = {}
     for site in table.sites:
         heads = "-" if site.num_heads is None else str(site.num_heads)
         shape = f"{site.in_features} -> {site.out_features}"
-        key = (site.role, sites.name_pattern(site.name), site.mixer, shape, heads)
+        key = (site.role, name_pattern(site.name), site.mixer, shape, heads)
         rows[key] = rows.get(key, 0) + 1
     cells = [("role", "name", "mixer", "in -> out", "heads", "count"), *((*key, str(n)) for key, n in rows.items())]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     yield from ("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
     yield f"{len(table.sites)} sites in {table.blocks} blocks"
-    for pattern, count in sites.pattern_counts(table.fused_experts).items():
+    for pattern, count in pattern_counts(table.fused_experts).items():
         yield f"no site: {pattern} (x{count}) holds the W_down of all experts in one parameter"
 
 
 def _print_all(path: Path | None) -> None:
     """Print the rows of all types, or merge them into the table at `path`, and say what is new, gone and changed."""
+    import transformers
+
+    from bem_peft.sites.find import site_table_rows
+    from bem_peft.sites.table import merged_table, table_text
+
     known = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
     version = transformers.__version__
-    rows = dict(sites.site_table_rows())
-    table, changes = sites_table.merged_table(known, rows, version)
-    text = sites_table.table_text(table)
+    rows = dict(site_table_rows())
+    table, changes = merged_table(known, rows, version)
+    text = table_text(table)
     if path is None:
         print(text, end="")
         return

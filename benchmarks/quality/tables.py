@@ -1,0 +1,176 @@
+"""The study's tables, from the runs in results/: what was chosen, and each method against its anchor on Slice-B.
+
+    python benchmarks/quality/tables.py [--reports]
+
+Writes results/search.csv (losses on Slice-A by rate), results/slice_b.csv (a row a comparison and metric), and with
+--reports the tables and pages of `bem-peft compare` in results/reports/. Differences are paired by seed and item and
+mean "better" above zero; p is corrected by Holm over all comparisons of a task and metric.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+import math
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from grid import GRID, Run, best_rate, searched, systems_of
+from records_json import record_scores
+from study import RESULTS, items_of, losses
+
+from bem_peft.evaluation.intervals import compare_means
+from bem_peft.evaluation.metrics import text_scores
+from bem_peft.evaluation.multiplicity import adjusted_p_values
+from bem_peft.evaluation.scores import corpus_values
+
+Values = dict[int, dict[str, float]]  # seed -> item -> value
+LOWER_IS_BETTER = ("nll", "forgetting")
+
+
+def finals(task: str, system: str) -> dict[int, dict[str, Any]]:
+    """seed -> the run of the chosen rate."""
+    best = best_rate(losses(), task, system)
+    found = {}
+    for seed in GRID["seeds"]:
+        path = RESULTS / f"{Run(task, system, best or 0, seed).name}.json.gz"
+        if best is not None and path.is_file():
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                found[seed] = json.load(file)
+    return found
+
+
+def values_of(task: str, runs: dict[int, dict[str, Any]]) -> dict[str, Values]:
+    """metric -> seed -> item -> value. The values' mean is the score of the whole: the loss a token, corpus chrF."""
+    found: dict[str, Values] = defaultdict(dict)
+    for seed, run in runs.items():
+        items = run["items"]
+        tokens = sum(item["tokens"] for item in items) / len(items)
+        found["nll"][seed] = {item["id"]: item["nll"] / tokens for item in items}
+        general = run["retained"]
+        tokens = sum(text["tokens"] for text in general) / len(general)
+        found["forgetting"][seed] = {
+            str(i): (text["nll"] - text["base_nll"]) / tokens for i, text in enumerate(general)
+        }
+        texts = [item for item in items if "prediction" in item]
+        predictions, references = [i["prediction"] for i in texts], [i["reference"] for i in texts]
+        if task == "records":
+            scores = record_scores(predictions, references)
+        else:
+            counted = text_scores(GRID["tasks"][task]["metrics"], predictions, references)
+            # of chrF and BLEU each item's share of the corpus score, as a jackknife has it
+            scores = {n: corpus_values(n, v[None])[0] if v.ndim > 1 else v for n, v in counted.items()}
+        for name, column in scores.items():
+            found[name][seed] = {item["id"]: float(v) for item, v in zip(texts, column, strict=True)}
+    return dict(found)
+
+
+def compare(task: str) -> list[dict[str, Any]]:
+    """Every system against its anchors, on the seeds and items that both have."""
+    groups = {item["id"]: item["group"] for item in items_of(task)}
+    whole = {system: values_of(task, finals(task, system)) for system in systems_of(task)}
+    rows: list[dict[str, Any]] = []
+    for system in systems_of(task):
+        anchors = GRID["systems"][system].get("anchors", [])
+        others = ["lora_both"] if not anchors and system != "lora_both" and not system.startswith("lora_") else anchors
+        for anchor in others:
+            for metric in whole[system]:
+                row = _compared(task, system, anchor, metric, whole, groups)
+                if row is not None:
+                    rows.append(row)
+    for metric in {row["metric"] for row in rows}:
+        mine = {(row["system"], row["anchor"]): row for row in rows if row["metric"] == metric}
+        for key, p in adjusted_p_values({key: float(row["p"]) for key, row in mine.items()}).items():
+            mine[key]["adjusted_p"] = f"{p:.4g}"
+    return rows
+
+
+def _compared(
+    task: str, system: str, anchor: str, metric: str, whole: dict[str, dict[str, Values]], groups: dict[str, str]
+) -> dict[str, Any] | None:
+    mine, other = whole[system].get(metric, {}), whole[anchor].get(metric, {})
+    seeds = sorted(mine.keys() & other.keys())
+    if not seeds:
+        return None
+    items = sorted(mine[seeds[0]])
+    a = np.array([[mine[seed][item] for item in items] for seed in seeds])
+    b = np.array([[other[seed][item] for item in items] for seed in seeds])
+    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    clusters = np.array([groups.get(item, item) for item in items])
+    found = compare_means(sign * (a - b), None if len(set(clusters)) == len(items) else clusters)
+    scale = 100 / abs(b.mean()) if metric != "forgetting" and b.mean() else math.nan
+    return {
+        "task": task, "system": system, "anchor": anchor, "metric": metric, "seeds": len(seeds), "items": len(items),
+        "mean": f"{a.mean():.4f}", "anchor_mean": f"{b.mean():.4f}", "difference": f"{found.estimate:+.4f}",
+        "low": f"{found.low:+.4f}", "high": f"{found.high:+.4f}", "percent": f"{scale * found.estimate:+.2f}",
+        "p": f"{found.claim_p_value:.4g}", "adjusted_p": "", "detectable": f"{found.mde:.4f}",
+        "refusal": found.refusal or "",
+    }  # fmt: skip
+
+
+def search_rows() -> list[dict[str, Any]]:
+    found = losses()
+    return [
+        {
+            "task": task, "system": system, "k": k, "learning_rate": f"{Run(task, system, k, 0).rate:.4g}",
+            "loss": "" if loss == math.inf else f"{loss:.4f}", "is_best": k == best_rate(found, task, system),
+        }
+        for task in GRID["tasks"] for system in systems_of(task)
+        for k, loss in sorted(searched(found, task, system).items())
+    ]  # fmt: skip
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+
+
+def report(task: str, anchor: str) -> None:
+    """`bem-peft compare` of all systems of the task that have every seed, as a plain table, against the anchor."""
+    groups = {item["id"]: item["group"] for item in items_of(task)}
+    rows = []
+    for system in systems_of(task):
+        runs = finals(task, system)
+        if len(runs) < len(GRID["seeds"]):
+            continue
+        for metric, values in values_of(task, runs).items():
+            better = str(metric not in LOWER_IS_BETTER).lower()
+            rows += [
+                {"system": system, "seed": seed, "item": item, "metric": metric, "value": value,
+                 "cluster": groups.get(item, item), "higher_is_better": better}
+                for seed, of_items in values.items() for item, value in of_items.items()
+            ]  # fmt: skip
+    table = RESULTS / "reports" / f"{task}.csv"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    write(table, rows)
+    command = [sys.executable, "-m", "bem_peft_cli", "compare", str(table), "--anchor", anchor, "--held-out"]
+    subprocess.run([*command, "--out", str(table.with_suffix("")), "--title", f"Quality: {task}"], check=True)
+    table.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reports", action="store_true")
+    options = parser.parse_args()
+    write(RESULTS / "search.csv", search_rows())
+    rows = [row for task in GRID["tasks"] for row in compare(task)]
+    write(RESULTS / "slice_b.csv", rows)
+    for row in rows:
+        print(*(f"{row[name]}" for name in row), sep="  ")
+    if options.reports:
+        for task in GRID["tasks"]:
+            if any(row["task"] == task for row in rows):
+                report(task, "lora_both")
+
+
+if __name__ == "__main__":
+    main()
