@@ -14,14 +14,6 @@ from bem_peft.budget.match import BudgetMatch, match_budget
 from bem_peft.budget.memory import MemoryCount, count_memory
 from bem_peft.budget.parameters import ParameterCount, count_parameters
 from bem_peft.budget.report import BudgetError, BudgetLine, BudgetReport
-from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
-from bem_peft.evaluation.intervals import Comparison, compare_means
-from bem_peft.evaluation.paired import PairedScores
-from bem_peft.evaluation.pareto import Objective, ParetoAnalyzer
-from bem_peft.evaluation.profiler import PerformanceProfiler, Profile, Workload
-from bem_peft.evaluation.scores import Scores
-from bem_peft.evaluation.slices import slice_b_analysis
-from bem_peft.evaluation.validator import StatisticalValidator
 from bem_peft.hub import push_to_hub
 from bem_peft.kept import kept_weights
 from bem_peft.kernels.backend import use_kernels
@@ -41,6 +33,14 @@ from bem_peft.tuners.pt4_film import ResidualFiLMConfig, ResidualFiLMModel
 from bem_peft.tuners.steps.brake import emergency_stabilize
 
 if TYPE_CHECKING:
+    from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
+    from bem_peft.evaluation.intervals import Comparison, compare_means
+    from bem_peft.evaluation.paired import PairedScores
+    from bem_peft.evaluation.pareto import Objective, ParetoAnalyzer
+    from bem_peft.evaluation.profiler import PerformanceProfiler, Profile, Workload
+    from bem_peft.evaluation.scores import Scores
+    from bem_peft.evaluation.slices import slice_b_analysis
+    from bem_peft.evaluation.validator import StatisticalValidator
     from bem_peft.training.trainer import PTTrainer, PTTrainingConfig
 
 __all__ = [
@@ -114,9 +114,25 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """`PTTrainer` and `PTTrainingConfig`, which load transformers' Trainer, when they are asked for."""
-    if name in ("PTTrainer", "PTTrainingConfig"):
-        from bem_peft.training import trainer
+    """What loads transformers' Trainer or scipy, when it is asked for."""
+    from importlib import import_module
 
-        return getattr(trainer, name)
+    rooms = {
+        "evaluation.evaluator": ("ComprehensiveEvaluator",),
+        "evaluation.intervals": ("Comparison", "compare_means"),
+        "evaluation.paired": ("PairedScores",),
+        "evaluation.pareto": ("Objective", "ParetoAnalyzer"),
+        "evaluation.profiler": ("PerformanceProfiler", "Profile", "Workload"),
+        "evaluation.scores": ("Scores",),
+        "evaluation.slices": ("slice_b_analysis",),
+        "evaluation.validator": ("StatisticalValidator",),
+        "training.trainer": ("PTTrainer", "PTTrainingConfig"),
+    }
+    for room, names in rooms.items():
+        if name in names:
+            return getattr(import_module(f"bem_peft.{room}"), name)
     raise AttributeError(f"module 'bem_peft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

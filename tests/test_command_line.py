@@ -223,3 +223,16 @@ def test_numbers_out_of_range_do_not_validate(setting: str, text: str, capsys: p
     path = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))[0]
     assert main(["validate", str(path), "--set", setting]) == 2
     assert text in capsys.readouterr().err
+
+
+def test_importing_the_package_adds_little_to_importing_peft() -> None:
+    """The evaluation, which loads scipy, and the Trainer come when they are asked for."""
+    script = (
+        "import sys, peft\nbefore = set(sys.modules)\nimport bem_peft\n"
+        "new = {m for m in set(sys.modules) - before if m.split('.')[0] != 'bem_peft'}\nprint(*sorted(new))\n"
+        "for name in bem_peft.__all__: getattr(bem_peft, name)\nassert set(bem_peft.__all__) <= set(dir(bem_peft))"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    new = ended.stdout.split()
+    assert len(new) < 12, new
+    assert not [name for name in new if name.startswith(("scipy", "datasets", "transformers.trainer_seq"))]

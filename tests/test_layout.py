@@ -95,7 +95,7 @@ def nodes_that_run(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def holds_only_exports(tree: ast.Module) -> bool:
-    """Whether a folder's file has a docstring, imports, `__all__` and a module's `__getattr__`, and nothing else."""
+    """Whether a folder's file has a docstring, imports, `__all__`, `__getattr__` and `__dir__`, and nothing else."""
 
     def is_export(node: ast.stmt) -> bool:
         if isinstance(node, ast.If):
@@ -103,7 +103,7 @@ def holds_only_exports(tree: ast.Module) -> bool:
         if isinstance(node, ast.Assign):
             return ast.unparse(node.targets[0]) == "__all__"
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        is_getattr = isinstance(node, ast.FunctionDef) and node.name == "__getattr__"
+        is_getattr = isinstance(node, ast.FunctionDef) and node.name in ("__getattr__", "__dir__")
         return is_docstring or is_getattr or isinstance(node, (ast.Import, ast.ImportFrom))
 
     return all(map(is_export, tree.body))
