@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,8 +94,9 @@ def _warnings(results: Sequence[dict[str, Any]]) -> list[str]:
     warnings = []
     if len(results) < 3:
         warnings.append(f"{len(results)} seed(s): fewer than 3 say little of other seeds")
-    if len({_settings(result["provenance"]) for result in results}) != 1:
-        warnings.append("the seeds were run with different settings")
+    differing = _differing([result["provenance"] for result in results])
+    if differing:
+        warnings.append(f"the seeds were run with different settings: {', '.join(differing[:6])}")
     if any(result.get("selected_on_evaluation") for result in results):
         warnings.append("the checkpoint was chosen on the evaluation items, so that these are no test")
     if any(result["provenance"]["git"] and result["provenance"]["git"]["is_dirty"] for result in results):
@@ -104,13 +104,27 @@ def _warnings(results: Sequence[dict[str, Any]]) -> list[str]:
     return warnings
 
 
-def _settings(provenance: dict[str, Any]) -> str:
-    """What must be the same for every seed. A saved adapter has a path of its own for each."""
-    settings = provenance.get("settings")
-    if not isinstance(settings, dict):
-        return str(provenance["settings_sha256"])
-    kept = {key: value for key, value in settings.items() if not (key == "adapter" and isinstance(value, str))}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+OF_ONE_SEED = ("seeds", "output_dir")  # settings that a seed that is run by itself has of its own
+
+
+def _differing(provenances: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the settings that are not the same for every seed, as "training.learning_rate"."""
+    if not all(isinstance(provenance.get("settings"), dict) for provenance in provenances):
+        return [] if len({p["settings_sha256"] for p in provenances}) == 1 else ["which is not kept"]
+    found = [dict(_flat(provenance["settings"])) for provenance in provenances]
+    names = dict.fromkeys(name for settings in found for name in settings)
+    return [name for name in names if len({settings.get(name) for settings in found}) > 1]
+
+
+def _flat(settings: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str]]:
+    """("training.learning_rate", "0.008"). A saved adapter has a path of its own for each seed."""
+    for name, value in settings.items():
+        if not where and (name in OF_ONE_SEED or (name == "adapter" and isinstance(value, str))):
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{where}{name}.")
+        else:
+            yield f"{where}{name}", json.dumps(value, sort_keys=True)
 
 
 def _of_text(like: Scores, metric: str, found: Sequence[tuple[int, str, Any]], folder: Path) -> Scores:

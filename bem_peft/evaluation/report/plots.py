@@ -73,7 +73,7 @@ def _dot(kind: str, point: ParetoPoint, place: dict[str, tuple[float, float]], x
 def forest_plot(results: Sequence[tuple[str, SliceResult]], title: str) -> str:
     """One line a system and slice: the difference with its interval; right of zero is better than the anchor."""
     height = 52 + 26 * len(results)
-    left, right = 240, 200
+    left, right = 240, 18 + 7 * max(24, *(len(interval_text(found)) for _, found in results))
     edge = max(1e-12, *(max(abs(r.comparison.low), abs(r.comparison.high)) for _, r in results)) * 1.08
 
     def sx(value: float) -> float:
