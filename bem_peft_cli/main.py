@@ -11,8 +11,10 @@ bem-peft compare RESULTS...           a report: paired differences, Pareto front
 """
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from bem_peft_cli import budget, experiment, results, sites
@@ -48,6 +50,9 @@ def _run(arguments: argparse.Namespace) -> int:
     """The command, and what its errors are to the user. Loads the package, which takes seconds and is said."""
     if "bem_peft" not in sys.modules:
         print(f"bem-peft {arguments.command}: loading torch, transformers and PEFT", file=sys.stderr, flush=True)
+        # what other packages say of themselves while they are imported, which nobody at a command line can mend
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     from safetensors import SafetensorError
 
     from bem_peft.budget.report import BudgetError

@@ -122,6 +122,14 @@ def test_a_command_says_that_it_loads_before_it_does(tmp_path: Path) -> None:
     assert text.startswith("bem-peft validate: loading")
 
 
+def test_a_command_says_nothing_but_its_own() -> None:
+    """Not what bitsandbytes lacks, nor what transformers will rename: they are no matter of the user's."""
+    command = [sys.executable, "-m", "bem_peft_cli", "budget", "llama", "pt3:u_rank=4", "--anchor", "lora:r=4"]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert ended.stderr == "bem-peft budget: loading torch, transformers and PEFT\n"
+    assert "params" in ended.stdout
+
+
 def test_what_the_options_may_be_is_what_the_package_takes() -> None:
     """The command line repeats these, since it does not load the package for them."""
     assert results_commands.DTYPES == sections.DTYPES

@@ -42,7 +42,7 @@ from bem_peft.experiments.sections import (
 from bem_peft.experiments.training_fields import check_training
 from bem_peft.experiments.yaml_document import changed_document
 from bem_peft.json_text import text_of
-from bem_peft.tuners.adapter_spec import config_class, method_names
+from bem_peft.tuners.adapter_spec import config_class, unknown_method
 
 
 class ExperimentError(ValueError):
@@ -123,7 +123,7 @@ def adapter_config(section: Mapping[str, Any], where: str, problems: Problems) -
     method = fields.pop("method", None)
     cls = config_class(str(method))
     if cls is None:
-        problems.append(f"{where}.method = {method!r}: must be one of {method_names()}")
+        problems.append(f"{where}.method = {method!r}: is no method; {unknown_method(str(method))}")
         return None
     if "methods" in fields and isinstance(fields["methods"], list):
         parts = [

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import re
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Union
+
+from bem_peft.tuners.base.field_help import field_hint
 
 
 class Problems(list[str]):
@@ -34,9 +35,8 @@ def check_keys(cls: type, values: Mapping[str, Any], where: str, problems: Probl
     right = set()
     for name, value in values.items():
         if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            problems.append(f"{_at(where, str(name))}: unknown key{hint}")
+            hint = field_hint(cls, str(name))
+            problems.append(f"{_at(where, str(name))}: unknown key{'; ' + hint if hint else ''}")
         elif not fits(value, hints[name]):
             problems.append(f"{_at(where, name)} = {value!r}: must be {describe(hints[name])}, not {_kind(value)}")
         else:

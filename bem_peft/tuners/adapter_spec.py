@@ -6,11 +6,13 @@
 or a FOLDER with an adapter_config.json. METHOD is a PEFT type in any case; a method of bem_peft may leave out its
 "bem_". Lists and mappings are YAML's; a list of names may also be written with `+`, o_proj+down_proj. A name alone is
 one module; all-linear, and what has signs of a regular expression, is text to PEFT. `adapter_text` is the inverse.
+pt1 to pt4 and the config classes' names (dynamic_rank_mask) are METHODs as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -22,6 +24,7 @@ from peft import PeftConfig
 
 from bem_peft.tuners.base import registry
 from bem_peft.tuners.base.adapter_config import default_of
+from bem_peft.tuners.base.field_help import field_hint
 from bem_peft.yaml_text import parse_yaml
 
 # a comma that parts fields: outside of brackets and quotes
@@ -36,13 +39,24 @@ class AdapterSpecError(ValueError):
 
 def config_class(method: str) -> type[PeftConfig] | None:
     """The config class of METHOD; None: `method_names()` does not have it."""
-    known = registry.config_classes()
-    return known.get(method.lower()) or known.get(f"bem_{method.lower()}")
+    known, name = registry.config_classes(), method.lower()
+    own = {known[own] for own in registry.own_methods()}
+    others = {alias: cls for cls in own for alias in getattr(cls, "aliases", ())}
+    return known.get(name) or known.get(f"bem_{name}") or others.get(name)
 
 
 def method_names() -> str:
-    """Every method that PEFT knows now, as METHOD is written."""
-    return ", ".join(sorted(name.removeprefix("bem_") for name in registry.config_classes()))
+    """Every method that PEFT knows now, as METHOD is written, ours first."""
+    own = [name.removeprefix("bem_") for name in registry.own_methods()]
+    others = sorted(set(registry.config_classes()) - set(registry.own_methods()))
+    return f"{', '.join(own)}; of PEFT: {', '.join(others)}"
+
+
+def unknown_method(method: str) -> str:
+    """The end of a message on a method that there is not."""
+    names = [name.removeprefix("bem_") for name in registry.config_classes()]
+    near = difflib.get_close_matches(method.lower(), names, n=1)
+    return f"did you mean {near[0]!r}? Methods: {method_names()}" if near else f"methods: {method_names()}"
 
 
 def parse_adapter(text: str) -> PeftConfig:
@@ -55,7 +69,7 @@ def parse_adapter(text: str) -> PeftConfig:
         return PeftConfig.from_pretrained(text)
     method, _, rest = text.partition(":")
     if config_class(method) is None:
-        raise AdapterSpecError(f"{text!r}: no method and no folder of that name; methods: {method_names()}.")
+        raise AdapterSpecError(f"{text!r}: no method and no folder of that name; {unknown_method(method)}.")
     values: dict[str, Any] = {"method": method}
     for part in _fields(rest):
         name, equals, value = part.partition("=")
@@ -113,11 +127,13 @@ def _config(values: Mapping[str, Any], text: str) -> PeftConfig:
     method = str(fields.pop("method", None))
     cls = config_class(method)
     if cls is None:
-        raise AdapterSpecError(f"{text!r}: method {method!r} must be one of {method_names()}.")
+        raise AdapterSpecError(f"{text!r}: there is no method {method!r}; {unknown_method(method)}.")
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = [name for name in fields if name not in known]
     if unknown:
-        raise AdapterSpecError(f"{unknown[0]!r}: write field=value with a field of {cls.__name__}.")
+        hint = field_hint(cls, unknown[0])
+        more = f"; {hint}" if hint else ""
+        raise AdapterSpecError(f"{unknown[0]!r}: write field=value with a field of {cls.__name__}{more}.")
     targets = fields.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear" and not REGULAR.search(targets):
         fields["target_modules"] = [targets]

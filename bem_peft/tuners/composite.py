@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -52,6 +52,9 @@ class CompositeConfig(AdapterConfig):
     )
 
     method: ClassVar[str] = "bem_composite"
+    neighbours: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("r", "rank", "lora_alpha", "alpha", "lora_dropout", "dropout"), "each method's own: see `methods`"
+    )
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ transfer learning, 2022, arXiv:2110.04366 (multi-head parallel adapter); theirs 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -87,6 +88,12 @@ class HeadGroupGatingConfig(LowRankConfig):
 
     method: ClassVar[str] = "bem_head_gating"
     roles: ClassVar[tuple[str, ...]] = (ATTENTION_OUTPUT,)
+    aliases: ClassVar[tuple[str, ...]] = ("pt1", "head_group_gating")
+    neighbours: ClassVar[Mapping[str, str]] = {
+        **LowRankConfig.neighbours,
+        "r": "`rank_per_group`, a group's, or `total_rank`, of all groups together",
+        "rank": "`rank_per_group`, a group's, or `total_rank`, of all groups together",
+    }
     rank_fields: ClassVar[tuple[str, ...]] = ("rank_per_group", "total_rank", "num_groups", "num_heads")
     size_fields: ClassVar[tuple[str, ...]] = ("total_rank",)  # what a budget search may change
 

@@ -13,6 +13,7 @@ for the whole run; ours chooses them for each token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -61,6 +62,12 @@ class DynamicRankMaskConfig(LowRankConfig):
     )
 
     method: ClassVar[str] = "bem_rank_mask"
+    aliases: ClassVar[tuple[str, ...]] = ("pt2", "dynamic_rank_mask")
+    neighbours: ClassVar[Mapping[str, str]] = {
+        **LowRankConfig.neighbours,
+        "r": "`total_rank`, of which `active_rank` are used by a token",
+        "rank": "`total_rank`, of which `active_rank` are used by a token",
+    }
     rank_fields: ClassVar[tuple[str, ...]] = ("total_rank", "active_rank")
     size_fields: ClassVar[tuple[str, ...]] = ("total_rank",)  # what a budget search may change
 

@@ -11,7 +11,7 @@ factors and no B); the initialisation is the higher-order SVD of De Lathauwer, D
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -62,6 +62,13 @@ class KroneckerConfig(LowRankConfig):
 
     method: ClassVar[str] = "bem_kronecker"
     roles: ClassVar[tuple[str, ...]] = (MLP_DOWN,)
+    aliases: ClassVar[tuple[str, ...]] = ("pt3",)
+    neighbours: ClassVar[Mapping[str, str]] = {
+        **LowRankConfig.neighbours,
+        "r": "`u_rank` and `v_rank`, whose product is the rank of the update",
+        "rank": "`u_rank` and `v_rank`, whose product is the rank of the update",
+        "decompose_factor": "`u_dim` and `v_dim`",
+    }
     rank_fields: ClassVar[tuple[str, ...]] = ("u_rank", "v_rank", "u_dim", "v_dim")
     size_fields: ClassVar[tuple[str, ...]] = ("u_rank", "v_rank")  # what a budget search may change
 

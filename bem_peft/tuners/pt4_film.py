@@ -12,6 +12,7 @@ Source: Perez et al., FiLM, 2018, arXiv:1709.07871 (eq. 2); theirs is unbounded 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -58,6 +59,16 @@ class ResidualFiLMConfig(AdapterConfig):
     )
 
     method: ClassVar[str] = "bem_film"
+    aliases: ClassVar[tuple[str, ...]] = ("pt4", "residual_film")
+    neighbours: ClassVar[Mapping[str, str]] = {
+        "r": "`gamma_dim` and `beta_dim`, units of the controller",
+        "rank": "`gamma_dim` and `beta_dim`, units of the controller",
+        "lora_alpha": "`clamp_range` and `max_beta`, which bound the update",
+        "alpha": "`clamp_range` and `max_beta`, which bound the update",
+        "lora_dropout": "no option: this method has no dropout",
+        "dropout": "no option: this method has no dropout",
+        "bias": "no option: biases stay frozen",
+    }
     rank_fields: ClassVar[tuple[str, ...]] = ("gamma_dim", "beta_dim")
 
     def __post_init__(self) -> None:

@@ -43,7 +43,7 @@ def test_match_and_budget_agree(folder: str, capsys: pytest.CaptureFixture[str])
         ("lora:q=3", "'q': write field=value with a field of LoraConfig"),
         ("lora:r", "'r': write field=value"),
         ("lora:target_modules=[q_proj", "'target_modules=[q_proj': "),
-        ("composite:methods=[{method: krnecker}]", "method 'krnecker' must be one of"),
+        ("composite:methods=[{method: krnecker}]", "there is no method 'krnecker'; did you mean 'kronecker'"),
         ("kronecker:u_rank=-1", "`u_rank` = -1: must be at least 1"),
     ],
 )

@@ -172,7 +172,7 @@ def test_all_problems_are_reported_at_once(folder: Path, capsys: pytest.CaptureF
     [
         (lambda d: d.pop("data"), "data: is missing"),
         (lambda d: d["data"].pop("train"), "data.train: is missing"),
-        (lambda d: d["adapter"].update(method=None), "adapter.method = None: must be one of"),
+        (lambda d: d["adapter"].update(method=None), "adapter.method = None: is no method; methods: head_gating"),
         (
             lambda d: d["adapter"].update(active_rank=99, method="rank_mask", num_groups=1),
             "adapter.num_groups: unknown key",

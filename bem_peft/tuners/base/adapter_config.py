@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from peft.utils.peft_types import PeftType
 
 from bem_peft import field_checks as check
 from bem_peft.sites.find import ATTENTION_OUTPUT, MLP_DOWN
+from bem_peft.tuners.base.field_help import unknown_field
 from bem_peft.tuners.base.registry import extend_peft_type
 
 MODEL_CARD_HEADING = "## Loading this adapter"
@@ -70,8 +71,27 @@ class AdapterConfig(PeftConfig):
     )
 
     method: ClassVar[str] = ""  # lower-case name of the PEFT type
+    aliases: ClassVar[tuple[str, ...]] = ()  # further names of the method where one is written
+    # fields of LoRA -> what is here in their place
+    neighbours: ClassVar[Mapping[str, str]] = {
+        "lora_alpha": "`scaling`, which is not divided by the rank: LoRA's is lora_alpha / r",
+        "alpha": "`scaling`, which is not divided by the rank: LoRA's is lora_alpha / r",
+        "lora_dropout": "`dropout`",
+        "alpha_pattern": "no option: `scaling` is the same at every site",
+        "use_rslora": "`scaling`, which is not divided by anything",
+        "init_lora_weights": "`init_weights`",
+        "bias": "no option: biases stay frozen",
+    }
     roles: ClassVar[tuple[str, ...]] = (ATTENTION_OUTPUT, MLP_DOWN)
     rank_fields: ClassVar[tuple[str, ...]] = ()  # sizes that `rank_pattern` may set; an int sets the first
+
+    def __new__(cls, *values: Any, **given: Any) -> Any:
+        """Raises TypeError for a field that there is not, with the one that may be meant."""
+        known = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set(given)
+        for name in given:
+            if name not in known:
+                raise unknown_field(cls, name)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

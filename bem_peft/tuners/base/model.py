@@ -20,6 +20,7 @@ from bem_peft import upstream
 from bem_peft.kept import kept_weights
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.base.adapter_config import AdapterConfig
+from bem_peft.tuners.base.field_help import with_arguments
 from bem_peft.tuners.base.layer import AdapterLayer, AdapterLinear, projection_shape
 from bem_peft.tuners.base.plan import Part, check_plan, drop_base_prefix, found_targets, known_heads
 from bem_peft.tuners.base.registry import register
@@ -65,6 +66,7 @@ class AdapterModel(BaseTuner):
             adapters = {f"{config.method}_adapter": (config, adapter)}
         cls.adapter_classes = adapters or {}
         cls.tuner_layer_cls = AdapterLinear.of_method(cls, tuple(cls.adapter_classes))
+        with_arguments(config)
         register(config.method, config, cls)
 
     # which adapters a config asks for
