@@ -219,3 +219,24 @@ def test_a_shared_weight_is_not_merged_twice() -> None:
     model = get_peft_model(base, KroneckerConfig(u_rank=2, v_rank=2))
     with pytest.raises(ValueError, match="share one weight"):
         model.merge_adapter()
+
+
+@pytest.mark.parametrize(("task_type", "auto_class"), [("CAUSAL_LM", "CausalLM"), ("SEQ_2_SEQ_LM", "Seq2SeqLM")])
+def test_the_card_begins_with_what_must_be_installed_and_keeps_the_rest(
+    task_type: str, auto_class: str, tmp_path: Path
+) -> None:
+    config = CONFIGS["kronecker"](task_type=task_type)
+    (tmp_path / "README.md").write_text("---\nbase_model: x\ntags:\n- mine\n---\n\n# My adapter\n\nA text of mine.\n")
+    for _ in range(2):  # the second save replaces what the first one wrote
+        config.save_pretrained(str(tmp_path))
+    text = (tmp_path / "README.md").read_text()
+    head, _, body = text.partition("\n---\n\n")
+    assert head == "---\nbase_model: x\ntags:\n- mine"
+    assert body.startswith("## Loading this adapter\n\nThe adapter is of type `BEM_KRONECKER`")
+    assert text.count("## Loading this adapter") == 1
+    assert f'pip install "bem_peft>={bem_peft.__version__}"' in body
+    assert f"from transformers import AutoModelFor{auto_class}\n" in body
+    assert body.endswith("\n\n# My adapter\n\nA text of mine.\n")
+    (tmp_path / "README.md").write_text("No metadata.\n")
+    config.save_pretrained(str(tmp_path))
+    assert (tmp_path / "README.md").read_text().startswith("## Loading this adapter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,12 +13,14 @@ from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
 from bem_peft import field_checks as check
+from bem_peft._version import __version__
 from bem_peft.sites.find import ATTENTION_OUTPUT, MLP_DOWN
 from bem_peft.tuners.base.field_help import unknown_field
 from bem_peft.tuners.base.registry import extend_peft_type
 
 MODEL_CARD_HEADING = "## Loading this adapter"
 MODEL_CARD_END = "<!-- end of the section written by bem_peft -->"
+FRONT_MATTER = re.compile(r"\ufeff?---\r?\n.*?\r?\n---\r?\n+", re.S)
 
 
 @dataclass
@@ -243,7 +246,7 @@ def default_of(config: AdapterConfig, name: str) -> Any:
 
 
 def add_loading_section(folder: str, config: AdapterConfig) -> None:
-    """Write the import line and the base model into the folder's model card; no card, nothing to do."""
+    """Write how to load the adapter into its folder's model card, before all else; no card, nothing to do."""
     from pathlib import Path
 
     card = Path(folder) / "README.md"
@@ -252,18 +255,24 @@ def add_loading_section(folder: str, config: AdapterConfig) -> None:
     text = card.read_text(encoding="utf-8")
     if MODEL_CARD_HEADING in text:  # of an earlier save to this folder
         before, _, after = text.partition(MODEL_CARD_HEADING)
-        text = before + after.partition(MODEL_CARD_END)[2]
+        text = before + after.partition(MODEL_CARD_END)[2].lstrip("\n")
+    metadata = FRONT_MATTER.match(text)
+    head, rest = ("", text) if metadata is None else (metadata.group(), text[metadata.end() :])
     base = config.base_model_name_or_path or "the base model it was trained on"
-    card.write_text(
-        f"{text.rstrip()}\n\n{MODEL_CARD_HEADING}\n\n"
-        f"The adapter is of type `{config.method.upper()}` from the package `bem_peft` "
-        f"on top of `{base}`. Install the package, and import it before loading:\n\n"
+    is_seq2seq = getattr(config.task_type, "value", config.task_type) == "SEQ_2_SEQ_LM"
+    auto_class = "AutoModelForSeq2SeqLM" if is_seq2seq else "AutoModelForCausalLM"
+    section = (
+        f"{MODEL_CARD_HEADING}\n\n"
+        f"The adapter is of type `{config.method.upper()}`, on top of `{base}`. PEFT knows this type once the package "
+        "`bem_peft` is imported; without it, loading ends in `KeyError: "
+        f"'{config.method.upper()}'`.\n\n"
+        f'```bash\npip install "bem_peft>={__version__}"\n```\n\n'
         "```python\n"
         "import bem_peft  # registers the adapter type with PEFT\n"
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        f"from transformers import {auto_class}\n\n"
+        f'model = {auto_class}.from_pretrained("{base}")\n'
         'model = PeftModel.from_pretrained(model, "PATH_OR_ID_OF_THIS_ADAPTER")\n'
-        f"```\n\n{MODEL_CARD_END}\n",
-        encoding="utf-8",
+        f"```\n\n{MODEL_CARD_END}\n"
     )
+    card.write_text(f"{head}{section}\n{rest.lstrip()}", encoding="utf-8")

@@ -104,7 +104,7 @@ class Formula(Penalised, Watched):
             if self.fits_training(y):
                 cpp.name_caller(self)
                 return self.training_operator(x.to(y.dtype).contiguous(), y.contiguous())
-        if torch.is_autocast_enabled(y.device.type):
+        if y.device.type != "meta" and torch.is_autocast_enabled(y.device.type):  # meta knows no autocast
             with torch.autocast(y.device.type, enabled=False):
                 return self.in_torch(x, y)
         return self.in_torch(x, y)
