@@ -64,12 +64,26 @@ class Site:
 
 
 @dataclass(frozen=True)
+class ExpertSite:
+    """W_down of all experts of a block in one parameter, (E, out, in), or (E, in, out) where `is_transposed`."""
+
+    name: str  # of the module that owns it
+    parameter: str  # its name there
+    block_index: int
+    num_experts: int
+    in_features: int
+    out_features: int
+    is_transposed: bool
+
+
+@dataclass(frozen=True)
 class SiteTable:
     """All sites of a model, in module order."""
 
     sites: tuple[Site, ...]
     blocks: int  # number of blocks that were seen
-    fused_experts: tuple[str, ...]  # parameter paths of 3-D expert weights that play W_down
+    fused_experts: tuple[str, ...]  # parameter paths of expert weights in one parameter that play W_down
+    experts: tuple[ExpertSite, ...] = ()  # those of them whose products can be adapted
 
     def names(self, *roles: str) -> list[str]:
         """Names of the sites of these roles, of all roles if none is given."""
@@ -109,7 +123,25 @@ def find_sites(model: nn.Module) -> SiteTable:
         raise SiteError(f"{type(model).__name__}: found {len(sites)} sites, but {text}. {advice}")
     if not sites:
         raise SiteError(f"{type(model).__name__}: found no site in {len(blocks)} blocks of an nn.ModuleList. {advice}")
-    return SiteTable(tuple(sites), len(blocks), tuple(fused))
+    experts = (_expert_site(model, block, path) for block in blocks for path in block.fused_experts)
+    return SiteTable(tuple(sites), len(blocks), tuple(fused), tuple(site for site in experts if site is not None))
+
+
+def _expert_site(model: nn.Module, block: Block, path: Path) -> ExpertSite | None:
+    """None where the parameter is no stack of matrices of numbers (quantised, or all experts side by side)."""
+    owner = base_module(model.get_submodule(".".join(block.path + path[:-1])))
+    weight = owner._parameters.get(path[-1])
+    if weight is None or weight.dim() != 3 or not weight.is_floating_point():
+        return None
+    experts, rows, columns = weight.shape
+    is_transposed = getattr(owner, "is_transposed", None)
+    if is_transposed is None:  # no class of transformers' experts interface: W_down writes the residual width
+        if rows == columns or block.width not in (rows, columns):
+            return None
+        is_transposed = block.width == columns
+    in_features, out_features = (rows, columns) if is_transposed else (columns, rows)
+    name = ".".join(block.path + path[:-1])
+    return ExpertSite(name, path[-1], block.index, experts, in_features, out_features, bool(is_transposed))
 
 
 def site_table_row(table: SiteTable) -> dict[str, object]:

@@ -122,6 +122,7 @@ class ResidualFiLMAdapter(Braked, Adapter):
     """y' = y (1 + gamma(x)) + beta(x) rho(y)."""
 
     variant = "PT4"
+    reads_output = True
     lr_groups = {
         "controller_weight": "controller",
         "controller_bias": "controller",

@@ -63,8 +63,8 @@ class AdapterConfig(PeftConfig):
     fused_experts: str = field(
         default="error",
         metadata={
-            "help": "What to do where W_down is a fused 3-D expert weight that no module owns: 'error', or 'skip' to "
-            "adapt the rest of the model."
+            "help": "What to do where W_down of all experts is one parameter that no module owns: 'error'; 'adapt', "
+            "one adapter for all experts of a block, at the tokens that reach them; 'skip' to adapt the rest."
         },
     )
     scaling: float = field(default=2.0, metadata={"help": "The factor s of the update; not divided by the rank."})
@@ -121,7 +121,7 @@ class AdapterConfig(PeftConfig):
                     raise check.field_error(
                         name, getattr(self, name), "cannot be used when `target_modules` is a str", "pass a list"
                     )
-        check.check_choice(self, "fused_experts", ("error", "skip"))
+        check.check_choice(self, "fused_experts", ("error", "adapt", "skip"))
         check.check_number(self, "scaling", 0.0, exclusive=True)
         check.check_bool(self, "init_weights")
         self._check_layers()
@@ -209,6 +209,11 @@ class AdapterConfig(PeftConfig):
         return {}
 
     # what is checked once all adapters of a model are planned
+
+    def check_experts(self, name: str) -> None:
+        """Raise ValueError where this method cannot stand at W_down of the fused experts `name`."""
+        if MLP_DOWN not in self.roles:
+            raise check.field_error("target_modules", name, f"holds experts, and {type(self).__name__} adapts W_O")
 
     @property
     def limits_size(self) -> bool:

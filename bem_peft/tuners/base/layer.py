@@ -69,10 +69,10 @@ class AdapterLayer(BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ()
     quantization_backend: Any = None
 
-    def __init__(self, base_layer: nn.Module, call: CallState) -> None:
+    def __init__(self, base_layer: nn.Module, call: CallState, shape: tuple[int, int] | None = None) -> None:
         self.base_layer = base_layer
         self.call = call
-        self.in_features, self.out_features = projection_shape(self.get_base_layer())
+        self.in_features, self.out_features = shape or projection_shape(self.get_base_layer())
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self.cast_input_dtype_enabled = True
         self.is_token_routed = False  # rows are tokens that a router chose, not sequences
@@ -192,6 +192,14 @@ class AdapterLayer(BaseTunerLayer):
         return all(adapter.is_mergeable for adapter in self.adapters_named(adapter_name))
 
 
+def of_method(cls: type, model_cls: type, attribute: str, **members: Any) -> type:
+    """The class of one tuner's layers, which stands at its `attribute`: PEFT tells tuners apart by these classes."""
+    name = model_cls.__name__.removesuffix("Model") + cls.__name__.removeprefix("Adapter")
+    place = {"__module__": model_cls.__module__, "__qualname__": f"{model_cls.__qualname__}.{attribute}"}
+    marker = members.pop("marker", None)
+    return type(name, (cls,) if marker is None else (cls, marker), {**members, **place})
+
+
 class AdapterLinear(nn.Module, AdapterLayer):
     """y = base(x), then each active adapter in turn: y <- adapter(x, y)."""
 
@@ -202,13 +210,6 @@ class AdapterLinear(nn.Module, AdapterLayer):
         super().__init__()
         AdapterLayer.__init__(self, base_layer, call)
         self._active_adapter = adapter_name
-
-    @classmethod
-    def of_method(cls, model_cls: type, containers: tuple[str, ...]) -> type[AdapterLinear]:
-        """The layer class of one tuner, its `tuner_layer_cls`: PEFT tells tuners apart by their layers' classes."""
-        name = model_cls.__name__.removesuffix("Model") + "Linear"
-        place = {"__module__": model_cls.__module__, "__qualname__": f"{model_cls.__qualname__}.tuner_layer_cls"}
-        return type(name, (cls,), {"adapter_layer_names": containers, **place})
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., in) -> (..., out), in the base layer's output dtype."""

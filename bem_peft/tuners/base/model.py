@@ -20,9 +20,11 @@ from bem_peft import upstream
 from bem_peft.kept import kept_weights
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.base.adapter_config import AdapterConfig
+from bem_peft.tuners.base.expert_layer import AdapterExperts
+from bem_peft.tuners.base.experts import detach
 from bem_peft.tuners.base.field_help import with_arguments
-from bem_peft.tuners.base.layer import AdapterLayer, AdapterLinear, projection_shape
-from bem_peft.tuners.base.plan import Part, check_plan, drop_base_prefix, found_targets, known_heads
+from bem_peft.tuners.base.layer import AdapterLayer, AdapterLinear, of_method, projection_shape
+from bem_peft.tuners.base.plan import Part, check_plan, drop_base_prefix, found_targets, known_experts, known_heads
 from bem_peft.tuners.base.registry import register
 from bem_peft.tuners.base.saved_keys import check_saved_keys
 from bem_peft.tuners.calls.attention_stats import restore_attention, use_exact_attention
@@ -50,7 +52,9 @@ class AdapterModel(BaseTuner):
 
     adapter_classes: ClassVar[Methods] = {}
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # sites are found from the structure instead
-    tuner_layer_cls: ClassVar[type[AdapterLinear]]
+    tuner_layer_cls: ClassVar[type[AdapterLayer]]
+    linear_cls: ClassVar[type[AdapterLinear]]
+    experts_cls: ClassVar[type[AdapterExperts]]
     model: Any
 
     def __init_subclass__(
@@ -65,7 +69,11 @@ class AdapterModel(BaseTuner):
         if adapter is not None:
             adapters = {f"{config.method}_adapter": (config, adapter)}
         cls.adapter_classes = adapters or {}
-        cls.tuner_layer_cls = AdapterLinear.of_method(cls, tuple(cls.adapter_classes))
+        containers = tuple(cls.adapter_classes)
+        cls.tuner_layer_cls = of_method(AdapterLayer, cls, "tuner_layer_cls", adapter_layer_names=containers)
+        shared = {"marker": cls.tuner_layer_cls, "adapter_layer_names": containers}
+        cls.linear_cls = of_method(AdapterLinear, cls, "linear_cls", **shared)
+        cls.experts_cls = of_method(AdapterExperts, cls, "experts_cls", **shared)
         with_arguments(config)
         register(config.method, config, cls)
 
@@ -96,14 +104,19 @@ class AdapterModel(BaseTuner):
 
     def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
         """Build every adapter on the meta device, so that an error comes before any change."""
-        self.__dict__["_heads"] = known_heads(model)
+        self.__dict__["_heads"], self.__dict__["_experts"] = known_heads(model), known_experts(model)
         parts = [Part(*part, self.adapter_classes[part[0]][1]) for part in self.parts(peft_config)]
         check_plan(model, self.__dict__["_name"], parts, tuple(self.adapter_classes), self._build)
 
     def _build(self, container: str, config: AdapterConfig, name: str, target: nn.Module) -> Adapter:
         """The adapter of one method for the module `name`."""
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        in_features, out_features = projection_shape(base)
+        experts = self.__dict__["_experts"].get(name)
+        if experts is not None:
+            config.check_experts(name)
+            in_features, out_features = experts.in_features, experts.out_features
+        else:
+            in_features, out_features = projection_shape(base)
         site = SiteShape(name, in_features, out_features, self.__dict__["_heads"].get(name))
         return self.adapter_classes[container][1](config.at(name), site, self.call)
 
@@ -123,14 +136,16 @@ class AdapterModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer: AdapterLinear
+        layer: Any
+        experts = self.__dict__["_experts"].get(current_key)
         if isinstance(target, self.tuner_layer_cls):
             layer = target
+        elif experts is not None:
+            layer = self.experts_cls(target, adapter_name, self.call, experts)
         else:
-            layer_cls: Any = self.tuner_layer_cls
-            layer = layer_cls(target, adapter_name, self.call)
+            layer = self.linear_cls(target, adapter_name, self.call)
             layer.is_token_routed = "experts" in current_key.split(".")
-            base: Any = layer.get_base_layer()  # type: ignore[operator]
+            base: Any = layer.get_base_layer()
             layer.quantization_backend = upstream.quantization_backend(base, self.model)
         parts = {c: p for c, p in self.parts(peft_config) if self._part_matches(p, peft_config, current_key)}
         adapters = {container: self._build(container, part, current_key, layer) for container, part in parts.items()}
@@ -194,6 +209,14 @@ class AdapterModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._refuse_unmergeable(adapter_names)
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AdapterExperts) and new_module is child.base_layer:  # PEFT would give them a `weight`
+            if new_module is child.experts:
+                detach(new_module)
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:

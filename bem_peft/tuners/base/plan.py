@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from bem_peft.sites.find import MLP_DOWN, SiteError, SiteTable, find_sites
+from bem_peft.sites.find import MLP_DOWN, ExpertSite, SiteError, SiteTable, find_sites
 from bem_peft.tuners.base.adapter import Adapter
 from bem_peft.tuners.base.adapter_config import AdapterConfig
 from bem_peft.tuners.calls.attention_stats import require_interface
@@ -50,11 +50,15 @@ def found_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     """Names of the sites that `config` adapts by default. Raises SiteError where one could not be placed."""
     table = find_sites(model)
     roles = tuple(config.sites or config.roles)
-    if MLP_DOWN in roles and table.fused_experts and config.fused_experts == "error":
+    experts = table.experts if MLP_DOWN in roles and config.fused_experts == "adapt" else ()
+    left = sorted(set(table.fused_experts) - {f"{site.name}.{site.parameter}" for site in experts})
+    if MLP_DOWN in roles and left and config.fused_experts != "skip":
+        advice = "fused_experts='adapt' adapts it (one adapter for all experts of a block)"
+        if config.fused_experts == "adapt":
+            advice = "it is quantised, or all experts stand side by side in it"
         raise SiteError(
-            f"W_down of the experts is a fused 3-D weight that no module owns, so it cannot be adapted: "
-            f"{some(table.fused_experts)}. Set fused_experts='skip' to adapt the other sites, or name the modules "
-            "in `target_modules`."
+            f"W_down of the experts is one parameter that no module of its own holds: {some(left)}; {advice}. "
+            "Set fused_experts='skip' to adapt the other sites, or name the modules in `target_modules`."
         )
     layers = config.layers_to_transform
     indices = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
@@ -70,6 +74,7 @@ def found_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
             f"{table.blocks - 1}; leave {beyond} out."
         )
     names = [s.name for s in table.sites if s.role in roles and (indices is None or s.block_index in indices)]
+    names += [s.name for s in experts if indices is None or s.block_index in indices]
     if not names:
         where = "" if indices is None else f" in the blocks {sorted(indices)} (`layers_to_transform`)"
         raise SiteError(
@@ -86,6 +91,14 @@ def known_heads(model: nn.Module) -> dict[str, int | None]:
     except SiteError:  # not a model whose structure is known: the heads are not either
         table = None
     return {} if table is None else {site.name: site.num_heads for site in table.sites}
+
+
+def known_experts(model: nn.Module) -> dict[str, ExpertSite]:
+    """The modules of fused experts that can be adapted, by name; none where the structure is not known."""
+    try:
+        return {site.name: site for site in find_sites(model).experts}
+    except SiteError:
+        return {}
 
 
 def check_plan(model: nn.Module, name: str, parts: Sequence[Part], containers: Sequence[str], build: Build) -> None:
@@ -169,7 +182,9 @@ def _check_choice_of_sites(model: nn.Module, config: AdapterConfig, names: list[
                 "no such block; leave one of the two out."
             )
     if config.sites is not None:
-        wanted = {site.name for site in find_sites(model).sites if site.role in config.sites}
+        table = find_sites(model)
+        wanted = {site.name for site in table.sites if site.role in config.sites}
+        wanted |= {site.name for site in table.experts if MLP_DOWN in config.sites}
         others = sorted(set(names) - wanted)
         if others:
             raise ValueError(

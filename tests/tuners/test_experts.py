@@ -1,0 +1,345 @@
+"""Fused experts: an adapter at their W_down is what the same adapter is at a dense MLP, in every implementation."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from bem_peft import (
+    CompositeConfig,
+    DynamicRankMaskConfig,
+    HeadGroupGatingConfig,
+    KroneckerConfig,
+    ResidualFiLMConfig,
+    SiteError,
+    count_parameters,
+    find_sites,
+)
+from bem_peft.tuners.base.expert_layer import AdapterExperts
+from bem_peft.tuners.base.experts import ExpertWeight
+from tests.contract.methods import randomize
+from tests.tiny_models import tokens
+
+EXPERTS = 4
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "rank_mask": lambda **k: DynamicRankMaskConfig(total_rank=8, active_rank=4, sites=["mlp_down"], **k),
+    "kronecker": lambda **k: KroneckerConfig(u_rank=3, v_rank=2, **k),
+    "film": lambda **k: ResidualFiLMConfig(gamma_dim=3, beta_dim=2, sites=["mlp_down"], **k),
+    "composite": lambda **k: CompositeConfig(
+        [KroneckerConfig(u_rank=3, v_rank=2), ResidualFiLMConfig(gamma_dim=2, beta_dim=2, sites=["mlp_down"])], **k
+    ),
+}
+
+
+def tolerance(implementation: str) -> dict[str, float]:
+    """The router's weights add up to 1 in float32 whatever the model's dtype is."""
+    size = 2e-4 if implementation == "grouped_mm" else 3e-6
+    return {"rtol": size, "atol": size}
+
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def dense() -> nn.Module:
+    return spread(LlamaForCausalLM(LlamaConfig(**SIZES))).double().eval()
+
+
+def dtype_of(implementation: str) -> torch.dtype:
+    """float64; grouped_mm knows no wider number than float32."""
+    return torch.float32 if implementation == "grouped_mm" else torch.float64
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """Weights so large that rounding does not hide an effect."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2 or "bias" in name:
+                parameter.normal_(std=0.15 if "emb" not in name else 1.0)
+    return model
+
+
+def upcycled(implementation: str) -> nn.Module:
+    """The dense model with its MLP in each of four experts, of which a token takes two: the same function."""
+    source = dense()
+    config = MixtralConfig(**SIZES, num_local_experts=EXPERTS, num_experts_per_tok=2, rms_norm_eps=1e-6)
+    for name in ("rope_parameters", "rope_theta"):  # its own default is another; the name is that of the release
+        if hasattr(source.config, name):
+            setattr(config, name, getattr(source.config, name))
+    model = MixtralForCausalLM(config).double().eval()
+    known = source.state_dict()
+    weights = {name: known[name] for name in model.state_dict() if name in known}
+    for i, layer in enumerate(source.model.layers):
+        stacked = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
+        weights[f"model.layers.{i}.mlp.experts.gate_up_proj"] = stacked.expand(EXPERTS, -1, -1).clone()
+        weights[f"model.layers.{i}.mlp.experts.down_proj"] = layer.mlp.down_proj.weight.expand(EXPERTS, -1, -1).clone()
+        weights[f"model.layers.{i}.mlp.gate.weight"] = torch.randn(EXPERTS, SIZES["hidden_size"]).double()
+    model.load_state_dict(weights)
+    model.set_experts_implementation(implementation)
+    return model.to(dtype_of(implementation))
+
+
+def adapted(model: nn.Module, method: str, **changes: Any) -> nn.Module:
+    dtype = next(model.parameters()).dtype
+    found = get_peft_model(model, CONFIGS[method](task_type="CAUSAL_LM", fused_experts="adapt", **changes)).to(dtype)
+    randomize(found)
+    return found.eval()
+
+
+def same_adapter(model: nn.Module, like: nn.Module) -> nn.Module:
+    """`model` with the adapter weights of `like`, where the same site has another name."""
+    given = {n.replace("mlp.experts", "mlp.down_proj"): p for n, p in like.named_parameters() if "bem_" in n}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bem_" in name:
+                parameter.copy_(given[name])
+    return model
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_upcycled_model_is_the_dense_one(implementation: str) -> None:
+    """To what the router's softmax in float32 leaves of 1."""
+    ids = tokens()
+    found = upcycled(implementation)(ids).logits
+    torch.testing.assert_close(found.double(), dense()(ids).logits, **tolerance(implementation))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("method", CONFIGS)
+def test_an_adapter_on_experts_is_the_dense_adapter(method: str, implementation: str) -> None:
+    """Output and every gradient, in float64: the experts are equal, and the weights of a token's experts add up to 1.
+
+    PT4 is no linear map of y, but with equal experts y is the same for both.
+    """
+    ids = tokens()
+    on_experts = adapted(upcycled(implementation), method)
+    on_dense = same_adapter(adapted(dense(), method), on_experts)
+    for training in (False, True):
+        losses = []
+        for model in (on_experts, on_dense):
+            model.train(training)
+            model.zero_grad()
+            out = model(input_ids=ids, labels=ids)
+            out.loss.backward()
+            losses.append(out)
+        torch.testing.assert_close(losses[0].logits.double(), losses[1].logits, **tolerance(implementation))
+        gradients = {n.replace("mlp.experts", "mlp.down_proj"): p.grad for n, p in on_experts.named_parameters()}
+        for name, parameter in on_dense.named_parameters():
+            if parameter.requires_grad:
+                found = gradients[name]
+                assert (found is None) == (parameter.grad is None) == (not training and "mask_weight" in name)
+                if found is not None:
+                    torch.testing.assert_close(found.double(), parameter.grad, **tolerance(implementation))
+    assert not torch.equal(losses[0].logits, dense()(ids).logits), "the adapter does something"
+
+
+# the families
+
+
+def small(kind: str, **changes: Any) -> nn.Module:
+    """A random model of two blocks of the family."""
+    sizes = {**SIZES, "moe_intermediate_size": 24, "num_experts_per_tok": 2, "pad_token_id": 0, "head_dim": 8}
+    names = {
+        "mixtral": ("Mixtral", {"num_local_experts": EXPERTS}),
+        "qwen3_moe": ("Qwen3Moe", {"num_experts": EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": []}),
+        "gpt_oss": ("GptOss", {"num_local_experts": EXPERTS, "layer_types": ["full_attention"] * 2}),
+        "granitemoe": ("GraniteMoe", {"num_local_experts": EXPERTS}),
+        "olmoe": ("Olmoe", {"num_experts": EXPERTS}),
+        "deepseek_v3": (
+            "DeepseekV3",
+            {
+                "n_routed_experts": EXPERTS, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0,
+                "q_lora_rank": 8,
+                "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4,
+                "num_key_value_heads": 4,
+            },
+        ),
+    }  # fmt: skip
+    family, own = names[kind]
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **own, **changes})
+    model = spread(getattr(transformers, f"{family}ForCausalLM")(config)).eval()
+    model.set_experts_implementation("eager")
+    return model
+
+
+FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe", "deepseek_v3")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_fresh_adapter_changes_no_bit_and_all_implementations_agree(kind: str, implementation: str) -> None:
+    ids = tokens()
+    dtype = dtype_of(implementation)
+    base = small(kind).to(dtype)
+    base.set_experts_implementation(implementation)
+    plain = base(ids).logits
+    model = get_peft_model(base, CONFIGS["composite"](task_type="CAUSAL_LM", fused_experts="adapt")).to(dtype).eval()
+    layers = [m for m in model.modules() if isinstance(m, AdapterExperts)]
+    assert len(layers) == 2
+    assert torch.equal(model(ids).logits, plain)
+    randomize(model)
+    found = model(ids).logits
+    base.set_experts_implementation("eager")
+    near = 1e-9 if dtype is torch.float64 else 2e-4
+    torch.testing.assert_close(found, model(ids).logits, rtol=near, atol=near)
+    assert not torch.equal(found, plain)
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, base(ids).logits)
+    base.set_experts_implementation(implementation)
+    model.unload()
+    assert torch.equal(base(ids).logits, plain)
+    assert not any(isinstance(m, AdapterExperts) or "_bem_peft_site" in m.__dict__ for m in base.modules())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_the_update_reads_what_enters_w_down_and_what_leaves_it(kind: str, implementation: str) -> None:
+    """Against a loop over experts written here, in float64; GPT-OSS has biases, which PT4's y includes."""
+    base = small(kind).to(dtype_of(implementation))
+    base.set_experts_implementation(implementation)
+    model = adapted(base, "film")
+    layer = model.base_model.model.model.layers[0].mlp.experts
+    adapter = next(iter(layer.adapters_named("default")))
+    experts = layer.experts
+    x = torch.randn(5, SIZES["hidden_size"], dtype=dtype_of(implementation))
+    index = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 3], [1, 1]])
+    share = torch.rand(5, 2, dtype=x.dtype)
+    found = layer(x, index, share)
+    expected = torch.zeros_like(x)
+    for token in range(5):
+        for k in range(2):
+            e = int(index[token, k])
+            up = experts._parameters["gate_up_proj"][e]
+            down = experts._parameters["down_proj"][e]
+            if kind == "gpt_oss":
+                inner = experts._apply_gate(x[token] @ up + experts.gate_up_proj_bias[e])
+                y = inner @ down + experts.down_proj_bias[e]
+            else:
+                gate, value = (up @ x[token]).chunk(2)
+                inner = experts.act_fn(gate) * value
+                y = down @ inner
+            expected[token] += adapter(inner.unsqueeze(0), y.unsqueeze(0))[0] * share[token, k]
+    near = 1e-10 if x.dtype is torch.float64 else 1e-4
+    torch.testing.assert_close(found, expected, rtol=near, atol=near)
+
+
+def test_routers_are_not_touched() -> None:
+    """Bit for bit, in the first block, whose input the adapters of later blocks do not reach."""
+    ids = tokens()
+    model = adapted(small("mixtral"), "kronecker").float()
+    router = model.base_model.model.model.layers[0].mlp.gate
+    seen: list[Any] = []
+    router.register_forward_hook(lambda module, args, out: seen.append([t.clone() for t in out]))
+    model(ids)
+    with model.disable_adapter():
+        model(ids)
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_save_load_copy_pickle_and_merge(tmp_path: Any) -> None:
+    ids = tokens()
+    model = adapted(small("mixtral").double(), "kronecker")
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(small("mixtral").double(), tmp_path).double().eval()
+    assert torch.equal(loaded(ids).logits, expected)
+    assert torch.equal(copy.deepcopy(model)(ids).logits, expected)
+    revived = pickle.loads(pickle.dumps(model.base_model.model.model.layers[0].mlp.experts))
+    assert type(revived.experts).__mro__[1] is type(small("mixtral").model.layers[0].mlp.experts)
+    assert revived.experts.__dict__["_bem_peft_site"][1] is revived
+    model.merge_adapter()
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-10)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-10)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-10)
+    assert not any(isinstance(m, AdapterExperts) for m in merged.modules())
+    with pytest.raises(ValueError, match="factors depend on the token"):
+        adapted(small("mixtral"), "film").merge_and_unload()
+
+
+def test_training_under_checkpointing_is_training_without() -> None:
+    ids, gradients = tokens(), []
+    for is_on in (False, True):
+        model = adapted(small("qwen3_moe").double(), "composite").train()
+        if is_on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=0, atol=1e-12)
+
+
+def test_threads_with_and_without_the_adapter_do_not_meet() -> None:
+    """One model, two adapters' calls at once: each thread sees its own weights alone."""
+    models = [adapted(small("mixtral"), "kronecker").float() for _ in range(2)]
+    with torch.no_grad():
+        for parameter in (p for n, p in models[1].named_parameters() if "bem_" in n):
+            parameter.mul_(2.0)
+    ids = tokens()
+    with torch.no_grad():
+        expected = [model(ids).logits for model in models]
+        wrong: list[int] = []
+
+        def work(i: int) -> None:
+            with torch.no_grad():
+                wrong.extend(i for _ in range(20) if not torch.equal(models[i](ids).logits, expected[i]))
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+def test_what_cannot_be_adapted_is_refused_by_name() -> None:
+    ids = tokens()
+    with pytest.raises(SiteError, match=r"experts.down_proj; fused_experts='adapt' adapts it"):
+        get_peft_model(small("mixtral"), KroneckerConfig(u_rank=2, v_rank=3))
+    model = adapted(small("mixtral"), "kronecker")
+    with pytest.raises(ValueError, match=r"`adapter_names` at model.layers.0.mlp.experts: .* a router chose"):
+        model(ids, adapter_names=["default", "__base__"])
+    with pytest.raises(ValueError, match="HeadGroupGatingConfig adapts W_O"):
+        get_peft_model(small("mixtral"), HeadGroupGatingConfig(target_modules=["experts"]))
+    layer = model.base_model.model.model.layers[0].mlp.experts
+    weight = layer.experts.down_proj
+    assert isinstance(weight, ExpertWeight)
+    x = torch.randn(EXPERTS, 3, 48)
+    with pytest.raises(NotImplementedError, match=r"mlp.experts: its experts read their W_down by `einsum`"):
+        torch.einsum("eti,eoi->eto", x, weight)
+    with pytest.raises(NotImplementedError, match="bem_peft does not know as a product"):
+        weight.to(torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="read their W_down at"):
+        weight[:, 0]
+
+
+def test_sites_parameters_and_default_targets() -> None:
+    model = small("gpt_oss")
+    sites = find_sites(model).experts
+    assert [(s.name, s.parameter, s.num_experts, s.in_features, s.out_features, s.is_transposed) for s in sites] == [
+        (f"model.layers.{i}.mlp.experts", "down_proj", EXPERTS, 48, 32, True) for i in (0, 1)
+    ]
+    found = get_peft_model(model, KroneckerConfig(fused_experts="adapt", u_rank=2, v_rank=3))
+    assert set(found.peft_config["default"].target_modules) == {f"model.layers.{i}.mlp.experts" for i in (0, 1)}
+    one = get_peft_model(dense(), KroneckerConfig(u_rank=2, v_rank=3))
+    assert count_parameters(found).trainable == count_parameters(one).trainable
+    assert find_sites(found.base_model.model).experts == sites, "an adapted model has the same sites"
+    blocks = KroneckerConfig(fused_experts="adapt", layers_to_transform=[1], u_rank=2, v_rank=3)
+    only = get_peft_model(small("gpt_oss"), blocks)
+    assert set(only.peft_config["default"].target_modules) == {"model.layers.1.mlp.experts"}
