@@ -80,7 +80,11 @@ def _add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("compare", help="write a report on results")
-    command.add_argument("results", nargs="+", help="folders of `bem-peft run`, or JSON of PEFT's method_comparison")
+    command.add_argument(
+        "results", nargs="+",
+        help="folders of `bem-peft run`, lm-evaluation-harness or inspect_ai, tables of scores (CSV, TSV, Parquet), or "
+        "JSON of PEFT's method_comparison",
+    )  # fmt: skip
     command.add_argument("--anchor", required=True, help="name of the system that the others are measured against")
     command.add_argument("--out", type=Path, required=True, metavar="DIR")
     command.add_argument("--held-out", action="store_true", help="the items are Slice-B: nothing was chosen on them")

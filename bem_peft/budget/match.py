@@ -65,7 +65,10 @@ class BudgetMatch:
         if len(values) > 1 and min(values) < 0 < max(values):
             high = max(self.deviation_ratio, key=lambda name: self.deviation_ratio[name])
             low = min(self.deviation_ratio, key=lambda name: self.deviation_ratio[name])
-            return f"{high} already lies above the anchor where {low} lies below it. Free another size, or match one."
+            return (
+                f"{high} already lies above the anchor where {low} lies below it. Free another size, or "
+                f"match one alone (`match=[{high!r}]`; in an experiment `budget.quantities: [{high}]`)."
+            )
         return "the next smaller and larger sizes lie farther away. Free another size, or widen the tolerance."
 
 

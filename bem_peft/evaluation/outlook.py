@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bem_peft.evaluation.intervals import too_few
@@ -47,5 +47,19 @@ def outlooks(
             parts.plan(k, n, margin=margin, confidence=confidence)
             for k, n in ((seeds, items), (seeds + 1, items), (seeds, items + MORE_ITEMS))
         )
-        found.append(Outlook(system, metric, margin, parts.shares(), now, more_seeds, more_items))
+        found.append(
+            Outlook(system, metric, margin, parts.shares(), now, _no_less(now, more_seeds), _no_less(now, more_items))
+        )
     return found
+
+
+def _no_less(now: Plan, more: Plan) -> Plan:
+    """What more data give, which is what there is now where the estimate has less: one may leave the new data out.
+
+    With many items the seeds alone are left in the variance, whose few degrees of freedom have a wider t.
+    """
+    power = None if more.power is None or now.power is None else max(more.power, now.power)
+    return replace(
+        more, half_width=min(more.half_width, now.half_width), detectable=min(more.detectable, now.detectable),
+        power=power,
+    )  # fmt: skip

@@ -30,7 +30,7 @@ from bem_peft.budget.enforce import POLICIES
 from bem_peft.evaluation.metrics import metric_problem
 from bem_peft.experiments.encoding import TOO_LONG
 from bem_peft.experiments.fields import Problems, build_config, fill, fits
-from bem_peft.experiments.records import Template, columns_of, is_file_name
+from bem_peft.experiments.records import Template, columns_of, is_file_name, missing_columns
 from bem_peft.experiments.sections import (
     DTYPES,
     BudgetSection,
@@ -211,7 +211,7 @@ def _check_columns(data: DataSection, part: str, path: Path, problems: Problems)
         except ValueError:
             continue  # noted before
         if missing:
-            problems.append(f"data.{name} = {text!r}: {path} has no column {missing}; it has {columns}")
+            problems.append(f"data.{name} = {text!r}: {path} {missing_columns(missing, columns)}")
 
 
 def check_evaluation(evaluation: EvaluationSection, where: str, problems: list[str]) -> None:
@@ -245,7 +245,7 @@ def _check_retain_text(evaluation: EvaluationSection, source: str, where: str, p
         return
     if missing:
         problems.append(
-            f"{where}retain_text = {evaluation.retain_text!r}: {source} has no column {missing}; it has {columns}"
+            f"{where}retain_text = {evaluation.retain_text!r}: {source} {missing_columns(missing, columns)}"
         )
 
 

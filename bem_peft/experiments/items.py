@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bem_peft.experiments.records import Template, as_text, columns_of, read_records
+from bem_peft.experiments.records import Template, as_text, columns_of, missing_columns, read_records
 from bem_peft.experiments.sections import DataSection
 
 IGNORED = -100
@@ -60,10 +61,27 @@ def read_items(data: DataSection) -> tuple[list[Item], list[Item]]:
     share = data.eval_share or 0.0
     evaluation = [item for item in training if _unit(item.group) < share]
     training = [item for item in training if _unit(item.group) >= share]
+    _check_share(share, len({item.group for item in training}), len({item.group for item in evaluation}))
     for name, items in (("training", training), ("evaluation", evaluation)):
         if not items:
             raise ValueError(f"no {name} item is left of {data.train!r}: change `eval_share` or `group`.")
     return training, selected(evaluation, data.eval_items)
+
+
+def _check_share(share: float, training: int, evaluation: int) -> None:
+    """Warn where so many groups would come out as this by a chance of one in a million: the data were picked by a hash.
+
+    A group is held out by the sha256 of its name, and who cut the data by the same hash before has cut the split.
+    """
+    groups = training + evaluation
+    expected, spread = share * groups, (groups * share * (1.0 - share)) ** 0.5
+    if groups and abs(evaluation - expected) > 5.0 * spread + 1.0:
+        warnings.warn(
+            f"data.eval_share = {share}: {evaluation} of {groups} groups are held out, expected were {expected:.0f}; "
+            "they are chosen by the sha256 of their names, by which these data seem to have been selected before. Give "
+            "`group` another text, {id} of another column for instance, or a file as `eval`.",
+            stacklevel=3,
+        )
 
 
 def read_evaluation_items(data: DataSection) -> list[Item]:
@@ -157,9 +175,7 @@ def _check_columns(template: Template, record: Mapping[str, Any], source: str) -
         columns = columns_of(source)
         missing = template.missing(columns)
         if missing:
-            raise ValueError(
-                f"{template.field} = {template.text!r}: {source} has no column {missing}; it has {columns}."
-            )
+            raise ValueError(f"{template.field} = {template.text!r}: {source} {missing_columns(missing, columns)}.")
 
 
 def _unit(text: str) -> float:

@@ -11,11 +11,12 @@ A template names columns, `{question}`, by whatever name they have, `{Question T
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,15 @@ def columns_of(source: str) -> list[str]:
     for _, record in itertools.islice(read_records(source), 1_000):
         found.update(dict.fromkeys(record))
     return list(found)
+
+
+def missing_columns(missing: Sequence[str], columns: Sequence[str]) -> str:
+    """The end of a message: "has no column 'jsno' (did you mean 'json'?); it has id, text, json"."""
+    named = []
+    for name in missing:
+        near = difflib.get_close_matches(name, columns, n=1)
+        named.append(f"{name!r} (did you mean {near[0]!r}?)" if near else repr(name))
+    return f"has no column {', '.join(named)}; it has {', '.join(columns)}"
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,9 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
     now = significant(settings)
     if path.is_file():
         changed = changes(significant(read_json(path)), now)
-        if changed:
+        if changed and [entry.name for entry in folder.iterdir()] == [SETTINGS]:  # it ended before its first step
+            write_whole(path, json.dumps(now, indent=1, ensure_ascii=False) + "\n")
+        elif changed:
             raise ValueError(
                 f"{folder} was begun with other settings ({'; '.join(changed)}): go on with those, choose another "
                 "folder, or remove it."

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from bem_peft.evaluation.intervals import compare_means
+from bem_peft.evaluation.outlook import outlooks
 from bem_peft.evaluation.planning import Components, required_items
 
 
@@ -67,3 +71,20 @@ def test_clusters_need_more_items() -> None:
     assert alone is not None
     assert together is not None
     assert together > 3 * alone
+
+
+def test_more_data_are_never_forecast_to_give_less() -> None:
+    """With more items the seeds alone are left in the variance, and their few degrees of freedom once widened it."""
+    narrower = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        difference = rng.normal(size=(3, 12)) + 0.3 * rng.normal(size=(3, 1)) + rng.normal(size=(1, 12))
+        pair: Any = SimpleNamespace(difference=difference, cluster_index=None)
+        (found,) = outlooks("a", {"nll": pair}, {"nll": 0.5}, 0.95)
+        for plan in (found.more_items, found.more_seeds):
+            assert plan.half_width <= found.now.half_width
+            assert plan.detectable <= found.now.detectable
+            assert (plan.power or 0.0) >= (found.now.power or 0.0)
+            narrower += plan.half_width < found.now.half_width
+        assert found.more_items.items == 512
+    assert narrower > 40

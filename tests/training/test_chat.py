@@ -200,7 +200,7 @@ def test_fields_of_conversations_are_checked(folder: Path, capsys: pytest.Captur
     for data, text in (
         ({"messages": "talk", "prompt": "{a}"}, "messages = 'talk': stands in place of prompt and completion"),
         ({"messages": "{talk}"}, "messages = '{talk}': must be the name of a column, without braces"),
-        ({"messages": "talks"}, "talks.jsonl has no column ['talks']; it has ['talk']"),
+        ({"messages": "talks"}, "talks.jsonl has no column 'talks' (did you mean 'talk'?); it has talk"),
         ({"messages": "talk", "chat": True}, "data.chat: `messages` are a chat already"),
         ({}, "data.prompt, data.completion: give both, or `messages`"),
     ):

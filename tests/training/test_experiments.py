@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -282,7 +283,7 @@ def test_groups_are_not_split_and_every_seed_has_the_same_items(folder: Path) ->
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"prompt": "{archaic}"}, r"has no column \['archaic'\]"),
+        ({"prompt": "{archaic}"}, "has no column 'archaic'"),
         ({"id": "{a} {a}", "eval_share": 0.5}, None),
         ({"id": "same {ref}", "group": "{b}", "group_pattern": "^(z)"}, "does not match"),
         ({"eval_share": 1e-9}, "no evaluation item is left"),
@@ -303,8 +304,8 @@ def test_data_that_do_not_fit_are_refused(folder: Path, change: dict[str, Any], 
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
-        ("a.jsonl", '{"b": 1}\n{"ref": 2, "c": 1}\n', r"a.jsonl has no column \['a'\]; it has \['b', 'ref', 'c'\]"),
-        ("a.csv", "ref,b\n1,2\n", r"a.csv has no column \['a'\]; it has \['ref', 'b'\]"),
+        ("a.jsonl", '{"b": 1}\n{"ref": 2, "c": 1}\n', "a.jsonl has no column 'a'; it has b, ref, c"),
+        ("a.csv", "ref,b\n1,2\n", "a.csv has no column 'a'; it has ref, b"),
         ("a.jsonl", "[1]\n", "a.jsonl': cannot be read .*a.jsonl:1: .* is no JSON object"),
         ("a.jsonl", "{\n", "a.jsonl': cannot be read .*a.jsonl:1: no JSON .Expecting property name"),
         ("a.jsonl.gz", "no gzip", "a.jsonl.gz': cannot be read .*no whole gzip file .Not a gzipped file"),
@@ -439,3 +440,22 @@ def test_answers_of_an_encoder_decoder_are_its_own() -> None:
         assert text == tokenizer.decode(out[0], skip_special_tokens=True)
     with pytest.raises(ValueError, match="has no tokens"):
         generate_texts(model, tokenizer, [""], max_new_tokens=4, stop=None, batch=2, progress=iter)
+
+
+def test_data_that_were_cut_by_the_hash_of_the_split_are_told(tmp_path: Path) -> None:
+    """Rows with the lowest sha256 of their id: a share of a tenth would hold out nearly all of them."""
+    from hashlib import sha256
+
+    from bem_peft.experiments.items import read_items
+    from bem_peft.experiments.sections import DataSection
+
+    ids = [f"item {i}" for i in range(400)]
+    for name, chosen in (("fair", ids[:100]), ("cut", sorted(ids, key=lambda i: sha256(i.encode()).digest())[:100])):
+        lines = [json.dumps({"id": i, "q": f"{i}?", "a": "b"}) for i in chosen]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    data = DataSection(str(tmp_path / "fair.jsonl"), prompt="{q}", completion="{a}", id="{id}", eval_share=0.1)
+    _, evaluation = read_items(data)
+    assert 2 <= len(evaluation) <= 20
+    cut = dataclasses.replace(data, train=str(tmp_path / "cut.jsonl"))
+    with pytest.warns(UserWarning, match=r"eval_share = 0.1: \d+ of 100 groups are held out, expected were 10"):
+        read_items(cut)

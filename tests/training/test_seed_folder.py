@@ -94,6 +94,9 @@ def test_a_tokenizer_without_eos_says_so() -> None:
 def test_a_seed_that_was_begun_otherwise_is_refused_with_what_changed(tmp_path: Path) -> None:
     begin(tmp_path / "seed-0", {"training": {"learning_rate": 0.01, "max_steps": 9}, "data": {"prompt": "{a}"}})
     begin(tmp_path / "seed-0", {"data": {"prompt": "{a}"}, "training": {"max_steps": 9, "learning_rate": 0.01}})
+    begin(tmp_path / "seed-0", {"training": {"learning_rate": 0.03}})  # nothing was made yet: it failed before a step
+    begin(tmp_path / "seed-0", {"training": {"learning_rate": 0.01, "max_steps": 9}, "data": {"prompt": "{a}"}})
+    (tmp_path / "seed-0" / "items.partial.jsonl").touch()
     with pytest.raises(ValueError, match=r"training.learning_rate: 0.01 -> 0.02; data.prompt: '\{a\}' -> 'A: \{a\}'"):
         begin(tmp_path / "seed-0", {"training": {"learning_rate": 0.02, "max_steps": 9}, "data": {"prompt": "A: {a}"}})
     (tmp_path / "old" / "checkpoints" / "checkpoint-2").mkdir(parents=True)
@@ -335,7 +338,7 @@ def test_all_data_are_checked_before_a_model_is_loaded(
         assert text in capsys.readouterr().err
     given["evaluation"] = {"retain": str(folder / "items.jsonl")}
     assert main(["validate", str(write(folder, given))]) == 2
-    assert "items.jsonl has no column ['text']" in capsys.readouterr().err
+    assert "items.jsonl has no column 'text'" in capsys.readouterr().err
     given["evaluation"] = {}
     lines[7]["a"] = ""  # no BOS: nothing would predict the first token of the answer
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))

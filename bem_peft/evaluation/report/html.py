@@ -199,5 +199,6 @@ def _method(report: Report) -> str:
         if (h := source.get("hardware"))
     }
     corrected = f"p-values corrected over systems, metrics and slices: {report.correction}"
-    lines = [*methods, corrected, *sorted(hardware - {""}), *([", ".join(sorted(versions))] if versions else [])]
+    mean = "nll is the mean over items of an item's loss a token; the loss of a run is the mean over all tokens"
+    lines = [*methods, corrected, mean, *sorted(hardware - {""}), *([", ".join(sorted(versions))] if versions else [])]
     return f"<h2>How</h2>{bullets(lines)}"
