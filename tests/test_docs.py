@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -222,3 +223,65 @@ def test_the_pages_are_linked_from_the_readme_and_from_their_index() -> None:
     for page in PAGES:
         assert f"(docs/methods/{page.name})" in section
         assert f"]({page.name})" in index
+
+
+# docs/experiments.md
+
+
+def tables_by_heading(page: Path) -> dict[str, list[dict[str, str]]]:
+    """Heading -> the rows of the first table below it."""
+    found = {}
+    for part in page.read_text(encoding="utf-8").split("\n## ")[1:]:
+        heading, _, text = part.partition("\n")
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        if cells:
+            found[heading.strip("`")] = [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+    return found
+
+
+@pytest.mark.parametrize("section", ["At the top", "model", "data", "evaluation", "budget"])
+def test_every_key_of_an_experiment_is_told_with_its_default(section: str) -> None:
+    import dataclasses
+
+    import yaml
+
+    from bem_peft.experiments import experiment, sections
+
+    classes = {
+        "At the top": experiment._Document, "model": sections.ModelSection, "data": sections.DataSection,
+        "evaluation": sections.EvaluationSection, "budget": sections.BudgetSection,
+    }  # fmt: skip
+    rows = {row["key"].strip("`"): row["default"] for row in tables_by_heading(DOCS / "experiments.md")[section]}
+    known = {field.name: field for field in dataclasses.fields(classes[section])}
+    assert rows.keys() == known.keys()
+    for name, field in known.items():
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            assert rows[name] == "needed"
+        else:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            told = rows[name].strip("`")
+            assert (told if told == "{text}" else yaml.safe_load(told)) == default
+
+
+def test_the_example_of_an_experiment_is_one(tmp_path: Path) -> None:
+    from bem_peft.experiments.experiment import read_experiment
+
+    text = re.findall(r"```yaml\n(.*?)```", (DOCS / "experiments.md").read_text(encoding="utf-8"), flags=re.DOTALL)[0]
+    (tmp_path / "e.yaml").write_text(text)
+    (tmp_path / "records.jsonl").write_text('{"id": "r1", "text": "Ge Yang", "json": "{}"}\n')
+    (tmp_path / "other_text.txt").write_text("One.\n\nTwo.\n")
+    with contextlib.chdir(tmp_path):
+        found = read_experiment("e.yaml")
+        assert found.data.chat
+        assert read_experiment("e.yaml", ['data.id="{id}"']).data.id == "{id}"
+
+
+def test_what_a_report_says_is_explained() -> None:
+    from bem_peft.evaluation import slices
+
+    page = (DOCS / "reading_a_report.md").read_text(encoding="utf-8")
+    for word in ("no worse", "may be worse", "no verdict", "d_z", "detectable", "forgetting", "adjusted p"):
+        assert f"| {word} |" in page
+    least = inspect.signature(slices.measure_slices).parameters["least_items"].default
+    assert f"under {least} items" in page
