@@ -1,0 +1,142 @@
+"""The quality study: its search brackets the best rate, its slices share nothing, its scores of JSON are right, and the
+runs that are committed are those of the grid."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STUDY = Path(__file__).parents[1] / "benchmarks" / "quality"
+PARTS = ("grid", "splits", "study", "records_json", "hub")
+
+
+@pytest.fixture(scope="module")
+def parts() -> Any:
+    """The study's modules by name; they import each other by their own names, as scripts do."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(STUDY))
+    try:
+        yield {name: importlib.import_module(name) for name in PARTS}
+    finally:
+        sys.path.remove(str(STUDY))
+        for name in set(sys.modules) - before:
+            if name in PARTS or name == "results_table":
+                del sys.modules[name]
+
+
+def searched_through(parts: Any, loss: Any, system: str = "lora_o") -> tuple[int | None, list[int]]:
+    """The k that is chosen when a run at k ends with loss(k), and the ks that were tried, in order."""
+    grid, known, tried = parts["grid"], {}, list[int]()
+    while ks := grid.next_rates(known, "verses", system):
+        assert len(tried) < 40
+        known[grid.Run("verses", system, ks[0], grid.GRID["search"]["seed"])] = loss(ks[0])
+        tried.append(ks[0])
+    return grid.best_rate(known, "verses", system), tried
+
+
+@pytest.mark.parametrize("best", [-9, -3, -2, 0, 2, 5, 9])
+def test_the_search_goes_on_until_the_best_rate_lies_inside(parts: Any, best: int) -> None:
+    chosen, tried = searched_through(parts, lambda k: 1.0 + 0.01 * (k - best) ** 2)
+    assert chosen == best
+    assert min(tried) < best < max(tried)
+    assert len(set(tried)) == len(tried) >= 5
+
+
+def test_a_search_that_diverges_goes_down_and_one_that_never_ends_is_bounded(parts: Any) -> None:
+    search = parts["grid"].GRID["search"]
+    chosen, _ = searched_through(parts, lambda k: math.inf if k > -5 else 2.0 - 0.1 * k)
+    assert chosen == -5
+    assert searched_through(parts, lambda k: math.inf)[1][-1] == search["lowest"]
+    assert searched_through(parts, lambda k: -float(k))[0] == search["highest"]
+
+
+def test_seeds_are_run_at_the_chosen_rate_and_not_before(parts: Any) -> None:
+    grid = parts["grid"]
+    first = list(grid.wanted_runs({}, ["verses"]))
+    assert {run.is_search for run in first} == {True}
+    assert len({run.system for run in first}) == len(grid.systems_of("verses"))
+    done = {run: 1.0 + 0.1 * abs(run.k) for run in first if run.system == "lora_o"}
+    wanted = [run for run in grid.wanted_runs(done, ["verses"]) if run.system == "lora_o"]
+    assert [(run.k, run.seed, run.is_search) for run in wanted] == [(0, seed, False) for seed in grid.GRID["seeds"]]
+    assert wanted[0].rate == grid.GRID["base_rate"]
+
+
+@pytest.mark.parametrize("task", ["verses", "records", "definitions"])
+def test_slices_share_no_group_and_have_the_sizes_of_the_grid(parts: Any, task: str) -> None:
+    items = parts["study"].items_of(task)
+    sizes = parts["grid"].GRID["slices"]
+    groups: dict[str, set[str]] = {}
+    for item in items:
+        groups.setdefault(item["slice"], set()).add(item["group"])
+    counts = [sum(item["slice"] == name for item in items) for name in ("train", "A", "B")]
+    assert counts == [sizes["train"], sizes["a"], sizes["b"]]
+    assert groups["train"].isdisjoint(groups["A"] | groups["B"])
+    assert groups["A"].isdisjoint(groups["B"])
+    assert len({item["id"] for item in items}) == len(items)
+    for name in ("prompt", "completion"):
+        assert all(parts["grid"].GRID["tasks"][task][name].format(**item) for item in items)
+
+
+def test_slice_b_does_not_depend_on_how_much_is_trained_on(parts: Any) -> None:
+    splits = parts["splits"]
+    items = [{"id": str(i), "group": str(i // 3)} for i in range(300)]
+    small, large = (splits.assign_slices(items, splits.Sizes(train, 20, 30)) for train in (50, 200))
+    of_b = [[item["id"] for item in found if item["slice"] == "B"] for found in (small, large)]
+    assert of_b[0] == of_b[1]
+    assert len(of_b[0]) == 30
+
+
+@pytest.mark.parametrize(
+    ("prediction", "scores"),  # json_validity, schema_validity, exact_match, field_f1
+    [
+        ('{"kind": "person", "given_name": "A", "surname": "B"}', (1, 1, 1, 1.0)),
+        ('{"surname": "B", "given_name": "A", "kind": "person"}', (1, 1, 1, 1.0)),  # the order says nothing
+        ('{"kind": "person", "given_name": "A"}', (1, 1, 0, 0.8)),
+        ('{"kind": "person", "zip_code": "A", "surname": "B"}', (1, 0, 0, 2 / 3)),  # of an address
+        ('{"kind": "person", "given_name": ["A"], "surname": "B"}', (1, 0, 0, 1.0)),  # a list of one
+        ('{"kind": "person", "given_name": 1}', (1, 0, 0, 0.4)),
+        ('{"kind": "dog"}', (1, 0, 0, 0.0)),
+        ('{"kind": "person", "given_name": "A", "given_name": "A"}', (0, 0, 0, 0.0)),
+        ('["A", "B"]', (1, 0, 0, 0.0)),
+        ('{"kind": NaN}', (0, 0, 0, 0.0)),
+        ('{"kind": "person"', (0, 0, 0, 0.0)),
+        ("", (0, 0, 0, 0.0)),
+    ],
+)
+def test_scores_of_json(parts: Any, prediction: str, scores: tuple[float, ...]) -> None:
+    reference = '{"kind": "person", "given_name": "A", "surname": "B"}'
+    found = parts["records_json"].record_scores([prediction], [reference])
+    assert [found[n][0] for n in ("json_validity", "schema_validity", "exact_match", "field_f1")] == pytest.approx(
+        scores
+    )
+
+
+def test_a_dataset_of_the_hub_becomes_items(parts: Any) -> None:
+    records = [{"question": f"q{i // 2}", "answer": str(i)} for i in range(10)] + [{"question": "q0", "answer": "0"}]
+    items = parts["hub"].items_from(records, "question", 100)
+    assert len(items) == 10, "what stands twice is one item"
+    assert {item["group"] for item in items} == {f"q{i}" for i in range(5)}
+    assert len(parts["hub"].items_from(records, "question", 3)) == 3
+
+
+def test_the_committed_runs_are_those_of_the_grid(parts: Any) -> None:
+    grid, study = parts["grid"], parts["study"]
+    items = {task: study.items_of(task) for task in grid.GRID["tasks"]}
+    for path in sorted((STUDY / "results").glob("*/*/k*-seed*.json.gz")):
+        document = json.loads(gzip.decompress(path.read_bytes()))
+        run = grid.Run(**{name: document[name] for name in ("task", "system", "k", "seed")})
+        assert study.result_path(run) == path
+        assert document["learning_rate"] == run.rate
+        assert document["grid"] == grid.GRID["systems"][run.system]
+        assert document["slice"] == ("A" if run.is_search else "B")
+        expected = {item["id"] for item in items[run.task] if item["slice"] == document["slice"]}
+        assert {item["id"] for item in document["items"]} == expected
+        loss = sum(item["nll"] for item in document["items"]) / sum(item["tokens"] for item in document["items"])
+        assert loss == pytest.approx(document["metrics"]["loss"], rel=1e-6)
