@@ -75,6 +75,11 @@ class MethodCost:
         for name, module in base.named_modules():
             if isinstance(module, BaseTunerLayer):
                 inner = module.get_base_layer()
+                if not isinstance(getattr(inner, "weight", None), torch.Tensor):
+                    raise ValueError(
+                        f"{name}: a size search knows projections alone, and this is a {type(inner).__name__}: set "
+                        "the sizes yourself, and count what the adapted model costs with `count_parameters`."
+                    )
                 count = next((m.num_heads for m in module.modules() if hasattr(m, "num_heads")), 0)
                 shape = tuple(inner.weight.shape)
                 kind = (

@@ -30,7 +30,14 @@ PARTS = {
 }
 CONFIGS = {config_cls.method.upper(): config_cls for config_cls, _ in PARTS.values()}
 # given in the composite, these hold for each method that does not set its own
-INHERITED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fused_experts")
+INHERITED = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "fused_experts",
+    "expert_sharing",
+)
 # a method's own; in the composite they would have no meaning
 OWN = ("rank_pattern", "sites", "scaling")
 # the composite's; in a method they would have no meaning
@@ -42,8 +49,9 @@ class CompositeConfig(AdapterConfig):
     """Config of several methods in one adapter: `CompositeConfig([HeadGroupGatingConfig(), KroneckerConfig()])`.
 
     Sizes, scaling and sites are each method's own. `target_modules`, `exclude_modules`, `layers_to_transform`,
-    `layers_pattern` and `fused_experts` given here hold for the methods that leave theirs at the default;
-    `init_weights=False` holds for all. What PEFT itself reads (`task_type`, `inference_mode`, ...) stands here alone.
+    `layers_pattern`, `fused_experts` and `expert_sharing` given here hold for the methods that leave theirs at the
+    default; `init_weights=False` holds for all. What PEFT itself reads (`task_type`, `inference_mode`, ...) stands
+    here alone.
     """
 
     methods: list[Any] = field(
@@ -74,6 +82,7 @@ class CompositeConfig(AdapterConfig):
         rank_pattern: dict[str, Any] | None = None,
         sites: list[str] | None = None,
         fused_experts: str = "error",
+        expert_sharing: str = "shared",
         scaling: float = 2.0,
         init_weights: bool = True,
     ) -> None:
@@ -85,7 +94,8 @@ class CompositeConfig(AdapterConfig):
         self.modules_to_save = modules_to_save
         self.layers_to_transform, self.layers_pattern = layers_to_transform, layers_pattern
         self.rank_pattern, self.sites = {} if rank_pattern is None else rank_pattern, sites
-        self.fused_experts, self.scaling, self.init_weights = fused_experts, scaling, init_weights
+        self.fused_experts, self.expert_sharing = fused_experts, expert_sharing
+        self.scaling, self.init_weights = scaling, init_weights
         self.__post_init__()
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+import bem_peft
 from bem_peft import (
     CompositeConfig,
     DynamicRankMaskConfig,
@@ -343,3 +344,124 @@ def test_sites_parameters_and_default_targets() -> None:
     blocks = KroneckerConfig(fused_experts="adapt", layers_to_transform=[1], u_rank=2, v_rank=3)
     only = get_peft_model(small("gpt_oss"), blocks)
     assert set(only.peft_config["default"].target_modules) == {"model.layers.1.mlp.experts"}
+
+
+# an adapter for each expert
+
+
+def each(model: nn.Module, method: str, **changes: Any) -> nn.Module:
+    return adapted(model, method, expert_sharing="each", **changes)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("method", CONFIGS)
+def test_equal_adapters_of_each_expert_are_the_shared_one(method: str, implementation: str) -> None:
+    """Output in both modes, and the experts' gradients add up to those of the shared adapter."""
+    ids, outputs, gradients = tokens(), [], []
+    shared = adapted(small("mixtral").to(dtype_of(implementation)), method)
+    own = each(small("mixtral").to(dtype_of(implementation)), method)
+    known = dict(shared.named_parameters())
+    with torch.no_grad():
+        for name, parameter in own.named_parameters():
+            if "bem_" in name:
+                assert parameter.shape == (EXPERTS, *known[name].shape)
+                parameter.copy_(known[name].expand_as(parameter))
+    for model in (shared, own):
+        model.base_model.model.set_experts_implementation(implementation)
+        outputs.append(model(ids).logits)
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    near = 1e-10 if outputs[0].dtype is torch.float64 else 3e-4
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=near, atol=near)
+    for name, gradient in gradients[0].items():  # PT4's bounds are derived in float32
+        torch.testing.assert_close(gradients[1][name].sum(0), gradient, rtol=max(near, 2e-6), atol=max(near, 1e-7))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("kind", "method"), [("gpt_oss", "film"), ("mixtral", "rank_mask"), ("qwen3_moe", "composite")]
+)
+def test_every_token_meets_its_experts_own_adapter(kind: str, method: str, implementation: str) -> None:
+    """Against a loop over tokens and experts written here, with a shared adapter that has one expert's weights."""
+    dtype = dtype_of(implementation)
+    base = small(kind).to(dtype)
+    base.set_experts_implementation(implementation)
+    layer = each(base, method).base_model.model.model.layers[0].mlp.experts
+    single = adapted(small(kind).to(dtype), method).base_model.model.model.layers[0].mlp.experts
+    experts = layer.experts
+    x = torch.randn(5, SIZES["hidden_size"], dtype=dtype)
+    index = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 3], [1, 0]])
+    share = torch.rand(5, 2, dtype=dtype)
+    found = layer(x, index, share)
+    expected = torch.zeros_like(x)
+    for e in range(EXPERTS):
+        with torch.no_grad():
+            pairs = zip(single.adapters_named("default"), layer.adapters_named("default"), strict=True)
+            for one, stacked in pairs:
+                for name, parameter in one.named_parameters():
+                    parameter.copy_(stacked.get_parameter(name)[e])
+        for token, k in (index == e).nonzero().tolist():
+            up, down = experts._parameters["gate_up_proj"][e], experts._parameters["down_proj"][e]
+            if kind == "gpt_oss":
+                inner = experts._apply_gate(x[token] @ up + experts.gate_up_proj_bias[e])
+                y = inner @ down + experts.down_proj_bias[e]
+            else:
+                gate, value = (up @ x[token]).chunk(2)
+                inner = experts.act_fn(gate) * value
+                y = down @ inner
+            y = y.unsqueeze(0)
+            for one in single.adapters_named("default"):
+                y = one(inner.unsqueeze(0), y)
+            expected[token] += y[0] * share[token, k]
+    near = 1e-10 if dtype is torch.float64 else 1e-4
+    torch.testing.assert_close(found, expected, rtol=near, atol=near)
+
+
+def test_adapters_of_each_expert_are_saved_merged_and_start_from_its_weight(tmp_path: Any) -> None:
+    ids = tokens()
+    base = small("mixtral").double()
+    plain = base(ids).logits
+    fresh = get_peft_model(base, CONFIGS["kronecker"](fused_experts="adapt", expert_sharing="each")).double().eval()
+    assert torch.equal(fresh(ids).logits, plain)
+    adapter = next(m for m in fresh.modules() if getattr(m, "num_experts", None) == EXPERTS and hasattr(m, "U"))
+    assert not torch.equal(adapter.U[0], adapter.U[1]), "each starts at the singular vectors of its own W_down"
+    model = each(small("mixtral").double(), "kronecker")
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(small("mixtral").double(), tmp_path).double().eval()
+    assert torch.equal(loaded(ids).logits, expected)
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("sharing", ["shared", "each"])
+def test_the_brake_of_pt4_acts_on_adapters_of_experts(sharing: str) -> None:
+    """Back to the values of the last step that was sound at its beginning, as at a dense site."""
+    ids = tokens()
+    model = adapted(small("mixtral"), "film", expert_sharing=sharing).float().train()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=1e-3)
+    values = []
+    for factor in (1.0, 1.0, float("nan")):
+        (model(input_ids=ids, labels=ids).loss * factor).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append({name: parameter.detach().clone() for name, parameter in trained.items()})
+    assert list(bem_peft.emergency_stabilize(model).values()) == [1, 1]
+    for name in trained:
+        assert torch.equal(values[2][name], values[0][name])
+        assert not torch.equal(values[1][name], values[0][name])
+
+
+def test_what_each_expert_cannot_have_is_refused() -> None:
+    for changes, text in (
+        ({"max_singular_value": 1.0}, "`max_singular_value` = 1.0: is not kept by adapters of each expert"),
+        (
+            {"orthogonality_strength": 0.1},
+            "penalties at model.layers.0.mlp.experts: adapters of each expert carry",
+        ),
+    ):
+        with pytest.raises(ValueError, match=text):
+            each(small("mixtral"), "kronecker", **changes)
+    with pytest.raises(ValueError, match="`expert_sharing` = 'each': no fused experts are adapted"):
+        get_peft_model(dense(), CONFIGS["kronecker"](expert_sharing="each"))

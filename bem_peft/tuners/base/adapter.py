@@ -41,6 +41,7 @@ class Adapter(Formula):
     lr_groups: ClassVar[dict[str, str]] = {}  # parameter -> group of the optimizer
     obsolete_keys: ClassVar[tuple[str, ...]] = ()  # beginnings of keys that older files hold and nothing reads
     retrieval: str = "none"  # what it reads of retrieval in a call: "quality", "scores" or "none"
+    num_experts: int | None = None  # parameters are (experts, ...), of one adapter for each expert
     reads_output: ClassVar[bool] = False  # y' depends on y otherwise than by y + update(x)
     reads_attention_rows: bool = False  # reads the exact attention rows of its site's heads
     is_mergeable: bool = False

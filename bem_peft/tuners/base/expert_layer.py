@@ -1,8 +1,14 @@
-"""The layer around a module of fused experts: its adapters act on what leaves W_down of an expert, one for all."""
+"""The layer around a module of fused experts: its adapters act on what leaves W_down of an expert.
+
+An adapter is one for all experts of the layer, or holds one for each: its parameters are then (E, ...), and the rows of
+an expert go through a twin of the adapter whose parameters are that expert's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +20,32 @@ from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.base.experts import attach
 from bem_peft.tuners.base.layer import AdapterLayer
 from bem_peft.tuners.calls.call_state import CallState
+from bem_peft.tuners.steps.brake import Braked
+
+
+def stack(adapter: Adapter, experts: int) -> None:
+    """Give each parameter of `adapter` a leading axis: an adapter for each of so many experts."""
+    for name, parameter in adapter._parameters.items():
+        assert parameter is not None
+        adapter._parameters[name] = nn.Parameter(parameter.new_empty(experts, *parameter.shape))
+    adapter.num_experts = experts
+
+
+def twin(adapter: Adapter, parameters: Mapping[str, torch.Tensor]) -> Adapter:
+    """The formula of `adapter` on one expert's parameters. Nothing of it is kept, so that threads share nothing."""
+    made: Adapter = object.__new__(type(adapter))
+    made.__dict__.update(adapter.__dict__)
+    made.__dict__.update(_parameters=dict(parameters), num_experts=None, has_operator=False, is_watched=False)
+    if isinstance(adapter, Braked):  # the brake is the whole adapter's
+        made.__dict__.update(flag_with_gradient=adapter.flag_with_gradient, last_good={})
+    return made
+
+
+def twins(adapter: Adapter) -> list[Adapter]:
+    """One for each expert. The gradients of all experts come together in one stack."""
+    assert adapter.num_experts is not None
+    parts = {name: p.unbind(0) for name, p in adapter._parameters.items() if p is not None}
+    return [twin(adapter, {name: part[e] for name, part in parts.items()}) for e in range(adapter.num_experts)]
 
 
 class AdapterExperts(nn.Module, AdapterLayer):
@@ -85,13 +117,32 @@ class AdapterExperts(nn.Module, AdapterLayer):
         """
         bias = None if has_bias else self.bias
         for adapter in self._acting():
+            own = None
             if bias is not None and adapter.reads_output:
                 own = bias[experts].to(y.dtype)
                 own = own.unsqueeze(1) if own.dim() == 2 and y.dim() == 3 else own
-                y = adapter(x, y + own) - own
-            else:
-                y = adapter(x, y)
+                y = y + own
+            y = adapter(x, y) if adapter.num_experts is None else self._by_expert(adapter, x, y, experts)
+            y = y if own is None else y - own
         return y
+
+    def _by_expert(self, adapter: Adapter, x: torch.Tensor, y: torch.Tensor, experts: Any) -> torch.Tensor:
+        """`adapt` where each expert has an adapter of its own: the rows of an expert together."""
+        if adapter.is_watched:
+            adapter.before_forward()
+        each = twins(adapter)
+        ids = torch.as_tensor(experts)
+        if ids.numel() == 1:
+            return each[int(ids)].forward(x, y)
+        order = ids.argsort(stable=True)
+        counts = torch.bincount(ids, minlength=len(each)).tolist()
+        parts = [
+            expert.forward(rows_x, rows_y)
+            for expert, rows_x, rows_y in zip(each, x[order].split(counts), y[order].split(counts), strict=True)
+            if rows_x.shape[0]
+        ]
+        found = torch.cat(parts)
+        return torch.empty_like(found).index_copy(0, order, found)
 
     # merging: one update, into the weight of every expert
 
@@ -111,10 +162,12 @@ class AdapterExperts(nn.Module, AdapterLayer):
         """Weights (E, out, in) and biases of all experts with the adapters in them, or (`back`) taken out of them."""
         weights = self._laid_out().clone()
         biases = None if self.bias is None else self.bias.data.clone()
-        for e in range(weights.shape[0]):
+        experts = weights.shape[0]
+        each = [[adapter] * experts if adapter.num_experts is None else twins(adapter) for adapter in adapters]
+        for e in range(experts):
             weight, bias = weights[e], None if biases is None else biases[e]
-            for adapter in reversed(adapters) if back else adapters:
-                weight, bias = (adapter.unmerge_from if back else adapter.merge_into)(weight, bias)
+            for own in reversed(each) if back else each:
+                weight, bias = (own[e].unmerge_from if back else own[e].merge_into)(weight, bias)
             weights[e] = weight
             if biases is not None and bias is not None:
                 biases[e] = bias
@@ -136,6 +189,27 @@ class AdapterExperts(nn.Module, AdapterLayer):
         merged, _ = self._merged(list(self.adapters_named(adapter_name)))
         delta = merged - self._laid_out()
         return delta.transpose(1, 2) if self.is_transposed else delta
+
+    def update_layer(
+        self, adapter_name: str, adapters: dict[str, Adapter], inference_mode: bool, init_weights: dict[str, bool],
+        site: SiteShape,
+    ) -> None:  # fmt: skip
+        """As `AdapterLayer.update_layer`; an adapter of each expert starts from that expert's own W_down."""
+        stacked = {container: adapter for container, adapter in adapters.items() if adapter.num_experts is not None}
+        for container, adapter in stacked.items():
+            with torch.no_grad():
+                for e, own in enumerate(twins(adapter)):
+                    weight = functools.partial(self._weight_of, e)
+                    own.reset_parameters(init_weights[container], replace(site, weight=weight))
+            if isinstance(adapter, Braked):
+                adapter.keep_as_good()
+            getattr(self, container)[adapter_name] = adapter
+        rest = {container: adapter for container, adapter in adapters.items() if container not in stacked}
+        super().update_layer(adapter_name, rest, inference_mode, init_weights, site)
+
+    def _weight_of(self, expert: int) -> torch.Tensor:
+        """W_down of one expert, (out, in)."""
+        return self._laid_out()[expert]
 
     def shape_at(self, name: str, num_heads: int | None) -> SiteShape:
         return SiteShape(name, self.in_features, self.out_features, None, self.base_weight)

@@ -113,7 +113,7 @@ def check_plan(model: nn.Module, name: str, parts: Sequence[Part], containers: S
     modules = dict(model.named_modules())
     nested = tuple(f"{outer}." for outer, module in modules.items() if isinstance(module, BaseTunerLayer))
     names = [module for module in modules if module and not module.startswith(nested)]
-    planned = 0
+    planned, adapted = 0, set[str]()
     key_parts = {piece for module in names for piece in module.split(".")}
     for part in parts:
         if part.is_all_linear:
@@ -129,10 +129,13 @@ def check_plan(model: nn.Module, name: str, parts: Sequence[Part], containers: S
             planned += sum(p.numel() for p in adapter.parameters())
             key_parts.update(adapter.state_dict())
         _check_choice_of_sites(model, part.config, sites)
+        adapted.update(sites)
         if part.config.limits_size:
             inside = [f".{container}." for container in containers]
             base = sum(p.numel() for n, p in model.named_parameters() if not any(place in n for place in inside))
             part.config.check_size(planned, base)
+    if any(part.config.expert_sharing == "each" for part in parts) and not adapted & known_experts(model).keys():
+        raise ValueError("`expert_sharing` = 'each': no fused experts are adapted; set fused_experts='adapt'.")
     _check_name(name, key_parts.union(*(part.adapter.lr_groups for part in parts)))
 
 
@@ -148,6 +151,8 @@ def _check_place(adapter: Adapter, site: str, modules: dict[str, nn.Module]) -> 
             f"`{adapter.token_penalties[0]}` at {site}: its rows are tokens that a router chose, so "
             "that sequences and padding cannot be told; exclude the experts or set it to 0."
         )
+    if adapter.num_experts is not None and adapter.is_penalised:
+        raise ValueError(f"penalties at {site}: adapters of each expert carry none; set expert_sharing='shared'.")
     if adapter.reads_attention_rows:
         require_interface(modules[site.rpartition(".")[0]], site)
 
