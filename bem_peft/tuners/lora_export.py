@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from bem_peft.tuners.base.adapter import Adapter
+from bem_peft.tuners.base.expert_layer import AdapterExperts
 from bem_peft.tuners.base.layer import AdapterLinear
 from bem_peft.tuners.base.low_rank import LowRankAdapter
 from bem_peft.tuners.lora_calibration import LogitsReport, mean_gates, measure
@@ -71,6 +72,12 @@ def export_lora(
             embeddings saved with the adapter, a trained or merged base, a wrapped or parametrised base layer, a second
             active adapter. Nothing is written then.
     """
+    for module in model.modules():
+        if isinstance(module, AdapterExperts) and any(True for _ in module.adapters_named(adapter_name)):
+            raise ValueError(
+                f"the adapter stands at the fused experts {module.site_name}, which a LoRA of modules does not hold: "
+                "merge it (PT3), or train one with fused_experts='skip' to export."
+            )
     layers: dict[str, tuple[AdapterLinear, list[Any]]] = {
         name.removeprefix(PEFT_PREFIX): (module, list(module.adapters_named(adapter_name)))
         for name, module in model.named_modules()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bem_peft.tuners.base.expert_layer import AdapterExperts
 from bem_peft.tuners.base.layer import AdapterLinear
 
 
@@ -28,7 +29,9 @@ def probe(model: nn.Module, example: dict[str, Any] | None = None) -> int:
         DeadSiteError: a site was not called, or no gradient came back to it.
         ValueError: the model has no adapted module.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, (AdapterLinear, AdapterExperts))
+    }
     if not layers:
         raise ValueError("the model has no bem_peft adapter to probe.")
     if example is None:

@@ -465,3 +465,11 @@ def test_what_each_expert_cannot_have_is_refused() -> None:
             each(small("mixtral"), "kronecker", **changes)
     with pytest.raises(ValueError, match="`expert_sharing` = 'each': no fused experts are adapted"):
         get_peft_model(dense(), CONFIGS["kronecker"](expert_sharing="each"))
+
+
+def test_export_refuses_and_probe_sees_the_experts(tmp_path: Any) -> None:
+    model = adapted(small("mixtral"), "kronecker").float()
+    with pytest.raises(ValueError, match=r"stands at the fused experts model.layers.0.mlp.experts"):
+        bem_peft.export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    assert bem_peft.probe(model) == 2
