@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -473,3 +473,40 @@ def test_export_refuses_and_probe_sees_the_experts(tmp_path: Any) -> None:
         bem_peft.export_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
     assert bem_peft.probe(model) == 2
+
+
+def test_the_same_function_and_gradients_as_pefts_lora_of_the_parameter() -> None:
+    """PEFT adds B_e A_e to the whole parameter at every forward; PT2 with all its ranks and no gate is that update,
+    computed on the tokens alone."""
+    ids, rank = tokens(), 4
+    by_parameter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], target_parameters=["experts.down_proj"])
+    reference = get_peft_model(small("mixtral").double(), by_parameter).double()
+    config = DynamicRankMaskConfig(
+        total_rank=rank, active_rank=rank, value_gate=False, use_hadamard_path=False, sites=["mlp_down"], scaling=2.0,
+        fused_experts="adapt", expert_sharing="each",
+    )  # fmt: skip
+    ours = get_peft_model(small("mixtral").double(), config).double()
+    wrappers = [m for m in reference.modules() if hasattr(m, "parameter_name") and hasattr(m, "lora_A")]
+    adapters = [m for m in ours.modules() if getattr(m, "num_experts", None) == EXPERTS and hasattr(m, "mask_weight")]
+    assert len(wrappers) == len(adapters) == 2
+    generator = torch.Generator().manual_seed(5)
+
+    def taken_apart(wrapper: Any, of: Callable[[nn.Module], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = of(wrapper.lora_A["default"]), of(wrapper.lora_B["default"])
+        return a.reshape(EXPERTS, rank, -1), b.reshape(b.shape[0], rank, EXPERTS).permute(2, 0, 1)
+
+    with torch.no_grad():
+        for wrapper, adapter in zip(wrappers, adapters, strict=True):
+            for linear in (wrapper.lora_A["default"], wrapper.lora_B["default"]):
+                linear.weight.normal_(std=0.2, generator=generator)
+            a, b = taken_apart(wrapper, lambda linear: linear.weight)
+            adapter.A.copy_(a)
+            adapter.B.copy_(b)
+    for model in (reference, ours):
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+    torch.testing.assert_close(ours(ids).logits, reference(ids).logits, rtol=1e-9, atol=1e-10)
+    for wrapper, adapter in zip(wrappers, adapters, strict=True):
+        a, b = taken_apart(wrapper, lambda linear: linear.weight.grad)
+        torch.testing.assert_close(adapter.A.grad, a, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(adapter.B.grad, b, rtol=1e-9, atol=1e-11)
