@@ -26,8 +26,12 @@ def bounded_rows(weight: torch.Tensor, scaling: float, bound: float, dtype: torc
 
 def token_rms(y: torch.Tensor) -> torch.Tensor:
     """Root mean square of each row of y (N, out), (N, 1), in y's dtype; of a norm that float16 may not hold."""
+    return (_token_norm(y) * y.shape[1] ** -0.5).to(y.dtype)
+
+
+def _token_norm(y: torch.Tensor) -> torch.Tensor:
     wide = torch.promote_types(y.dtype, torch.float32)
-    return (torch.linalg.vector_norm(y, dim=1, keepdim=True, dtype=wide) * y.shape[1] ** -0.5).to(y.dtype)
+    return torch.linalg.vector_norm(y, dim=1, keepdim=True, dtype=wide)
 
 
 def film_update(
@@ -52,11 +56,14 @@ def film_update(
     if gamma_t is not None:
         out = torch.addcmul(y, y, torch.mm(c[:, : gamma_t.shape[0]], gamma_t))
     if beta_t is not None:
-        units = c[:, : beta_t.shape[0]]
-        if is_rms:
+        units, is_product = c[:, : beta_t.shape[0]], has_each and (is_rms or c.shape[0] == y.shape[0])
+        share = 1.0
+        if is_rms and is_product and y.dtype is not torch.float16:  # the product scales for nothing
+            units, share = units * _token_norm(y).to(y.dtype), width**-0.5
+        elif is_rms:
             units = units * token_rms(y)
-        if has_each and units.shape[0] == y.shape[0]:
-            out = torch.addmm(out, units, beta_t)
+        if is_product:
+            out = torch.addmm(out, units, beta_t, alpha=share)
         else:  # what broadcasts cannot be the addend of addmm
             out = out + torch.mm(units, beta_t)
     return out
