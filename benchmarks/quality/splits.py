@@ -48,11 +48,18 @@ def assign_slices(items: Sequence[dict[str, Any]], sizes: Sizes) -> list[dict[st
 
 
 def write_items(name: str, items: Sequence[dict[str, Any]]) -> None:
-    """data/NAME.jsonl.gz, the same bytes for the same items."""
-    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-    with (DATA / f"{name}.jsonl.gz").open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
-        file.write(lines.encode())
+    """data/NAME.jsonl.gz."""
+    write_lines(DATA / f"{name}.jsonl.gz", items)
     print(name, dict(Counter(item["slice"] for item in items)), *items[:3], sep="\n")
+
+
+def write_lines(path: Path, documents: Sequence[dict[str, Any]]) -> None:
+    """A line of JSON a document, packed; the same bytes for the same documents, whole or not at all."""
+    lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+    part = path.with_suffix(".part")
+    with part.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
+        file.write(lines.encode())
+    part.replace(path)
 
 
 def read_items(path: Path) -> list[dict[str, Any]]:

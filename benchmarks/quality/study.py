@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import gzip
 import json
 import math
 import os
@@ -31,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from grid import GRID, Losses, Run, wanted_runs
 from results_table import clean_commit, device_name
-from splits import DATA, Sizes, assign_slices, read_items
+from splits import DATA, Sizes, assign_slices, read_items, write_lines
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -63,8 +62,7 @@ def losses() -> Losses:
     """Of every run that has its file."""
     found = {}
     for path in sorted(RESULTS.glob("*/*/k*-seed*.json.gz")):
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            document = json.load(file)
+        (document,) = read_items(path)
         run = Run(**{name: document[name] for name in ("task", "system", "k", "seed")})
         loss = document["metrics"]["loss"]
         found[run] = math.inf if loss is None else float(loss)
@@ -146,10 +144,7 @@ def perform(run: Run, checkpoint: str, slices: Path, commit: str) -> None:
     }  # fmt: skip
     path = result_path(run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
-        file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-    part.replace(path)
+    write_lines(path, [record])
 
 
 def finite(value: Any) -> Any:

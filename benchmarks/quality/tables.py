@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import gzip
-import json
 import math
 import subprocess
 import sys
@@ -21,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grid import GRID, Run, best_rate, searched, systems_of
+from grid import GRID, Losses, Run, best_rate, searched, systems_of
 from records_json import record_scores
+from splits import read_items
 from study import RESULTS, items_of, losses
 
 from bem_peft.evaluation.intervals import compare_means
@@ -34,15 +33,14 @@ Values = dict[int, dict[str, float]]  # seed -> item -> value
 LOWER_IS_BETTER = ("nll", "forgetting")
 
 
-def finals(task: str, system: str) -> dict[int, dict[str, Any]]:
+def finals(known: Losses, task: str, system: str) -> dict[int, dict[str, Any]]:
     """seed -> the run of the chosen rate."""
-    best = best_rate(losses(), task, system)
+    best = best_rate(known, task, system)
     found = {}
     for seed in GRID["seeds"]:
         path = RESULTS / f"{Run(task, system, best or 0, seed).name}.json.gz"
         if best is not None and path.is_file():
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                found[seed] = json.load(file)
+            (found[seed],) = read_items(path)
     return found
 
 
@@ -71,10 +69,10 @@ def values_of(task: str, runs: dict[int, dict[str, Any]]) -> dict[str, Values]:
     return dict(found)
 
 
-def compare(task: str) -> list[dict[str, Any]]:
+def compare(known: Losses, task: str) -> list[dict[str, Any]]:
     """Every system against its anchors, on the seeds and items that both have."""
     groups = {item["id"]: item["group"] for item in items_of(task)}
-    whole = {system: values_of(task, finals(task, system)) for system in systems_of(task)}
+    whole = {system: values_of(task, finals(known, task, system)) for system in systems_of(task)}
     rows: list[dict[str, Any]] = []
     for system in systems_of(task):
         anchors = GRID["systems"][system].get("anchors", [])
@@ -114,8 +112,7 @@ def _compared(
     }  # fmt: skip
 
 
-def search_rows() -> list[dict[str, Any]]:
-    found = losses()
+def search_rows(found: Losses) -> list[dict[str, Any]]:
     return [
         {
             "task": task, "system": system, "k": k, "learning_rate": f"{Run(task, system, k, 0).rate:.4g}",
@@ -134,12 +131,12 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
             table.writerows(rows)
 
 
-def report(task: str, anchor: str) -> None:
+def report(known: Losses, task: str, anchor: str) -> None:
     """`bem-peft compare` of all systems of the task that have every seed, as a plain table, against the anchor."""
     groups = {item["id"]: item["group"] for item in items_of(task)}
     rows = []
     for system in systems_of(task):
-        runs = finals(task, system)
+        runs = finals(known, task, system)
         if len(runs) < len(GRID["seeds"]):
             continue
         for metric, values in values_of(task, runs).items():
@@ -161,15 +158,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reports", action="store_true")
     options = parser.parse_args()
-    write(RESULTS / "search.csv", search_rows())
-    rows = [row for task in GRID["tasks"] for row in compare(task)]
+    known = losses()
+    write(RESULTS / "search.csv", search_rows(known))
+    rows = [row for task in GRID["tasks"] for row in compare(known, task)]
     write(RESULTS / "slice_b.csv", rows)
     for row in rows:
         print(*(f"{row[name]}" for name in row), sep="  ")
     if options.reports:
         for task in GRID["tasks"]:
             if any(row["task"] == task for row in rows):
-                report(task, "lora_both")
+                report(known, task, "lora_both")
 
 
 if __name__ == "__main__":

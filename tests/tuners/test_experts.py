@@ -206,6 +206,17 @@ def test_a_fresh_adapter_changes_no_bit_and_all_implementations_agree(kind: str,
     assert not any(isinstance(m, AdapterExperts) or "_bem_peft_site" in m.__dict__ for m in base.modules())
 
 
+def through_expert(experts: Any, kind: str, x: torch.Tensor, e: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What enters and what leaves W_down of expert e for one token x (d,), each of one row."""
+    up, down = experts._parameters["gate_up_proj"][e], experts._parameters["down_proj"][e]
+    if kind == "gpt_oss":
+        inner = experts._apply_gate(x @ up + experts.gate_up_proj_bias[e])
+        return inner.unsqueeze(0), (inner @ down + experts.down_proj_bias[e]).unsqueeze(0)
+    gate, value = (up @ x).chunk(2)
+    inner = experts.act_fn(gate) * value
+    return inner.unsqueeze(0), (down @ inner).unsqueeze(0)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_the_update_reads_what_enters_w_down_and_what_leaves_it(kind: str, implementation: str) -> None:
@@ -224,16 +235,8 @@ def test_the_update_reads_what_enters_w_down_and_what_leaves_it(kind: str, imple
     for token in range(5):
         for k in range(2):
             e = int(index[token, k])
-            up = experts._parameters["gate_up_proj"][e]
-            down = experts._parameters["down_proj"][e]
-            if kind == "gpt_oss":
-                inner = experts._apply_gate(x[token] @ up + experts.gate_up_proj_bias[e])
-                y = inner @ down + experts.down_proj_bias[e]
-            else:
-                gate, value = (up @ x[token]).chunk(2)
-                inner = experts.act_fn(gate) * value
-                y = down @ inner
-            expected[token] += adapter(inner.unsqueeze(0), y.unsqueeze(0))[0] * share[token, k]
+            inner, y = through_expert(experts, kind, x[token], e)
+            expected[token] += adapter(inner, y)[0] * share[token, k]
     near = 1e-10 if x.dtype is torch.float64 else 1e-4
     torch.testing.assert_close(found, expected, rtol=near, atol=near)
 
@@ -402,17 +405,9 @@ def test_every_token_meets_its_experts_own_adapter(kind: str, method: str, imple
                 for name, parameter in one.named_parameters():
                     parameter.copy_(stacked.get_parameter(name)[e])
         for token, k in (index == e).nonzero().tolist():
-            up, down = experts._parameters["gate_up_proj"][e], experts._parameters["down_proj"][e]
-            if kind == "gpt_oss":
-                inner = experts._apply_gate(x[token] @ up + experts.gate_up_proj_bias[e])
-                y = inner @ down + experts.down_proj_bias[e]
-            else:
-                gate, value = (up @ x[token]).chunk(2)
-                inner = experts.act_fn(gate) * value
-                y = down @ inner
-            y = y.unsqueeze(0)
+            inner, y = through_expert(experts, kind, x[token], e)
             for one in single.adapters_named("default"):
-                y = one(inner.unsqueeze(0), y)
+                y = one(inner, y)
             expected[token] += y[0] * share[token, k]
     near = 1e-10 if dtype is torch.float64 else 1e-4
     torch.testing.assert_close(found, expected, rtol=near, atol=near)

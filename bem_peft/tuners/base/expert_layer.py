@@ -7,12 +7,11 @@ an expert go through a twin of the adapter whose parameters are that expert's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from bem_peft.sites.find import ExpertSite
@@ -146,19 +145,7 @@ class AdapterExperts(nn.Module, AdapterLayer):
 
     # merging: one update, into the weight of every expert
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As `AdapterLayer.merge`."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            adapters = list(self.adapters_named(name))
-            if not adapters:
-                continue
-            weights, biases = self._merged(adapters)
-            if safe_merge and not (torch.isfinite(weights).all() and (biases is None or biases.isfinite().all())):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self._write(weights, biases)
-            self.merged_adapters.append(name)
-
-    def _merged(self, adapters: list[Adapter], back: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _merged(self, adapters: Sequence[Adapter], back: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weights (E, out, in) and biases of all experts with the adapters in them, or (`back`) taken out of them."""
         weights = self._laid_out().clone()
         biases = None if self.bias is None else self.bias.data.clone()
@@ -172,12 +159,6 @@ class AdapterExperts(nn.Module, AdapterLayer):
             if biases is not None and bias is not None:
                 biases[e] = bias
         return weights, biases
-
-    def unmerge(self) -> None:
-        """Take all merged adapters out again, the last one first."""
-        while self.merged_adapters:
-            self._write(*self._merged(list(self.adapters_named(self.merged_adapters[-1])), back=True))
-            self.merged_adapters.pop()
 
     def _write(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight.data = (weight.transpose(1, 2) if self.is_transposed else weight).contiguous()

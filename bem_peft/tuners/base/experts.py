@@ -27,17 +27,16 @@ class ExpertWeight(torch.Tensor):
     """W_down of the experts, or of those that `picked` says, read by a product.
 
     layer: an `AdapterExperts`. picked: None for all experts in order, else their ids, one a row of the weight, or a
-    single id. is_turned: whether the two last axes stand as (in, out).
+    single id.
     """
 
     layer: Any
     picked: Any
-    is_turned: bool
 
     @classmethod
-    def of(cls, weight: torch.Tensor, layer: Any, picked: Any, is_turned: bool) -> ExpertWeight:
+    def of(cls, weight: torch.Tensor, layer: Any, picked: Any) -> ExpertWeight:
         made = weight.as_subclass(cls)
-        made.layer, made.picked, made.is_turned = layer, picked, is_turned
+        made.layer, made.picked = layer, picked
         return made
 
     @classmethod
@@ -67,13 +66,13 @@ def plain(weight: torch.Tensor) -> torch.Tensor:
 def _pick(weight: ExpertWeight, index: Any) -> ExpertWeight:
     if weight.picked is not None or isinstance(index, (tuple, slice)) or index is None:
         raise NotImplementedError(f"{weight.layer.site_name}: its experts read their W_down at {index!r}.")
-    return ExpertWeight.of(plain(weight)[index], weight.layer, index, weight.is_turned)
+    return ExpertWeight.of(plain(weight)[index], weight.layer, index)
 
 
 def _turn(weight: ExpertWeight, *axes: int) -> ExpertWeight:
     if axes and {axis % weight.dim() for axis in axes} != {weight.dim() - 2, weight.dim() - 1}:
         raise NotImplementedError(f"{weight.layer.site_name}: its experts transpose their W_down by {axes}.")
-    return ExpertWeight.of(plain(weight).transpose(-2, -1), weight.layer, weight.picked, not weight.is_turned)
+    return ExpertWeight.of(plain(weight).transpose(-2, -1), weight.layer, weight.picked)
 
 
 def _linear(x: torch.Tensor, weight: ExpertWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -143,7 +142,7 @@ def _read(name: str, module: nn.Module) -> torch.Tensor | nn.Parameter:
     layer = None if place is None else place[1]
     if layer is None or not layer.changes_output():
         return parameter
-    return ExpertWeight.of(parameter, layer, None, layer.is_transposed)
+    return ExpertWeight.of(parameter, layer, None)
 
 
 @functools.cache

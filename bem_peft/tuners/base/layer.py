@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -144,11 +144,7 @@ class AdapterLayer(BaseTunerLayer):
             adapters = list(self.adapters_named(name))
             if not adapters:
                 continue
-            base = self.get_base_layer()
-            bias = getattr(base, "bias", None)
-            weight, new_bias = self.base_weight(), None if bias is None else bias.data
-            for adapter in adapters:
-                weight, new_bias = adapter.merge_into(weight, new_bias)
+            weight, new_bias = self._merged(adapters)
             if safe_merge and not (
                 torch.isfinite(weight).all() and (new_bias is None or torch.isfinite(new_bias).all())
             ):
@@ -162,14 +158,16 @@ class AdapterLayer(BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
-            name = self.merged_adapters[-1]
-            base = self.get_base_layer()
-            bias = getattr(base, "bias", None)
-            weight, new_bias = self.base_weight(), None if bias is None else bias.data
-            for adapter in reversed(list(self.adapters_named(name))):
-                weight, new_bias = adapter.unmerge_from(weight, new_bias)
-            self._write(weight, new_bias)
+            self._write(*self._merged(list(self.adapters_named(self.merged_adapters[-1])), back=True))
             self.merged_adapters.pop()
+
+    def _merged(self, adapters: Sequence[Adapter], back: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The base's weight and bias with the adapters in them, or (`back`) taken out of them."""
+        bias = getattr(self.get_base_layer(), "bias", None)
+        weight, new_bias = self.base_weight(), None if bias is None else bias.data
+        for adapter in reversed(adapters) if back else adapters:
+            weight, new_bias = (adapter.unmerge_from if back else adapter.merge_into)(weight, new_bias)
+        return weight, new_bias
 
     def _write(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         laid_out = transpose(weight, self.fan_in_fan_out).contiguous()

@@ -24,7 +24,7 @@ from bem_peft.tuners.base.expert_layer import AdapterExperts, stack
 from bem_peft.tuners.base.experts import detach
 from bem_peft.tuners.base.field_help import with_arguments
 from bem_peft.tuners.base.layer import AdapterLayer, AdapterLinear, of_method, projection_shape
-from bem_peft.tuners.base.plan import Part, check_plan, drop_base_prefix, found_targets, known_experts, known_heads
+from bem_peft.tuners.base.plan import Part, check_plan, drop_base_prefix, found_targets, known_sites
 from bem_peft.tuners.base.registry import register
 from bem_peft.tuners.base.saved_keys import check_saved_keys
 from bem_peft.tuners.calls.attention_stats import restore_attention, use_exact_attention
@@ -104,9 +104,12 @@ class AdapterModel(BaseTuner):
 
     def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
         """Build every adapter on the meta device, so that an error comes before any change."""
-        self.__dict__["_heads"], self.__dict__["_experts"] = known_heads(model), known_experts(model)
+        table = known_sites(model)
+        self.__dict__["_heads"] = {site.name: site.num_heads for site in table.sites}
+        self.__dict__["_experts"] = {site.name: site for site in table.experts}
         parts = [Part(*part, self.adapter_classes[part[0]][1]) for part in self.parts(peft_config)]
-        check_plan(model, self.__dict__["_name"], parts, tuple(self.adapter_classes), self._build)
+        containers, experts = tuple(self.adapter_classes), self.__dict__["_experts"].keys()
+        check_plan(model, self.__dict__["_name"], parts, containers, experts, self._build)
 
     def _build(self, container: str, config: AdapterConfig, name: str, target: nn.Module) -> Adapter:
         """The adapter of one method for the module `name`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from bem_peft.sites.find import MLP_DOWN, ExpertSite, SiteError, SiteTable, find_sites
+from bem_peft.sites.find import MLP_DOWN, SiteError, SiteTable, find_sites
 from bem_peft.tuners.base.adapter import Adapter
 from bem_peft.tuners.base.adapter_config import AdapterConfig
 from bem_peft.tuners.calls.attention_stats import require_interface
@@ -84,28 +84,22 @@ def found_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     return names
 
 
-def known_heads(model: nn.Module) -> dict[str, int | None]:
-    """Heads of each W_O, where the structure tells them; used for modules that the user named."""
+def known_sites(model: nn.Module) -> SiteTable:
+    """The sites of `model`; none where its structure is not known: what the user named has no heads or experts then."""
     try:
-        table: SiteTable | None = find_sites(model)
-    except SiteError:  # not a model whose structure is known: the heads are not either
-        table = None
-    return {} if table is None else {site.name: site.num_heads for site in table.sites}
-
-
-def known_experts(model: nn.Module) -> dict[str, ExpertSite]:
-    """The modules of fused experts that can be adapted, by name; none where the structure is not known."""
-    try:
-        return {site.name: site for site in find_sites(model).experts}
+        return find_sites(model)
     except SiteError:
-        return {}
+        return SiteTable((), 0, ())
 
 
-def check_plan(model: nn.Module, name: str, parts: Sequence[Part], containers: Sequence[str], build: Build) -> None:
+def check_plan(
+    model: nn.Module, name: str, parts: Sequence[Part], containers: Sequence[str], experts: Set[str], build: Build
+) -> None:
     """Build every adapter that `parts` ask for on the meta device, and check what they are together.
 
     Args:
         name: of the adapter. containers: all that the tuner has, whose parameters are not the base's.
+        experts: names of the modules of fused experts that can be adapted.
 
     Raises:
         ValueError: an adapter cannot be built, or the config contradicts the model or itself.
@@ -134,7 +128,7 @@ def check_plan(model: nn.Module, name: str, parts: Sequence[Part], containers: S
             inside = [f".{container}." for container in containers]
             base = sum(p.numel() for n, p in model.named_parameters() if not any(place in n for place in inside))
             part.config.check_size(planned, base)
-    if any(part.config.expert_sharing == "each" for part in parts) and not adapted & known_experts(model).keys():
+    if any(part.config.expert_sharing == "each" for part in parts) and not adapted & experts:
         raise ValueError("`expert_sharing` = 'each': no fused experts are adapted; set fused_experts='adapt'.")
     _check_name(name, key_parts.union(*(part.adapter.lr_groups for part in parts)))
 
