@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from bem_peft.sites.blocks import DOWN, Block, Path, Projection, attribute, base_module, configs, read_blocks
+from bem_peft.sites.experts import ExpertSite, expert_site
 from bem_peft.sites.models import ModelBuildError, build_meta, language_model_types
 
 __all__ = [
-    "ATTENTION_OUTPUT", "MLP_DOWN", "ModelBuildError", "Site", "SiteError", "SiteTable", "build_meta", "find_sites",
-    "name_pattern", "pattern_counts", "site_table_row", "site_table_rows",
+    "ATTENTION_OUTPUT", "MLP_DOWN", "ExpertSite", "ModelBuildError", "Site", "SiteError", "SiteTable", "build_meta",
+    "find_sites", "name_pattern", "pattern_counts", "site_table_row", "site_table_rows",
 ]  # fmt: skip
 
 ATTENTION_OUTPUT = "attention_output"
@@ -61,19 +62,6 @@ class Site:
     num_heads: int | None  # heads side by side in the input of W_O; None where unknown, and for an MLP
     in_features: int
     out_features: int
-
-
-@dataclass(frozen=True)
-class ExpertSite:
-    """W_down of all experts of a block in one parameter, (E, out, in), or (E, in, out) where `is_transposed`."""
-
-    name: str  # of the module that owns it
-    parameter: str  # its name there
-    block_index: int
-    num_experts: int
-    in_features: int
-    out_features: int
-    is_transposed: bool
 
 
 @dataclass(frozen=True)
@@ -123,25 +111,8 @@ def find_sites(model: nn.Module) -> SiteTable:
         raise SiteError(f"{type(model).__name__}: found {len(sites)} sites, but {text}. {advice}")
     if not sites:
         raise SiteError(f"{type(model).__name__}: found no site in {len(blocks)} blocks of an nn.ModuleList. {advice}")
-    experts = (_expert_site(model, block, path) for block in blocks for path in block.fused_experts)
+    experts = (expert_site(model, block, path) for block in blocks for path in block.fused_experts)
     return SiteTable(tuple(sites), len(blocks), tuple(fused), tuple(site for site in experts if site is not None))
-
-
-def _expert_site(model: nn.Module, block: Block, path: Path) -> ExpertSite | None:
-    """None where the parameter is no stack of matrices of numbers (quantised, or all experts side by side)."""
-    owner = base_module(model.get_submodule(".".join(block.path + path[:-1])))
-    weight = owner._parameters.get(path[-1])
-    if weight is None or weight.dim() != 3 or not weight.is_floating_point():
-        return None
-    experts, rows, columns = weight.shape
-    is_transposed = getattr(owner, "is_transposed", None)
-    if is_transposed is None:  # no class of transformers' experts interface: W_down writes the residual width
-        if rows == columns or block.width not in (rows, columns):
-            return None
-        is_transposed = block.width == columns
-    in_features, out_features = (rows, columns) if is_transposed else (columns, rows)
-    name = ".".join(block.path + path[:-1])
-    return ExpertSite(name, path[-1], block.index, experts, in_features, out_features, bool(is_transposed))
 
 
 def site_table_row(table: SiteTable) -> dict[str, object]:

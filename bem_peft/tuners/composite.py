@@ -81,7 +81,7 @@ class CompositeConfig(AdapterConfig):
         layers_pattern: list[str] | str | None = None,
         rank_pattern: dict[str, Any] | None = None,
         sites: list[str] | None = None,
-        fused_experts: str = "error",
+        fused_experts: str = "adapt",
         expert_sharing: str = "shared",
         scaling: float = 2.0,
         init_weights: bool = True,

@@ -113,13 +113,14 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         "mask_weight": "mask",
         "C": "controller",
     }
+    factors = ("B",)
     kernel, has_operator = "rank_mask", True
     has_gates = True
 
     def __init__(self, config: DynamicRankMaskConfig, site: SiteShape, call: CallState) -> None:
         super().__init__(config, site, call)
         rank = config.total_rank
-        self.active_rank, self.temperature = config.active_rank, config.mask_temperature
+        self.rank, self.active_rank, self.temperature = rank, config.active_rank, config.mask_temperature
         self.is_whole = config.active_rank == rank
         self.hadamard, self.is_task_mask = config.use_hadamard_path, config.mask_scope == "task"
         self.has_value_gate = config.value_gate
@@ -136,10 +137,9 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         if self.has_value_gate:
             self.C = nn.Parameter(torch.empty(rank, rank))
 
-    def num_active_parameters(self) -> int:
-        """Parameters that one token uses: k of R rows of A and columns of B, and the controller."""
-        idle = self.A.shape[0] - self.active_rank
-        return sum(p.numel() for p in self.parameters()) - idle * (self.in_features + self.out_features)
+    def idle_parameters(self) -> dict[str, int]:
+        idle = self.rank - self.active_rank
+        return {"A": idle * self.in_features, "B": idle * self.out_features}
 
     def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
         nn.init.normal_(self.A, std=self.A.shape[1] ** -0.5)

@@ -130,6 +130,7 @@ class KroneckerAdapter(LowRankAdapter):
     variant = "PT3"
     lr_groups = {"B": "projection", "U": "factors", "V": "factors"}
 
+    factors = ("B",)
     kernel, has_operator = "kronecker", True
     is_mergeable = True
 
@@ -178,12 +179,12 @@ class KroneckerAdapter(LowRankAdapter):
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         u, v, b_t = weights
         if self.carries_penalties(y):
-            y = self.carry_penalties(y)
+            y = self.carry_parameter_penalties(y)
         if self.dropout:
             x = self.drop(x)
         return kronecker_update(x, y, u, v, b_t, self.scaling)
 
-    def carry_penalties(self, y: torch.Tensor) -> torch.Tensor:
+    def carry_parameter_penalties(self, y: torch.Tensor) -> torch.Tensor:
         """y with the orthogonality and diversity penalties of U and V."""
         if self.orthogonality_strength:
             value = orthogonality(self.U) + orthogonality(self.V)

@@ -130,6 +130,7 @@ class ResidualFiLMAdapter(Braked, Adapter):
         "beta": "beta",
     }
 
+    factors = ("gamma", "beta")
     kernel = "film"
     gamma: nn.Parameter
     beta: nn.Parameter

@@ -282,4 +282,4 @@ def i12_only_sites_touched(method: str, architecture: str, dtype: torch.dtype) -
     for name, weight in base.items():
         assert torch.equal(written[name], weight), f"{name} was written"
     sites = {name.split(".bem_")[0].rpartition(".")[2] for name in adapter_parameters(model)}
-    assert sites <= {"o_proj", "down_proj", "c_proj", "o", "wo", "out_proj", "fc2"}, sites
+    assert sites <= {"o_proj", "down_proj", "c_proj", "o", "wo", "out_proj", "fc2", "experts"}, sites

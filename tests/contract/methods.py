@@ -59,7 +59,7 @@ def adapted(
     method: str, architecture: str, dtype: torch.dtype = torch.float32, fresh: bool = False, **changes: Any
 ) -> nn.Module:
     """A tiny model with the method; its weights are those of a trained adapter unless `fresh`."""
-    config = EVERY[method](task_type=task_type(architecture), fused_experts="skip", **changes)
+    config = EVERY[method](task_type=task_type(architecture), **changes)
     model = get_peft_model(build(architecture, dtype), config)
     if not fresh:
         randomize(model)

@@ -96,7 +96,7 @@ def upcycled(implementation: str) -> nn.Module:
 
 def adapted(model: nn.Module, method: str, **changes: Any) -> nn.Module:
     dtype = next(model.parameters()).dtype
-    found = get_peft_model(model, CONFIGS[method](task_type="CAUSAL_LM", fused_experts="adapt", **changes)).to(dtype)
+    found = get_peft_model(model, CONFIGS[method](task_type="CAUSAL_LM", **changes)).to(dtype)
     randomize(found)
     return found.eval()
 
@@ -188,7 +188,7 @@ def test_a_fresh_adapter_changes_no_bit_and_all_implementations_agree(kind: str,
     base = small(kind).to(dtype)
     base.set_experts_implementation(implementation)
     plain = base(ids).logits
-    model = get_peft_model(base, CONFIGS["composite"](task_type="CAUSAL_LM", fused_experts="adapt")).to(dtype).eval()
+    model = get_peft_model(base, CONFIGS["composite"](task_type="CAUSAL_LM")).to(dtype).eval()
     layers = [m for m in model.modules() if isinstance(m, AdapterExperts)]
     assert len(layers) == 2
     assert torch.equal(model(ids).logits, plain)
@@ -314,8 +314,8 @@ def test_threads_with_and_without_the_adapter_do_not_meet() -> None:
 
 def test_what_cannot_be_adapted_is_refused_by_name() -> None:
     ids = tokens()
-    with pytest.raises(SiteError, match=r"experts.down_proj; fused_experts='adapt' adapts it"):
-        get_peft_model(small("mixtral"), KroneckerConfig(u_rank=2, v_rank=3))
+    with pytest.raises(SiteError, match=r"experts.down_proj; fused_experts='adapt', the default, adapts"):
+        get_peft_model(small("mixtral"), KroneckerConfig(u_rank=2, v_rank=3, fused_experts="error"))
     model = adapted(small("mixtral"), "kronecker")
     with pytest.raises(ValueError, match=r"`adapter_names` at model.layers.0.mlp.experts: .* a router chose"):
         model(ids, adapter_names=["default", "__base__"])
@@ -339,12 +339,12 @@ def test_sites_parameters_and_default_targets() -> None:
     assert [(s.name, s.parameter, s.num_experts, s.in_features, s.out_features, s.is_transposed) for s in sites] == [
         (f"model.layers.{i}.mlp.experts", "down_proj", EXPERTS, 48, 32, True) for i in (0, 1)
     ]
-    found = get_peft_model(model, KroneckerConfig(fused_experts="adapt", u_rank=2, v_rank=3))
+    found = get_peft_model(model, KroneckerConfig(u_rank=2, v_rank=3))
     assert set(found.peft_config["default"].target_modules) == {f"model.layers.{i}.mlp.experts" for i in (0, 1)}
     one = get_peft_model(dense(), KroneckerConfig(u_rank=2, v_rank=3))
     assert count_parameters(found).trainable == count_parameters(one).trainable
     assert find_sites(found.base_model.model).experts == sites, "an adapted model has the same sites"
-    blocks = KroneckerConfig(fused_experts="adapt", layers_to_transform=[1], u_rank=2, v_rank=3)
+    blocks = KroneckerConfig(layers_to_transform=[1], u_rank=2, v_rank=3)
     only = get_peft_model(small("gpt_oss"), blocks)
     assert set(only.peft_config["default"].target_modules) == {"model.layers.1.mlp.experts"}
 
@@ -352,22 +352,33 @@ def test_sites_parameters_and_default_targets() -> None:
 # an adapter for each expert
 
 
+OWN = ("each", "factors")  # with "factors" these alone are each expert's
+FACTORS = {"rank_mask": {"B"}, "kronecker": {"B"}, "film": {"gamma", "beta"}, "composite": {"B", "gamma", "beta"}}
+
+
 def each(model: nn.Module, method: str, **changes: Any) -> nn.Module:
-    return adapted(model, method, expert_sharing="each", **changes)
+    return adapted(model, method, **{"expert_sharing": "each", **changes})
+
+
+def is_own(name: str, method: str, sharing: str) -> bool:
+    """Whether each expert has its own of the parameter."""
+    return sharing == "each" or name.rpartition(".")[2] in FACTORS[method]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("sharing", OWN)
 @pytest.mark.parametrize("method", CONFIGS)
-def test_equal_adapters_of_each_expert_are_the_shared_one(method: str, implementation: str) -> None:
+def test_equal_adapters_of_each_expert_are_the_shared_one(method: str, sharing: str, implementation: str) -> None:
     """Output in both modes, and the experts' gradients add up to those of the shared adapter."""
     ids, outputs, gradients = tokens(), [], []
     shared = adapted(small("mixtral").to(dtype_of(implementation)), method)
-    own = each(small("mixtral").to(dtype_of(implementation)), method)
+    own = each(small("mixtral").to(dtype_of(implementation)), method, expert_sharing=sharing)
     known = dict(shared.named_parameters())
     with torch.no_grad():
         for name, parameter in own.named_parameters():
             if "bem_" in name:
-                assert parameter.shape == (EXPERTS, *known[name].shape)
+                lead = (EXPERTS,) if is_own(name, method, sharing) else ()
+                assert parameter.shape == (*lead, *known[name].shape)
                 parameter.copy_(known[name].expand_as(parameter))
     for model in (shared, own):
         model.base_model.model.set_experts_implementation(implementation)
@@ -378,19 +389,21 @@ def test_equal_adapters_of_each_expert_are_the_shared_one(method: str, implement
     near = 1e-10 if outputs[0].dtype is torch.float64 else 3e-4
     torch.testing.assert_close(outputs[0], outputs[1], rtol=near, atol=near)
     for name, gradient in gradients[0].items():  # PT4's bounds are derived in float32
-        torch.testing.assert_close(gradients[1][name].sum(0), gradient, rtol=max(near, 2e-6), atol=max(near, 1e-7))
+        found = gradients[1][name].sum(0) if is_own(name, method, sharing) else gradients[1][name]
+        torch.testing.assert_close(found, gradient, rtol=max(near, 2e-6), atol=max(near, 1e-7))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("sharing", OWN)
 @pytest.mark.parametrize(
     ("kind", "method"), [("gpt_oss", "film"), ("mixtral", "rank_mask"), ("qwen3_moe", "composite")]
 )
-def test_every_token_meets_its_experts_own_adapter(kind: str, method: str, implementation: str) -> None:
+def test_every_token_meets_its_experts_own_adapter(kind: str, method: str, sharing: str, implementation: str) -> None:
     """Against a loop over tokens and experts written here, with a shared adapter that has one expert's weights."""
     dtype = dtype_of(implementation)
     base = small(kind).to(dtype)
     base.set_experts_implementation(implementation)
-    layer = each(base, method).base_model.model.model.layers[0].mlp.experts
+    layer = each(base, method, expert_sharing=sharing).base_model.model.model.layers[0].mlp.experts
     single = adapted(small(kind).to(dtype), method).base_model.model.model.layers[0].mlp.experts
     experts = layer.experts
     x = torch.randn(5, SIZES["hidden_size"], dtype=dtype)
@@ -403,7 +416,8 @@ def test_every_token_meets_its_experts_own_adapter(kind: str, method: str, imple
             pairs = zip(single.adapters_named("default"), layer.adapters_named("default"), strict=True)
             for one, stacked in pairs:
                 for name, parameter in one.named_parameters():
-                    parameter.copy_(stacked.get_parameter(name)[e])
+                    given = stacked.get_parameter(name)
+                    parameter.copy_(given[e] if is_own(name, method, sharing) else given)
         for token, k in (index == e).nonzero().tolist():
             inner, y = through_expert(experts, kind, x[token], e)
             for one in single.adapters_named("default"):
@@ -417,7 +431,7 @@ def test_adapters_of_each_expert_are_saved_merged_and_start_from_its_weight(tmp_
     ids = tokens()
     base = small("mixtral").double()
     plain = base(ids).logits
-    fresh = get_peft_model(base, CONFIGS["kronecker"](fused_experts="adapt", expert_sharing="each")).double().eval()
+    fresh = get_peft_model(base, CONFIGS["kronecker"](expert_sharing="each")).double().eval()
     assert torch.equal(fresh(ids).logits, plain)
     adapter = next(m for m in fresh.modules() if getattr(m, "num_experts", None) == EXPERTS and hasattr(m, "U"))
     assert not torch.equal(adapter.U[0], adapter.U[1]), "each starts at the singular vectors of its own W_down"
@@ -429,7 +443,7 @@ def test_adapters_of_each_expert_are_saved_merged_and_start_from_its_weight(tmp_
     torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("sharing", ["shared", "each"])
+@pytest.mark.parametrize("sharing", ["shared", *OWN])
 def test_the_brake_of_pt4_acts_on_adapters_of_experts(sharing: str) -> None:
     """Back to the values of the last step that was sound at its beginning, as at a dense site."""
     ids = tokens()
@@ -448,18 +462,59 @@ def test_the_brake_of_pt4_acts_on_adapters_of_experts(sharing: str) -> None:
         assert not torch.equal(values[1][name], values[0][name])
 
 
-def test_what_each_expert_cannot_have_is_refused() -> None:
-    for changes, text in (
-        ({"max_singular_value": 1.0}, "`max_singular_value` = 1.0: is not kept by adapters of each expert"),
-        (
-            {"orthogonality_strength": 0.1},
-            "penalties at model.layers.0.mlp.experts: adapters of each expert carry",
-        ),
-    ):
-        with pytest.raises(ValueError, match=text):
-            each(small("mixtral"), "kronecker", **changes)
+@pytest.mark.parametrize("sharing", OWN)
+@pytest.mark.parametrize("cap", ["max_singular_value", "fro_budget"])
+def test_caps_hold_for_each_experts_update(cap: str, sharing: str) -> None:
+    """Measured on what merging would add to each W_down."""
+    ids, limit = tokens(), 0.05
+    model = each(small("mixtral"), "kronecker", expert_sharing=sharing, **{cap: limit}).float().train()
+    layers = [m for m in model.modules() if isinstance(m, AdapterExperts)]
+
+    def norms() -> list[float]:
+        kind = 2 if cap == "max_singular_value" else "fro"
+        return [
+            float(torch.linalg.matrix_norm(delta.double(), kind))
+            for layer in layers
+            for delta in layer.get_delta_weight("default")
+        ]
+
+    assert min(norms()) > limit
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert max(norms()) <= limit * (1 + 1e-5)
+    assert min(norms()) >= 0.9 * limit, "moved to the cap, not to zero"
+    site, *_ = bem_peft.SpectralGovernance.measure(model)
+    kind = "max_singular_value" if cap == "max_singular_value" else "frobenius"
+    assert getattr(site, kind) == pytest.approx(max(norms()[:EXPERTS]), rel=1e-4)
+
+
+@pytest.mark.parametrize("sharing", OWN)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_penalties_of_parameters_count_once_for_each_expert(sharing: str, implementation: str) -> None:
+    """The gradient is that of the loss and, written here, strength times each expert's mean of (U U^T - I)^2."""
+    ids, strength, gradients = tokens(), 0.3, []
+    for carried in (0.0, strength):
+        base = small("mixtral").to(dtype_of(implementation))
+        base.set_experts_implementation(implementation)
+        model = each(base, "kronecker", expert_sharing=sharing, orthogonality_strength=carried).train()
+        loss = model(input_ids=ids, labels=ids).loss
+        if not carried:
+            for factor in (p for n, p in model.named_parameters() if n.endswith((".U", ".V"))):
+                for one in factor if sharing == "each" else [factor]:
+                    loss = loss + strength * (one @ one.T - torch.eye(len(one), dtype=one.dtype)).square().mean()
+        loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    near = 1e-10 if dtype_of(implementation) is torch.float64 else 3e-4
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=near, atol=near)
+
+
+def test_what_there_is_no_expert_for_is_refused() -> None:
     with pytest.raises(ValueError, match="`expert_sharing` = 'each': no fused experts are adapted"):
         get_peft_model(dense(), CONFIGS["kronecker"](expert_sharing="each"))
+    with pytest.raises(ValueError, match=r"`balance_strength` at model.layers.0.mlp.experts: .* a router chose"):
+        each(small("mixtral"), "rank_mask", balance_strength=0.1)
 
 
 def test_export_refuses_and_probe_sees_the_experts(tmp_path: Any) -> None:
@@ -478,7 +533,7 @@ def test_the_same_function_and_gradients_as_pefts_lora_of_the_parameter() -> Non
     reference = get_peft_model(small("mixtral").double(), by_parameter).double()
     config = DynamicRankMaskConfig(
         total_rank=rank, active_rank=rank, value_gate=False, use_hadamard_path=False, sites=["mlp_down"], scaling=2.0,
-        fused_experts="adapt", expert_sharing="each",
+        expert_sharing="each",
     )  # fmt: skip
     ours = get_peft_model(small("mixtral").double(), config).double()
     wrappers = [m for m in reference.modules() if hasattr(m, "parameter_name") and hasattr(m, "lora_A")]

@@ -17,6 +17,7 @@ from bem_peft.kernels import backend, cpp
 from bem_peft.tuners.base.adapter_config import AdapterConfig
 from bem_peft.tuners.base.forms import Formula
 from bem_peft.tuners.calls.call_state import CallState
+from bem_peft.tuners.steps.sharded import full_size
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class Adapter(Formula):
     lr_groups: ClassVar[dict[str, str]] = {}  # parameter -> group of the optimizer
     obsolete_keys: ClassVar[tuple[str, ...]] = ()  # beginnings of keys that older files hold and nothing reads
     retrieval: str = "none"  # what it reads of retrieval in a call: "quality", "scores" or "none"
-    num_experts: int | None = None  # parameters are (experts, ...), of one adapter for each expert
+    factors: ClassVar[tuple[str, ...]] = ()  # parameters that each expert has its own of, with expert_sharing="factors"
+    num_experts: int | None = None  # of fused experts that have parameters of their own
+    experts_per_token: int | None = None  # how many of them a token reaches; None: unknown
+    stacked: tuple[str, ...] = ()  # those parameters, (experts, ...)
     reads_output: ClassVar[bool] = False  # y' depends on y otherwise than by y + update(x)
     reads_attention_rows: bool = False  # reads the exact attention rows of its site's heads
     is_mergeable: bool = False
@@ -61,6 +65,21 @@ class Adapter(Formula):
     def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
         """Fill the parameters; with `init_weights` the adapter is the identity."""
         raise NotImplementedError
+
+    def idle_parameters(self) -> dict[str, int]:
+        """Parameter -> how many of its numbers one token does not use; of each expert, where it is stacked."""
+        return {}
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one token uses; of stacked ones, those of the experts that it reaches."""
+        idle, active = self.idle_parameters(), 0
+        for name, parameter in self.named_parameters():
+            size, times = full_size(parameter), 1
+            if name in self.stacked:
+                assert self.num_experts is not None
+                size, times = size // self.num_experts, self.experts_per_token or self.num_experts
+            active += times * (size - idle.get(name, 0))
+        return active
 
     # merging
 

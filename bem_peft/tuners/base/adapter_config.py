@@ -61,17 +61,18 @@ class AdapterConfig(PeftConfig):
         },
     )
     fused_experts: str = field(
-        default="error",
+        default="adapt",
         metadata={
-            "help": "What to do where W_down of all experts is one parameter that no module owns: 'error'; 'adapt', "
-            "adapters at the tokens that reach an expert (see `expert_sharing`); 'skip' to adapt the rest."
+            "help": "What to do where W_down of all experts is one parameter that no module owns: 'adapt', adapters at "
+            "the tokens that reach an expert (see `expert_sharing`); 'skip', adapt the other sites; 'error'."
         },
     )
     expert_sharing: str = field(
         default="shared",
         metadata={
-            "help": "With fused_experts='adapt': 'shared', one adapter for all experts of a block; 'each', one for "
-            "each expert, (experts, ...) in every parameter."
+            "help": "At fused experts: 'shared', one adapter for all experts of a block; 'each', one for each expert, "
+            "(experts, ...) in every parameter; 'factors', what reads is shared and what writes (B; PT4's gamma and "
+            "beta) is each expert's own."
         },
     )
     scaling: float = field(default=2.0, metadata={"help": "The factor s of the update; not divided by the rank."})
@@ -128,8 +129,8 @@ class AdapterConfig(PeftConfig):
                     raise check.field_error(
                         name, getattr(self, name), "cannot be used when `target_modules` is a str", "pass a list"
                     )
-        check.check_choice(self, "fused_experts", ("error", "adapt", "skip"))
-        check.check_choice(self, "expert_sharing", ("shared", "each"))
+        check.check_choice(self, "fused_experts", ("adapt", "skip", "error"))
+        check.check_choice(self, "expert_sharing", ("shared", "each", "factors"))
         check.check_number(self, "scaling", 0.0, exclusive=True)
         check.check_bool(self, "init_weights")
         self._check_layers()
@@ -222,10 +223,6 @@ class AdapterConfig(PeftConfig):
         """Raise ValueError where this method cannot stand at W_down of the fused experts `name`."""
         if MLP_DOWN not in self.roles:
             raise check.field_error("target_modules", name, f"holds experts, and {type(self).__name__} adapts W_O")
-        for field_name in ("max_singular_value", "fro_budget") if self.expert_sharing == "each" else ():
-            if getattr(self, field_name, None) is not None:
-                value = getattr(self, field_name)
-                raise check.field_error(field_name, value, "is not kept by adapters of each expert", "share one")
 
     @property
     def limits_size(self) -> bool:

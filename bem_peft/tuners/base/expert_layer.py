@@ -1,13 +1,13 @@
 """The layer around a module of fused experts: its adapters act on what leaves W_down of an expert.
 
-An adapter is one for all experts of the layer, or holds one for each: its parameters are then (E, ...), and the rows of
-an expert go through a twin of the adapter whose parameters are that expert's.
+An adapter is one for all experts of the layer, or holds parameters (E, ...) of each: then the rows of an expert go
+through a twin of the adapter on that expert's (`expert_twins`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,35 +16,11 @@ from torch import nn
 
 from bem_peft.sites.find import ExpertSite
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
+from bem_peft.tuners.base.expert_twins import twins
 from bem_peft.tuners.base.experts import attach
 from bem_peft.tuners.base.layer import AdapterLayer
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.steps.brake import Braked
-
-
-def stack(adapter: Adapter, experts: int) -> None:
-    """Give each parameter of `adapter` a leading axis: an adapter for each of so many experts."""
-    for name, parameter in adapter._parameters.items():
-        assert parameter is not None
-        adapter._parameters[name] = nn.Parameter(parameter.new_empty(experts, *parameter.shape))
-    adapter.num_experts = experts
-
-
-def twin(adapter: Adapter, parameters: Mapping[str, torch.Tensor]) -> Adapter:
-    """The formula of `adapter` on one expert's parameters. Nothing of it is kept, so that threads share nothing."""
-    made: Adapter = object.__new__(type(adapter))
-    made.__dict__.update(adapter.__dict__)
-    made.__dict__.update(_parameters=dict(parameters), num_experts=None, has_operator=False, is_watched=False)
-    if isinstance(adapter, Braked):  # the brake is the whole adapter's
-        made.__dict__.update(flag_with_gradient=adapter.flag_with_gradient, last_good={})
-    return made
-
-
-def twins(adapter: Adapter) -> list[Adapter]:
-    """One for each expert. The gradients of all experts come together in one stack."""
-    assert adapter.num_experts is not None
-    parts = {name: p.unbind(0) for name, p in adapter._parameters.items() if p is not None}
-    return [twin(adapter, {name: part[e] for name, part in parts.items()}) for e in range(adapter.num_experts)]
 
 
 class AdapterExperts(nn.Module, AdapterLayer):
@@ -129,16 +105,18 @@ class AdapterExperts(nn.Module, AdapterLayer):
         """`adapt` where each expert has an adapter of its own: the rows of an expert together."""
         if adapter.is_watched:
             adapter.before_forward()
-        each = twins(adapter)
+        if adapter.carries_penalties(y):
+            y = adapter.carry_parameter_penalties(y)
         ids = torch.as_tensor(experts)
         if ids.numel() == 1:
-            return each[int(ids)].forward(x, y)
+            return twins(adapter, [int(ids)])[0].forward(x, y)
         order = ids.argsort(stable=True)
-        counts = torch.bincount(ids, minlength=len(each)).tolist()
+        present, counts = (part.tolist() for part in ids[order].unique_consecutive(return_counts=True))
         parts = [
             expert.forward(rows_x, rows_y)
-            for expert, rows_x, rows_y in zip(each, x[order].split(counts), y[order].split(counts), strict=True)
-            if rows_x.shape[0]
+            for expert, rows_x, rows_y in zip(
+                twins(adapter, present), x[order].split(counts), y[order].split(counts), strict=True
+            )
         ]
         found = torch.cat(parts)
         return torch.empty_like(found).index_copy(0, order, found)

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.base.adapter_config import LowRankConfig
+from bem_peft.tuners.base.expert_twins import twins
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.steps.sharded import own_part, whole, write
 
@@ -88,10 +89,18 @@ class LowRankAdapter(Adapter):
         """The update as tokens meet it, gates at their largest."""
         return OneUpdate(*self.right_root())
 
+    def own(self) -> list[LowRankAdapter]:
+        """The updates that have caps: this one, or that of each expert, on whole parameters."""
+        if self.num_experts is None:
+            return [self]
+        return twins(self, values={name: whole(p.detach()) for name, p in self.named_parameters()})
+
     @torch.no_grad()
     def norms(self) -> tuple[float, float, bool]:
         """The largest sigma_1 and Frobenius norm over all tokens; whether these are bounds that may not be reached."""
-        return self.update().largest_norms(whole(self.B).double())
+        found = [own.update().largest_norms(whole(own.B).double()) for own in self.own()]
+        sigma, norm, is_bound = zip(*found, strict=True)
+        return max(sigma), max(norm), any(is_bound)
 
     has_gates: bool = False  # at constant `gate_values` the update is linear in x
 
@@ -117,9 +126,19 @@ class LowRankAdapter(Adapter):
                     "cannot be capped (`max_singular_value`, `fro_budget`): lower the learning rate, or clip gradients."
                 )
         self.call.caps.told.clear()
-        left, update, caps = whole(self.B).double(), self.update(), (max_singular_value, fro_budget)
+        caps = (max_singular_value, fro_budget)
+        projected = [own._projected(caps) for own in self.own()]
+        if self.num_experts is None and projected[0] is not None:
+            write(self.B, projected[0])
+        elif any(left is not None for left in projected):
+            kept = whole(self.B.detach()).double()
+            write(self.B, torch.stack([b if left is None else left for b, left in zip(kept, projected, strict=True)]))
+
+    def _projected(self, caps: tuple[float | None, float | None]) -> torch.Tensor | None:
+        """B where both caps hold, float64 with the values of B's dtype; None: they do."""
+        left, update, (max_singular_value, _) = whole(self.B).double(), self.update(), caps
         if _share_allowed(update, left, caps) >= 1.0:
-            return
+            return None
         slack = 1.0 - 8.0 * torch.finfo(self.B.dtype).eps  # B is rounded once more when it is written back
         if max_singular_value is not None:
             left = update.clipped(left, slack * max_singular_value)
@@ -131,7 +150,7 @@ class LowRankAdapter(Adapter):
                 break
             share = share * slack if attempt < 2 else 2.0 ** math.floor(math.log2(share))  # which rounds nothing
             rounded = (rounded * share).to(self.B.dtype).double()
-        write(self.B, rounded)
+        return rounded
 
     # when
 
@@ -183,7 +202,8 @@ class LowRankAdapter(Adapter):
             return
         limit = 1.0 + 8.0 * torch.finfo(self.B.dtype).eps
         caps = self.max_singular_value, self.fro_budget
-        found = [float(norm) for norm in self.update().bounds(self.B.double())]
+        bounds = [own.update().bounds(own.B.double()) for own in self.own()]
+        found = [max(map(float, norms)) for norms in zip(*bounds, strict=True)]
         for name, cap, norm in zip(("max_singular_value", "fro_budget"), caps, found, strict=True):
             if cap is not None and not norm <= cap * limit:
                 told.add(how)

@@ -20,7 +20,8 @@ from bem_peft import upstream
 from bem_peft.kept import kept_weights
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.base.adapter_config import AdapterConfig
-from bem_peft.tuners.base.expert_layer import AdapterExperts, stack
+from bem_peft.tuners.base.expert_layer import AdapterExperts
+from bem_peft.tuners.base.expert_twins import stack
 from bem_peft.tuners.base.experts import detach
 from bem_peft.tuners.base.field_help import with_arguments
 from bem_peft.tuners.base.layer import AdapterLayer, AdapterLinear, of_method, projection_shape
@@ -122,8 +123,10 @@ class AdapterModel(BaseTuner):
             in_features, out_features = projection_shape(base)
         site = SiteShape(name, in_features, out_features, self.__dict__["_heads"].get(name))
         adapter = self.adapter_classes[container][1](config.at(name), site, self.call)
-        if experts is not None and config.expert_sharing == "each":
-            stack(adapter, experts.num_experts)
+        if experts is not None and config.expert_sharing != "shared":
+            own = adapter.factors if config.expert_sharing == "factors" else tuple(adapter._parameters)
+            own = tuple(name for name in own if name in adapter._parameters)
+            stack(adapter, experts.num_experts, experts.experts_per_token, own)
         return adapter
 
     # injection

@@ -53,7 +53,7 @@ def found_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     experts = table.experts if MLP_DOWN in roles and config.fused_experts == "adapt" else ()
     left = sorted(set(table.fused_experts) - {f"{site.name}.{site.parameter}" for site in experts})
     if MLP_DOWN in roles and left and config.fused_experts != "skip":
-        advice = "fused_experts='adapt' adapts it (one adapter for all experts of a block)"
+        advice = "fused_experts='adapt', the default, adapts it"
         if config.fused_experts == "adapt":
             advice = "it is quantised, or all experts stand side by side in it"
         raise SiteError(
@@ -128,8 +128,9 @@ def check_plan(
             inside = [f".{container}." for container in containers]
             base = sum(p.numel() for n, p in model.named_parameters() if not any(place in n for place in inside))
             part.config.check_size(planned, base)
-    if any(part.config.expert_sharing == "each" for part in parts) and not adapted & experts:
-        raise ValueError("`expert_sharing` = 'each': no fused experts are adapted; set fused_experts='adapt'.")
+    sharing = parts[0].config.expert_sharing
+    if sharing != "shared" and not adapted & experts and not any(part.config.is_from_file for part in parts):
+        raise ValueError(f"`expert_sharing` = {sharing!r}: no fused experts are adapted; leave it at 'shared'.")
     _check_name(name, key_parts.union(*(part.adapter.lr_groups for part in parts)))
 
 
@@ -145,8 +146,6 @@ def _check_place(adapter: Adapter, site: str, modules: dict[str, nn.Module]) -> 
             f"`{adapter.token_penalties[0]}` at {site}: its rows are tokens that a router chose, so "
             "that sequences and padding cannot be told; exclude the experts or set it to 0."
         )
-    if adapter.num_experts is not None and adapter.is_penalised:
-        raise ValueError(f"penalties at {site}: adapters of each expert carry none; set expert_sharing='shared'.")
     if adapter.reads_attention_rows:
         require_interface(modules[site.rpartition(".")[0]], site)
 

@@ -24,6 +24,10 @@ class Penalised(nn.Module):
         is_training = self.is_penalised and self.training and torch.is_grad_enabled()
         return is_training and not isinstance(y, FakeTensor)
 
+    def carry_parameter_penalties(self, y: torch.Tensor) -> torch.Tensor:
+        """y with the penalties that are of parameters alone."""
+        return y
+
     def penalise(
         self, y: torch.Tensor, name: str, strength: float | torch.Tensor, value: torch.Tensor, *, once: bool = False
     ) -> torch.Tensor:

@@ -99,16 +99,19 @@ def _at_least_float32(factor: torch.Tensor) -> torch.Tensor:
 
 
 def orthogonality(factor: torch.Tensor) -> torch.Tensor:
-    """Mean squared entry of F F^T - I for F (rank, dim): 0 where the rows are orthonormal."""
+    """Mean squared entry of F F^T - I for F (rank, dim): 0 where the rows are orthonormal; the sum of a stack's."""
     factor = _at_least_float32(factor)
-    gram = factor @ factor.t()
-    return (gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)).square().mean()
+    gram = factor @ factor.mT
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return (gram - eye).square().mean((-2, -1)).sum()
 
 
 def diversity(factor: torch.Tensor) -> torch.Tensor:
-    """Mean squared cosine between different rows of F (rank, dim): 0 where they are orthogonal, 1 where parallel."""
-    factor, rank = _at_least_float32(factor), factor.shape[0]
+    """Mean squared cosine between different rows of F (rank, dim): 0 where they are orthogonal, 1 where parallel; the
+    sum of a stack's."""
+    factor, rank = _at_least_float32(factor), factor.shape[-2]
     if rank == 1:
         return factor.sum() * 0.0
-    cosine = torch.nn.functional.normalize(factor, dim=1) @ torch.nn.functional.normalize(factor, dim=1).t()
-    return (cosine.square().sum() - cosine.diagonal().square().sum()) / (rank * (rank - 1))
+    rows = torch.nn.functional.normalize(factor, dim=-1)
+    squared = (rows @ rows.mT).square()
+    return (squared.sum() - squared.diagonal(dim1=-2, dim2=-1).sum()) / (rank * (rank - 1))

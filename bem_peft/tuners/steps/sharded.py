@@ -17,6 +17,11 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def full_size(tensor: torch.Tensor) -> int:
+    """Numbers in the tensor, however it is cut over processes (FSDP2, ZeRO-3)."""
+    return int(getattr(tensor, "ds_numel", tensor.numel()))
+
+
 @torch.no_grad()
 def write(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """parameter <- value, which is whole and the same in every process."""
