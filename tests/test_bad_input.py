@@ -103,7 +103,12 @@ BUILDS: dict[str, tuple[str, Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"`layers_to_transform` = \[7\].*2 blocks",
     ),
-    "fused experts": ("qwen2_moe", lambda: PT3(fused_experts="error"), ValueError, "experts.down_proj.*fused_experts='skip'"),
+    "fused experts": (
+        "qwen2_moe",
+        lambda: PT3(fused_experts="error"),
+        ValueError,
+        "experts.down_proj.*fused_experts='skip'",
+    ),
     "embedding": ("llama", lambda: PT3(target_modules=["embed_tokens"]), TypeError, "Embedding.*target_modules"),
     "too large": ("llama", lambda: PT4(minimal_overhead=True), ValueError, "`minimal_overhead`.*gamma_dim"),
     "exact statistics without the interface": (

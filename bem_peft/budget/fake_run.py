@@ -23,8 +23,23 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def can_fake(model: nn.Module) -> bool:
-    """Whether every weight is a plain tensor."""
-    return all(is_plain(t) for t in (*model.parameters(), *model.buffers()))
+    """Whether every weight is a plain tensor, and torch knows the shapes of every product of them.
+
+    Grouped products of experts it knows in bfloat16 alone.
+    """
+    if not all(is_plain(t) for t in (*model.parameters(), *model.buffers())):
+        return False
+    grouped = [m for m in model.modules() if experts_implementation(m) == "grouped_mm"]
+    stacks = (p for m in grouped for p in m.parameters(recurse=False) if p.dim() == 3)
+    return all(stack.dtype is torch.bfloat16 for stack in stacks)
+
+
+def experts_implementation(module: nn.Module) -> str | None:
+    """By which products transformers computes the fused experts that `module` holds; None: it holds none."""
+    if not hasattr(module, "has_gate"):  # what its experts interface gives a class
+        return None
+    found: str | None = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    return found
 
 
 def fake_like(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """FLOPs of an adapted model, a multiplication and an addition counted as two, base and adapter apart.
 
 Counted by torch's `FlopCounterMode` from the operators that really run, forward and backward; no fixed multiplier for
-the backward pass, which with a frozen base is far from two. Attention on a CPU, which torch 2.13 counts as nothing,
-gets torch's own formula. The model runs in training mode; a method whose training mode decides by random values (LoKr's
-module dropout) runs in evaluation mode where there are no weights. Operators without a formula (elementwise, norms,
-softmax) count nothing: they are listed with the elements that they put out.
+the backward pass, which with a frozen base is far from two. What torch 2.13 counts as nothing gets a formula of its
+kind: attention on a CPU that of attention, grouped products of experts that of the product of all rows. The model runs
+in training mode; a method whose training mode decides by random values (LoKr's module dropout) runs in evaluation mode
+where there are no weights. Operators without a formula (elementwise, norms, softmax) count nothing: they are listed
+with the elements that they put out.
 
 The adapter's backward is the whole backward less what the frozen base has to carry back to the same sites: that is
 counted by a run in which each adapter is replaced by adding a number that is trained. The input of each site is taken
@@ -46,10 +47,28 @@ def _cpu_attention_backward(grad: Shape, q: Shape, k: Shape, v: Shape, *rest: ob
     return int(sdpa_backward_flop_count(grad, q, _repeated(q[1], k), _repeated(q[1], v)))
 
 
-CPU_ATTENTION: dict[Any, Callable[..., int]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
-}
+def _grouped(a: Shape, b: Shape, *rest: object, **options: object) -> int:
+    """Rows of each group by a matrix of its own: (S, K) (E, K, N), and for the backward the other layouts."""
+    batch = a[0] if len(a) == len(b) == 3 else 1
+    return int(2 * batch * a[-2] * a[-1] * b[-1])
+
+
+def _grouped_backward(x: Shape, weight: Shape, *rest: object, **options: object) -> int:
+    return 2 * _grouped(x, weight)  # of x and of the weight, whichever is wanted
+
+
+def formulas() -> dict[Any, Callable[..., int]]:
+    """Of operators that torch's counter counts as nothing; those of transformers once it has made them."""
+    known: dict[Any, Callable[..., int]] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+    }
+    own: list[tuple[Any, str, Callable[..., int]]] = [
+        (aten, "_grouped_mm", _grouped),
+        (torch.ops.transformers, "grouped_mm_fallback", _grouped),
+        (torch.ops.transformers, "grouped_mm_fallback_backward", _grouped_backward),
+    ]
+    return known | {getattr(library, name): formula for library, name, formula in own if hasattr(library, name)}
 
 
 DECIDES_BY_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
@@ -82,16 +101,17 @@ class _Uncounted(TorchDispatchMode):
 
     only_counts = True  # operators of one's own stay as they are
 
-    def __init__(self) -> None:
+    def __init__(self, known: Mapping[Any, object]) -> None:
         super().__init__()
         self.elements: dict[str, int] = {}
+        self.known = {*flop_registry, *known}
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
-        if packet not in flop_registry and packet not in CPU_ATTENTION and not func.is_view:
+        if packet not in self.known and not func.is_view:
             size = sum(t.numel() for t in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_tensor(t))
             if size and packet not in (aten.detach, aten.empty, aten.empty_like, aten.empty_strided):
                 name = str(packet).removeprefix("aten.")
@@ -131,7 +151,7 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Any]) -> FlopCount:
 
 def _count(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, dict[str, int]]:
     """FLOPs forward, FLOPs backward, and the uncounted operators of the forward pass."""
-    reason: Exception | None = None
+    reason: Exception | str = "grouped products of experts in another dtype than bfloat16"
     if can_fake(model):
         for is_training in (True, False):
             run = FakeRun(model)
@@ -143,9 +163,9 @@ def _count(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, dict[
                     reason = error
     if any(p.is_meta for p in model.parameters()):
         raise ValueError(
-            f"{type(model).__name__} decides by values ({reason}), so its FLOPs are unknown without weights: load "
-            "them, or choose an experts implementation without a loop over experts."
-        ) from reason
+            f"{type(model).__name__} cannot be run on shapes alone ({reason}), so its FLOPs are unknown without "
+            "weights: load them, or choose the experts implementation 'batched_mm'."
+        ) from (reason if isinstance(reason, Exception) else None)
     wanted = [p for p in model.parameters() if p.requires_grad]
     with torch.random.fork_rng(), mode_of(model, True), _inputs_take_gradients(model, wanted):
         return count_passes(partial(_value, lambda batch: model(**batch), inputs), wanted, nullcontext())
@@ -184,16 +204,17 @@ def count_passes(
     forward: Callable[[], torch.Tensor], trainable: Sequence[torch.Tensor], mode: AbstractContextManager[object]
 ) -> tuple[int, int, dict[str, int]]:
     """FLOPs of `forward()`, a tensor, of its gradient for `trainable` (read after it), and the uncounted operators."""
-    uncounted, counters = _Uncounted(), []
+    known = formulas()
+    uncounted, counters = _Uncounted(known), []
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(mode)
         stack.enter_context(uncounted)
-        counters.append(FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION))
+        counters.append(FlopCounterMode(display=False, custom_mapping=known))
         with counters[0]:
             out = forward()
         seen = dict(uncounted.elements)
-        counters.append(FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION))
+        counters.append(FlopCounterMode(display=False, custom_mapping=known))
         with counters[1]:
             torch.autograd.grad(out, trainable, torch.ones_like(out), allow_unused=True)
     return counters[0].get_total_flops(), counters[1].get_total_flops(), seen

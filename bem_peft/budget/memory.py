@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bem_peft.budget.fake_run import FakeRun, adapter_tensor_names, adapters_off, can_fake, mode_of
-from bem_peft.budget.flops import trained_numbers, training_value
+from bem_peft.budget.flops import DECIDES_BY_VALUES, trained_numbers, training_value
 
 
 @dataclass(frozen=True)
@@ -99,24 +99,27 @@ def count_memory(model: nn.Module, inputs: Mapping[str, Any]) -> MemoryCount:
 
 def _peak(model: nn.Module, inputs: Mapping[str, Any], absent: Collection[str] = ()) -> tuple[int, int]:
     """Highest live bytes of a step, and the bytes of the weights alone; without the tensors named in `absent`."""
-    call: Callable[[Mapping[str, Any]], Any]
-    mode: AbstractContextManager[object]
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        if can_fake(model):
-            run = FakeRun(model)
-            given, mode, trainable, named = run.inputs(inputs), run.mode, run.trainable, run.tensors
-            call = run
-        else:
-            given, mode = dict(inputs), nullcontext()
-            trainable = [p for p in model.parameters() if p.requires_grad]
-            named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if can_fake(model):
+        run = FakeRun(model)
+        try:
+            return _peak_of(run, run.inputs(inputs), run.trainable, run.tensors, run.mode, absent)
+        except DECIDES_BY_VALUES:
+            if any(p.is_meta for p in model.parameters()):
+                raise
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return _peak_of(lambda batch: model(**batch), dict(inputs), trainable, named, nullcontext(), absent)
 
-            def call(batch: Mapping[str, Any]) -> Any:
-                return model(**batch)
 
-        stack.enter_context(mode)
-        live = stack.enter_context(LiveBytes())
+def _peak_of(
+    call: Callable[[Mapping[str, Any]], Any],
+    given: Mapping[str, Any],
+    trainable: Sequence[torch.Tensor],
+    named: Mapping[str, torch.Tensor],
+    mode: AbstractContextManager[object],
+    absent: Collection[str],
+) -> tuple[int, int]:
+    with torch.enable_grad(), mode, LiveBytes() as live:
         for name, tensor in named.items():
             if name not in absent:
                 live.see(tensor)

@@ -2,12 +2,14 @@
 
 Counted on a skeleton: one module for each kind of site (shape, heads, class), on the meta device, as often as the model
 has it, so that a 70B model takes seconds. FLOPs are counted at each site alone: y = layer(x) less base(x), forward and
-backward, a token, where every x takes a gradient.
+backward, a token, where every x takes a gradient. W_down of fused experts is counted as one projection that a token
+meets once for each expert that it reaches; what each expert has of its own counts for all of them as parameters.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,30 +73,28 @@ class MethodCost:
         skeleton = adapted_copy(_on_meta(model), config)
         kinds: dict[Any, list[str]] = {}
         heads: dict[str, int | None] = {}
+        experts: dict[str, _Experts | None] = {}
         base = skeleton.get_base_model()
-        for name, module in base.named_modules():
-            if isinstance(module, BaseTunerLayer):
-                inner = module.get_base_layer()
-                if not isinstance(getattr(inner, "weight", None), torch.Tensor):
-                    raise ValueError(
-                        f"{name}: a size search knows projections alone, and this is a {type(inner).__name__}: set "
-                        "the sizes yourself, and count what the adapted model costs with `count_parameters`."
-                    )
-                count = next((m.num_heads for m in module.modules() if hasattr(m, "num_heads")), 0)
-                shape = tuple(inner.weight.shape)
-                kind = (
-                    type(inner),
-                    shape,
-                    inner.bias is not None,
-                    count,
-                    name.split(".")[-1],
-                    str(_own_size(config, name)),
-                )
-                kinds.setdefault(kind, []).append(name)
-                heads[name] = count or None
+        layers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+        for name, module in layers.items():
+            experts[name] = _experts_of(name, module)
+            inner = _projection_of(name, module)
+            count = next((m.num_heads for m in module.modules() if hasattr(m, "num_heads")), 0)
+            heads[name] = count or None
+            kind = (
+                type(inner),
+                tuple(inner.weight.shape),  # type: ignore[arg-type]
+                inner.bias is not None,
+                count,
+                name.split(".")[-1],
+                str(_own_size(config, name)),
+                experts[name],
+            )
+            kinds.setdefault(kind, []).append(name)
         self.counts = {names[0]: len(names) for names in kinds.values()}
         self.heads = {name: heads[name] for name in self.counts}
-        self.modules = {name: copy.deepcopy(base.get_submodule(name).get_base_layer()) for name in self.counts}
+        self.experts = {name: experts[name] for name in self.counts}
+        self.modules = {name: copy.deepcopy(_projection_of(name, layers[name])) for name in self.counts}
         self._base: dict[tuple[str, bool], int] = {}  # FLOPs of a site without its adapter, which has no sizes
 
     def __call__(self, config: PeftConfig) -> dict[str, float]:
@@ -120,15 +120,20 @@ class MethodCost:
             changed.rank_pattern = {"site": _own_size(config, name)}
         if hasattr(changed, "num_heads") and changed.num_heads is None and self.heads[name]:
             changed.num_heads = self.heads[name]
+        experts = self.experts[name]
+        if experts is not None:
+            changed.expert_sharing = "shared"  # the site stands for one expert
         adapted = get_peft_model(site, changed)
-        params = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        stacked, times, reached = ((), 1, 1) if experts is None else (experts.stacked, experts.count, experts.reached)
+        trained = [(n.rpartition(".")[2], p.numel()) for n, p in adapted.named_parameters() if p.requires_grad]
+        params = sum(size * times if name in stacked else size for name, size in trained)
         if not params:
             return 0, 0.0
         layer = adapted.base_model.model.site
         try:
-            return params, self._flops_per_token(name, layer, site.width, is_training=True)
+            return params, reached * self._flops_per_token(name, layer, site.width, is_training=True)
         except DECIDES_BY_VALUES:  # LoKr's module dropout, in training only
-            return params, self._flops_per_token(name, layer, site.width, is_training=False)
+            return params, reached * self._flops_per_token(name, layer, site.width, is_training=False)
 
     def _flops_per_token(self, name: str, layer: nn.Module, width: int, is_training: bool) -> float:
         """Forward and backward of the adapter on one adapted layer of input `width`."""
@@ -146,6 +151,45 @@ class MethodCost:
                 with adapters_off(layer), trained_numbers(layer):
                     self._base[name, is_training] = count()
             return (whole - self._base[name, is_training]) / TOKENS
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """Fused experts: how many there are, how many a token reaches, the parameters that each has of its own."""
+
+    count: int
+    reached: int
+    stacked: tuple[str, ...]
+
+
+def _experts_of(name: str, layer: nn.Module) -> _Experts | None:
+    """None where `layer` is no adapter of this package at fused experts."""
+    site: Any = getattr(layer, "experts_site", None)
+    if site is None:
+        return None
+    if site.experts_per_token is None:
+        raise ValueError(
+            f"{name}: the model's config does not say how many experts a token reaches (num_experts_per_tok, for "
+            "instance), so that the FLOPs of a token are not known; set it in the config."
+        )
+    stacked = {part for module in layer.modules() for part in getattr(module, "stacked", ())}
+    return _Experts(site.num_experts, site.experts_per_token, tuple(sorted(stacked)))
+
+
+def _projection_of(name: str, layer: BaseTunerLayer) -> nn.Module:
+    """The projection that `layer` adapts; of fused experts one expert's, as a projection of its own."""
+    site: Any = getattr(layer, "experts_site", None)
+    if site is not None:
+        return nn.Linear(site.in_features, site.out_features, bias=False, device="meta")
+    inner: nn.Module = layer.get_base_layer()
+    if not isinstance(getattr(inner, "weight", None), torch.Tensor):
+        raise ValueError(
+            f"{name}: a size search knows projections and this package's adapters of fused experts, and this is a "
+            f"{type(inner).__name__}, whose adapter (`target_parameters`) is built anew at every call, however few "
+            "tokens there are: its FLOPs are none of a token. Count the adapted model (`count_parameters`, "
+            "`count_flops`), or take an anchor with the same parameters at projections."
+        )
+    return inner
 
 
 def _width(module: nn.Module) -> int:

@@ -22,7 +22,7 @@ from bem_peft import (
     count_parameters,
 )
 from bem_peft.budget.check import adapted_copy
-from bem_peft.budget.flops import CPU_ATTENTION
+from bem_peft.budget.flops import formulas
 from bem_peft.budget.latency import equivalence, interval
 from bem_peft.budget.memory import LiveBytes
 from bem_peft.budget.parameters import logical_size
@@ -115,8 +115,8 @@ def test_grouped_keys_count_as_often_as_they_are_read() -> None:
     """4 query heads on 2 of keys: torch before 2.13 has no formula for it."""
     q, k = (2, 4, 5, 8), (2, 2, 7, 8)
     product = 2 * 2 * 4 * 5 * 7 * 8
-    assert CPU_ATTENTION[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu](q, k, k) == 2 * product
-    backward = CPU_ATTENTION[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward]
+    assert formulas()[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu](q, k, k) == 2 * product
+    backward = formulas()[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward]
     assert backward(q, q, k, k) == 5 * product  # the scores again, and two gradients of each product
 
 

@@ -329,6 +329,14 @@ def test_what_cannot_be_adapted_is_refused_by_name() -> None:
         torch.einsum("eti,eoi->eto", x, weight)
     with pytest.raises(NotImplementedError, match="bem_peft does not know as a product"):
         weight.to(torch.bfloat16)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        weight * 2
+    with pytest.raises(NotImplementedError, match="by `mul`, which bem_peft does not know"):
+        torch.mul(weight, 2)
+    with pytest.raises(NotImplementedError, match="by `mul`, which bem_peft does not know"):
+        x * weight
+    with pytest.raises(AttributeError, match="a tensor has no 'quant_state'"):
+        weight.quant_state  # noqa: B018
     with pytest.raises(NotImplementedError, match="read their W_down at"):
         weight[:, 0]
 

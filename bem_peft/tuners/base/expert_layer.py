@@ -33,6 +33,7 @@ class AdapterExperts(nn.Module, AdapterLayer):
         AdapterLayer.__init__(self, base_layer, call, (site.in_features, site.out_features))
         self._active_adapter = adapter_name
         self.is_token_routed = True
+        self.experts_site = site
         self.site_name, self.parameter, self.is_transposed = site.name, site.parameter, site.is_transposed
         attach(self.experts, site.parameter, self)
 

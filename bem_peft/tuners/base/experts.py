@@ -1,8 +1,8 @@
 r"""Fused experts as a site: W_down of all experts is one parameter (E, out, in) that products read expert by expert.
 
 The module that owns it stays as it is and computes as it does (eager, batched_mm, grouped_mm, a loop of its own). Only
-what it reads as its W_down changes: while an adapter is on, the attribute gives an `ExpertWeight`, a tensor that knows
-which experts were picked from it, and whose products are  y = base(x), y <- adapter(x, y)  on the rows x of the tokens.
+what it reads as its W_down changes: while an adapter is on, the attribute gives an `ExpertWeight`, which knows which
+experts were picked from it, and whose products are  y = base(x), y <- adapter(x, y)  on the rows x of the tokens.
 So the cost is that of the tokens that reach an expert, nothing of size E x out x in is built, and what a router decides
 is not touched. An operator that is not known as a product, a pick or a look at the shape is refused by name: no way of
 computing goes past the adapter without a word.
@@ -23,126 +23,137 @@ from torch import nn
 PLACE = "_bem_peft_site"  # in the __dict__ of an experts module: (name of its W_down, the layer whose adapters act)
 
 
-class ExpertWeight(torch.Tensor):
-    """W_down of the experts, or of those that `picked` says, read by a product.
+class ExpertWeight:
+    """W_down of the experts, or of those that `picked` says, read by a product. Torch's functions take it for a tensor.
 
-    layer: an `AdapterExperts`. picked: None for all experts in order, else their ids, one a row of the weight, or a
-    single id.
+    Not a subclass of Tensor: it stands for a parameter of any kind, and neither fake tensors nor a compiler know two
+    kinds in one.
+
+    Args:
+        layer: an `AdapterExperts`.
+        picked: None for all experts in order, else their ids, one a row of the weight, or a single id.
     """
 
-    layer: Any
-    picked: Any
-
-    @classmethod
-    def of(cls, weight: torch.Tensor, layer: Any, picked: Any) -> ExpertWeight:
-        made = weight.as_subclass(cls)
-        made.layer, made.picked = layer, picked
-        return made
+    def __init__(self, weight: torch.Tensor, layer: Any, picked: Any = None) -> None:
+        self.weight, self.layer, self.picked = weight, layer, picked
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in SEEN:
-                return func(*args, **kwargs)
-            if func in ALTERED:
-                return ALTERED[func](*args, **kwargs)
-            name = getattr(func, "__name__", str(func))
-            if name in GROUPED:
-                return _grouped(func, *args, **kwargs)
-        site = next(a for a in (*args, *kwargs.values()) if isinstance(a, ExpertWeight)).layer.site_name
-        raise NotImplementedError(
-            f"{site}: its experts read their W_down by `{name}`, which bem_peft does not know as a product with it; "
-            "set fused_experts='skip' to leave the experts as they are, or choose another `experts_implementation`."
+        name = getattr(func, "__name__", str(func))
+        product = PRODUCTS.get(func) or (_grouped(func) if name in GROUPED else None)
+        if product is None:
+            weight = next(a for a in (*args, *(kwargs or {}).values()) if isinstance(a, ExpertWeight))
+            raise weight.unknown(name)
+        return product(*args, **(kwargs or {}))
+
+    def unknown(self, name: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{self.layer.site_name}: its experts read their W_down by `{name}`, which bem_peft does not know as a "
+            "product with it; set fused_experts='skip' to leave the experts as they are, or choose another "
+            "`experts_implementation`."
         )
 
+    def __getattr__(self, name: str) -> Any:
+        if name in SEEN:
+            return getattr(self.__dict__["weight"], name)
+        if hasattr(torch.Tensor, name):
+            raise self.unknown(name)
+        raise AttributeError(f"a tensor has no {name!r}.")
 
-def plain(weight: torch.Tensor) -> torch.Tensor:
-    return weight.as_subclass(torch.Tensor) if isinstance(weight, ExpertWeight) else weight
+    def __len__(self) -> int:
+        return self.weight.shape[0]
 
+    def __getitem__(self, index: Any) -> ExpertWeight:
+        if self.picked is not None or isinstance(index, (tuple, slice)) or index is None:
+            raise NotImplementedError(f"{self.layer.site_name}: its experts read their W_down at {index!r}.")
+        return ExpertWeight(self.weight[index], self.layer, index)
 
-def _pick(weight: ExpertWeight, index: Any) -> ExpertWeight:
-    if weight.picked is not None or isinstance(index, (tuple, slice)) or index is None:
-        raise NotImplementedError(f"{weight.layer.site_name}: its experts read their W_down at {index!r}.")
-    return ExpertWeight.of(plain(weight)[index], weight.layer, index)
+    def transpose(self, *axes: int) -> ExpertWeight:
+        if {axis % self.weight.dim() for axis in axes} != {self.weight.dim() - 2, self.weight.dim() - 1}:
+            raise NotImplementedError(f"{self.layer.site_name}: its experts transpose their W_down by {axes}.")
+        return self.t()
 
+    def t(self) -> ExpertWeight:
+        return ExpertWeight(self.weight.transpose(-2, -1), self.layer, self.picked)
 
-def _turn(weight: ExpertWeight, *axes: int) -> ExpertWeight:
-    if axes and {axis % weight.dim() for axis in axes} != {weight.dim() - 2, weight.dim() - 1}:
-        raise NotImplementedError(f"{weight.layer.site_name}: its experts transpose their W_down by {axes}.")
-    return ExpertWeight.of(plain(weight).transpose(-2, -1), weight.layer, weight.picked)
+    T = mT = property(t)  # noqa: N815
+
+    def matmul(self, right: torch.Tensor) -> torch.Tensor:
+        """W x: columns are tokens."""
+        y = torch.matmul(self.weight, right).transpose(-2, -1)
+        return self._adapted(right.transpose(-2, -1), y).transpose(-2, -1)
+
+    __matmul__ = bmm = mm = matmul
+
+    def __rmatmul__(self, left: torch.Tensor) -> torch.Tensor:
+        """x W^T: rows are tokens."""
+        return self._adapted(left, torch.matmul(left, self.weight))
+
+    def _adapted(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        rows = self.picked
+        if rows is None and self.weight.dim() == 3:  # all experts in order
+            rows = torch.arange(self.weight.shape[0], device=x.device)
+        adapted: torch.Tensor = self.layer.adapt(x, y, rows)
+        return adapted
 
 
 def _linear(x: torch.Tensor, weight: ExpertWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    y = nn.functional.linear(x, plain(weight), bias)
-    return weight.layer.adapt(x, y, weight.picked, has_bias=bias is not None)
+    y = nn.functional.linear(x, weight.weight, bias)
+    adapted: torch.Tensor = weight.layer.adapt(x, y, weight.picked, has_bias=bias is not None)
+    return adapted
 
 
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _product(left: torch.Tensor | ExpertWeight, right: torch.Tensor | ExpertWeight) -> torch.Tensor:
     """left @ right, of matrices or of stacks of them; x stands on either side."""
-    y = torch.matmul(plain(left), plain(right))
-    weight, is_left = (left, True) if isinstance(left, ExpertWeight) else (right, False)
-    assert isinstance(weight, ExpertWeight)
-    x = right if is_left else left
-    if is_left:  # W x: columns are tokens
-        return weight.layer.adapt(x.transpose(-2, -1), y.transpose(-2, -1), _rows(weight, x)).transpose(-2, -1)
-    return weight.layer.adapt(x, y, _rows(weight, x))
+    if isinstance(left, ExpertWeight):
+        assert isinstance(right, torch.Tensor)
+        return left.matmul(right)
+    assert isinstance(right, ExpertWeight)
+    return right.__rmatmul__(left)
 
 
-def _rows(weight: ExpertWeight, x: torch.Tensor) -> Any:
-    """The expert of each entry of the first axis of x: of all experts in order, or of those that were picked."""
-    if weight.picked is None and weight.dim() == 3:
-        return torch.arange(weight.shape[0], device=x.device)
-    return weight.picked
+def _grouped(func: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    def product(x: torch.Tensor, weight: ExpertWeight, offs: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Rows of x sorted by expert; `offs` (E,) are the ends of the experts' rows."""
+        y = func(x, weight.weight, offs=offs, **options)
+        ids = torch.searchsorted(offs, torch.arange(x.shape[0], device=x.device, dtype=offs.dtype), right=True)
+        adapted: torch.Tensor = weight.layer.adapt(x, y, ids.clamp_(max=offs.shape[0] - 1))
+        return adapted
 
-
-def _grouped(
-    func: Callable[..., Any], x: torch.Tensor, weight: ExpertWeight, offs: torch.Tensor, **options: Any
-) -> torch.Tensor:
-    """Rows of x sorted by expert; `offs` (E,) are the ends of the experts' rows."""
-    y = func(x, plain(weight), offs=offs, **options)
-    ids = torch.searchsorted(offs, torch.arange(x.shape[0], device=x.device, dtype=offs.dtype), right=True)
-    return weight.layer.adapt(x, y, ids.clamp_(max=offs.shape[0] - 1))
+    return product
 
 
 GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback", "transformers.grouped_mm_fallback.default"}
-ALTERED: dict[Any, Callable[..., Any]] = {
-    torch.Tensor.__getitem__: _pick,
-    torch.Tensor.transpose: _turn,
-    torch.transpose: _turn,
-    torch.Tensor.t: _turn,
-    torch.Tensor.T.__get__: _turn,  # type: ignore[attr-defined]
-    torch.Tensor.mT.__get__: _turn,  # type: ignore[attr-defined]
+PRODUCTS: dict[Any, Callable[..., Any]] = {
     nn.functional.linear: _linear,
     torch.matmul: _product,
     torch.Tensor.matmul: _product,
     torch.Tensor.__matmul__: _product,
     torch.mm: _product,
+    torch.Tensor.mm: _product,
     torch.bmm: _product,
+    torch.Tensor.bmm: _product,
+    torch.transpose: ExpertWeight.transpose,
 }
 SEEN = {  # what only looks
-    *(getattr(torch.Tensor, name).__get__ for name in (
-        "shape", "dtype", "device", "is_cuda", "requires_grad", "layout", "ndim", "is_meta", "is_quantized",
-    )),
-    torch.Tensor.dim, torch.Tensor.size, torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.stride,
-    torch.Tensor.is_contiguous, torch.Tensor.element_size, torch.Tensor.is_floating_point, torch.Tensor.__len__,
-    torch.Tensor.storage_offset, torch.Tensor.is_complex, torch.Tensor.__repr__,
+    "shape", "dtype", "device", "is_cuda", "requires_grad", "layout", "ndim", "is_meta", "is_quantized", "dim", "size",
+    "data_ptr", "numel", "stride", "is_contiguous", "element_size", "is_floating_point", "storage_offset", "is_complex",
 }  # fmt: skip
 
 
 # the module that owns the weight
 
 
-def _read(name: str, module: nn.Module) -> torch.Tensor | nn.Parameter:
+def _read(name: str, module: nn.Module) -> ExpertWeight | nn.Parameter:
     parameter = module._parameters[name]
     assert parameter is not None
     place = module.__dict__.get(PLACE)
     layer = None if place is None else place[1]
     if layer is None or not layer.changes_output():
         return parameter
-    return ExpertWeight.of(parameter, layer, None)
+    return ExpertWeight(parameter, layer)
 
 
 @functools.cache
