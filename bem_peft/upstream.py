@@ -126,6 +126,13 @@ class _Backend:
         return y.clone()
 
 
+def lora_turns_expert_axes() -> bool:
+    """Whether PEFT's LoRA of a parameter (E, out, in) has in_features at A, as a LoRA of a module has."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return "_did_swap_in_out_features" in ParamWrapper.__init__.__code__.co_names
+
+
 def quantization_backend(base_layer: nn.Module, model: nn.Module) -> Any:
     """What reads and writes the weight of a quantised `base_layer`; None: it is not quantised."""
     if installed("peft") >= Version("0.20"):

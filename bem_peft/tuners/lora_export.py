@@ -2,7 +2,8 @@ r"""Export to a LoRA checkpoint that any LoRA runtime loads:  s B K  with  A = K
 
 Exact where the update is linear in x (PT3, and PT2 with a task mask). A gated method is linear only at fixed gates:
 with `calibration` batches its gates are fixed at their mean over the real tokens, and the report says what that loses,
-at each site and in the logits of the whole model.
+at each site and in the logits of the whole model. At fused experts the file holds B_e K_e of every expert for PEFT's
+`target_parameters`: lora_A is (E r, in), expert after expert, lora_B (out, r E), in which experts alternate.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
+from bem_peft import upstream
 from bem_peft.tuners.base.adapter import Adapter
 from bem_peft.tuners.base.expert_layer import AdapterExperts
 from bem_peft.tuners.base.layer import AdapterLinear
 from bem_peft.tuners.base.low_rank import LowRankAdapter
-from bem_peft.tuners.lora_calibration import LogitsReport, mean_gates, measure
+from bem_peft.tuners.lora_calibration import Factors, LogitsReport, mean_gates, measure
 
 PEFT_PREFIX = "base_model.model."
 
@@ -72,16 +74,10 @@ def export_lora(
             embeddings saved with the adapter, a trained or merged base, a wrapped or parametrised base layer, a second
             active adapter. Nothing is written then.
     """
-    for module in model.modules():
-        if isinstance(module, AdapterExperts) and any(True for _ in module.adapters_named(adapter_name)):
-            raise ValueError(
-                f"the adapter stands at the fused experts {module.site_name}, which a LoRA of modules does not hold: "
-                "merge it (PT3), or train one with fused_experts='skip' to export."
-            )
-    layers: dict[str, tuple[AdapterLinear, list[Any]]] = {
+    layers: dict[str, tuple[Any, list[Any]]] = {
         name.removeprefix(PEFT_PREFIX): (module, list(module.adapters_named(adapter_name)))
         for name, module in model.named_modules()
-        if isinstance(module, AdapterLinear)
+        if isinstance(module, (AdapterLinear, AdapterExperts))
     }
     layers = {name: pair for name, pair in layers.items() if pair[1]}
     if not layers:
@@ -96,26 +92,40 @@ def export_lora(
         )
     batches = [] if calibration is None else list(calibration)
     gates = mean_gates(model, adapter_name, gated, batches) if gated else {}
-    factors: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+    factors: dict[Any, Factors] = {}
     for adapter in adapters:
-        a, b = adapter.lora_factors(gates[adapter]) if adapter in gates else adapter.lora_factors()
+        a, b = adapter.lora_factors(gates[adapter]) if adapter in gates else _stacked_factors(adapter)
         factors[adapter] = a, b * adapter.scaling
     stacked = {
-        layer: (torch.cat([factors[a][0] for a in own]), torch.cat([factors[a][1] for a in own], dim=1))
+        layer: (torch.cat([factors[a][0] for a in own], dim=-2), torch.cat([factors[a][1] for a in own], dim=-1))
         for layer, own in layers.values()
     }
-    errors, logits = measure(model, adapter_name, {a: factors[a] for a in gated}, stacked, batches)
-    ranks = {name: stacked[layer][0].shape[0] for name, (layer, _) in layers.items()}
+    at_modules = {layer: pair for layer, pair in stacked.items() if isinstance(layer, AdapterLinear)}
+    errors, logits = measure(model, adapter_name, {a: factors[a] for a in gated}, at_modules, batches)
+    ranks = {name: stacked[layer][0].shape[-2] for name, (layer, _) in layers.items()}
     written = dict.fromkeys(ranks, max(ranks.values())) if uniform_rank else ranks
     tensors = {}
     for name, (layer, _) in layers.items():
         a, b = stacked[layer]
         missing = written[name] - ranks[name]
         a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
+        if isinstance(layer, AdapterExperts):
+            experts = layer.experts_site.num_experts
+            a = a.expand(experts, -1, -1).flatten(0, 1)
+            b = b.expand(experts, -1, -1).permute(1, 2, 0).flatten(1)
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.contiguous().cpu()
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.contiguous().cpu()
     _write(model, save_directory, adapter_name, tensors, written, layers)
     return LoraExportReport(os.fspath(save_directory), ranks, not gated, errors, logits)
+
+
+def _stacked_factors(adapter: LowRankAdapter) -> Factors:
+    """A and B, or those of each expert, (E, r, in) and (E, out, r)."""
+    found = [own.lora_factors() for own in adapter.own()]
+    if adapter.num_experts is None:
+        return found[0]
+    a, b = zip(*found, strict=True)
+    return torch.stack(a), torch.stack(b)
 
 
 def _refuse_methods(adapters: list[Adapter]) -> list[LowRankAdapter]:
@@ -129,6 +139,12 @@ def _refuse_methods(adapters: list[Adapter]) -> list[LowRankAdapter]:
         if not adapter.is_mergeable:
             gated.append(adapter)
     for adapter in gated:
+        if adapter.at_experts:
+            raise ValueError(
+                f"{type(adapter).__name__} at {adapter.site_name} has gates that depend on the token, and the mean "
+                "over the tokens that a router chose is not taken: PT3, or PT2 with a task mask and no value gate, is "
+                "exported from experts."
+            )
         if not adapter.has_gates:
             raise ValueError(
                 f"{type(adapter).__name__} at {adapter.site_name} depends on the token, and has no gates that could be "
@@ -151,7 +167,7 @@ def _refuse_what_a_lora_does_not_hold(model: nn.Module, adapter_name: str) -> No
             "the adapter; export one without them, or merge (`merge_and_unload`) and save the model."
         )
     for name, module in model.named_modules():
-        if isinstance(module, AdapterLinear):
+        if isinstance(module, (AdapterLinear, AdapterExperts)):
             if module.merged_adapters:
                 raise ValueError(
                     f"{module.merged_adapters} are merged into {name}: the LoRA would stand on a base that has them "
@@ -164,13 +180,18 @@ def _refuse_what_a_lora_does_not_hold(model: nn.Module, adapter_name: str) -> No
                     f"alone: call `set_adapter({adapter_name!r})` first, and export each one."
                 )
             base: Any = module.base_layer
+            if isinstance(module, AdapterExperts) and not upstream.lora_turns_expert_axes():
+                raise ValueError(
+                    f"{name}: the installed PEFT lays a LoRA of experts out otherwise (`target_parameters`, before "
+                    "0.21): install peft >= 0.21 to export it."
+                )
             if parametrize.is_parametrized(base):
                 raise ValueError(
                     f"the base layer of {name} is parametrised, which a LoRA file does not hold: remove the "
                     "parametrisation (`torch.nn.utils.parametrize.remove_parametrizations`), and save the base too."
                 )
         if isinstance(module, BaseTunerLayer) and (
-            not isinstance(module, AdapterLinear) or isinstance(module.base_layer, BaseTunerLayer)
+            not isinstance(module, (AdapterLinear, AdapterExperts)) or isinstance(module.base_layer, BaseTunerLayer)
         ):
             raise ValueError(
                 f"{name} is adapted by {type(module).__name__} over or under the adapter, and the file would hold "
@@ -188,7 +209,8 @@ def _refuse_what_a_lora_does_not_hold(model: nn.Module, adapter_name: str) -> No
             "hold them; freeze them (`requires_grad_(False)`) if they are as loaded, else save the whole model."
         )
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    containers = {name for m in model.modules() if isinstance(m, AdapterLinear) for name in m.adapter_layer_names}
+    kinds = (AdapterLinear, AdapterExperts)
+    containers = {name for m in model.modules() if isinstance(m, kinds) for name in m.adapter_layer_names}
     beside = [key for key in saved if not any(f".{container}." in key for container in containers)]
     if beside:
         raise ValueError(
@@ -208,17 +230,20 @@ def _write(
     configs: Any = model.peft_config
     source = configs[adapter_name]
     rank = max(ranks.values())
-    uneven = {name.replace(".", r"\."): r for name, r in ranks.items() if r != rank}
+    experts = {name: layer for name, (layer, _) in layers.items() if isinstance(layer, AdapterExperts)}
+    whole = {name: f"{name}.{experts[name].parameter}" if name in experts else name for name in ranks}
+    uneven = {whole[name].replace(".", r"\."): r for name, r in ranks.items() if r != rank}
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         rank_pattern=uneven,
         alpha_pattern=dict(uneven),
-        target_modules=sorted(ranks),
+        target_modules=sorted(set(ranks) - set(experts)),
+        target_parameters=sorted(whole[name] for name in experts) or None,
         task_type=source.task_type,
         base_model_name_or_path=source.base_model_name_or_path,
         inference_mode=True,
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer, _ in layers.values()),
+        fan_in_fan_out=any(getattr(layer, "fan_in_fan_out", False) for layer, _ in layers.values()),
     )
     os.makedirs(folder, exist_ok=True)
     save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})

@@ -171,6 +171,7 @@ def small(kind: str, **changes: Any) -> nn.Module:
         ),
     }  # fmt: skip
     family, own = names[kind]
+    torch.manual_seed(0)  # also of what `spread` leaves as it is
     config = getattr(transformers, f"{family}Config")(**{**sizes, **own, **changes})
     model = spread(getattr(transformers, f"{family}ForCausalLM")(config)).eval()
     model.set_experts_implementation("eager")
@@ -525,12 +526,68 @@ def test_what_there_is_no_expert_for_is_refused() -> None:
         each(small("mixtral"), "rank_mask", balance_strength=0.1)
 
 
-def test_export_refuses_and_probe_sees_the_experts(tmp_path: Any) -> None:
-    model = adapted(small("mixtral"), "kronecker").float()
-    with pytest.raises(ValueError, match=r"stands at the fused experts model.layers.0.mlp.experts"):
-        bem_peft.export_lora(model, tmp_path / "lora")
+def exported_config(method: str, sharing: str) -> Any:
+    if method == "rank_mask":
+        own = {"mask_scope": "task", "value_gate": False, "total_rank": 8, "active_rank": 4}
+        return DynamicRankMaskConfig(expert_sharing=sharing, **own)  # W_O as well, of the same rank
+    return CompositeConfig(
+        [KroneckerConfig(u_rank=3, v_rank=2), DynamicRankMaskConfig(total_rank=2, active_rank=2, value_gate=False)],
+        expert_sharing=sharing,
+    )
+
+
+@pytest.mark.parametrize("is_uniform", [True, False])
+@pytest.mark.parametrize("sharing", ["shared", *OWN])
+@pytest.mark.parametrize("method", ["rank_mask", "composite"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_plain_peft_loads_the_export_with_the_same_logits(
+    kind: str, method: str, sharing: str, is_uniform: bool, tmp_path: Any
+) -> None:
+    """As a LoRA of the parameter, `target_parameters`: nothing of this package is in the model then."""
+    ids = tokens()
+    model = get_peft_model(small(kind).double(), exported_config(method, sharing)).double().eval()
+    randomize(model)
+    report = bem_peft.export_lora(model, tmp_path, uniform_rank=is_uniform)
+    assert report.is_exact
+    loaded = PeftModel.from_pretrained(small(kind).double(), tmp_path).double().eval()
+    assert isinstance(loaded.peft_config["default"], LoraConfig)
+    assert len([m for m in loaded.modules() if hasattr(m, "parameter_name")]) == 2
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-9)
+    assert (model(ids).logits - small(kind).double()(ids).logits).abs().max() > 0.1
+
+
+def test_gates_at_experts_are_not_exported_and_probe_sees_the_experts(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"at model.layers.0.mlp.experts has gates .* a router chose is not taken"):
+        bem_peft.export_lora(adapted(small("mixtral"), "rank_mask"), tmp_path / "lora", calibration=[])
     assert not (tmp_path / "lora").exists()
-    assert bem_peft.probe(model) == 2
+    assert bem_peft.probe(adapted(small("mixtral"), "kronecker").float()) == 2
+
+
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_shared_adapter_compiles_to_one_graph(method: str, implementation: str) -> None:
+    torch.compiler.reset()
+    base = small("mixtral").float()
+    base.set_experts_implementation(implementation)
+    model, ids = adapted(base, method).float(), tokens()
+    with torch.no_grad():
+        expected = model(ids).logits
+        found = torch.compile(model, backend="aot_eager", fullgraph=True)(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*Graph break:UserWarning")
+@pytest.mark.parametrize("sharing", OWN)
+def test_adapters_of_each_expert_are_right_under_the_compiler(sharing: str) -> None:
+    """By graph breaks: which expert has which rows is known by the router's values alone."""
+    torch.compiler.reset()
+    base = small("mixtral").float()
+    base.set_experts_implementation("grouped_mm")
+    model, ids = each(base, "kronecker", expert_sharing=sharing).float(), tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(model, backend="aot_eager")(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_the_same_function_and_gradients_as_pefts_lora_of_the_parameter() -> None:

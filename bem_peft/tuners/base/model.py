@@ -123,6 +123,7 @@ class AdapterModel(BaseTuner):
             in_features, out_features = projection_shape(base)
         site = SiteShape(name, in_features, out_features, self.__dict__["_heads"].get(name))
         adapter = self.adapter_classes[container][1](config.at(name), site, self.call)
+        adapter.at_experts = experts is not None
         if experts is not None and config.expert_sharing != "shared":
             own = adapter.factors if config.expert_sharing == "factors" else tuple(adapter._parameters)
             own = tuple(name for name in own if name in adapter._parameters)
