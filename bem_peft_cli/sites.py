@@ -45,12 +45,19 @@ def _text_lines(table: SiteTable) -> Iterable[str]:
         shape = f"{site.in_features} -> {site.out_features}"
         key = (site.role, name_pattern(site.name), site.mixer, shape, heads)
         rows[key] = rows.get(key, 0) + 1
+    for fused in table.experts:
+        reached = "?" if fused.experts_per_token is None else fused.experts_per_token
+        shape = f"{fused.in_features} -> {fused.out_features}"
+        mixer = f"{fused.num_experts} experts, {reached} a token"
+        key = ("mlp_down", f"{name_pattern(fused.name)} ({fused.parameter})", mixer, shape, "-")
+        rows[key] = rows.get(key, 0) + 1
     cells = [("role", "name", "mixer", "in -> out", "heads", "count"), *((*key, str(n)) for key, n in rows.items())]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     yield from ("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
-    yield f"{len(table.sites)} sites in {table.blocks} blocks"
-    for pattern, count in pattern_counts(table.fused_experts).items():
-        yield f"no site: {pattern} (x{count}) holds the W_down of all experts in one parameter"
+    yield f"{len(table.sites) + len(table.experts)} sites in {table.blocks} blocks"
+    for pattern, count in pattern_counts(table.obstacles).items():
+        reason = next(why for name, why in table.obstacles.items() if name_pattern(name) == pattern)
+        yield f"no site: {pattern} (x{count}), W_down of all experts: {reason}"
 
 
 def _print_all(path: Path | None) -> None:

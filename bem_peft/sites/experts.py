@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -27,25 +28,34 @@ class ExpertSite:
     out_features: int
     is_transposed: bool
     experts_per_token: int | None = None  # as the config says; None: it does not
+    runs_all: bool = False  # every token runs through all experts, its inputs zero where it is not routed to (Llama 4)
 
 
-def expert_site(model: nn.Module, block: Block, path: Path) -> ExpertSite | None:
-    """None where the parameter is no stack of matrices of numbers (quantised, or all experts side by side)."""
-    owner = base_module(model.get_submodule(".".join(block.path + path[:-1])))
+def expert_site(model: nn.Module, block: Block, path: Path) -> ExpertSite | str:
+    """The site, or what stands in its way."""
+    name = ".".join(block.path + path[:-1])
+    owner = base_module(model.get_submodule(name))
     weight = owner._parameters.get(path[-1])
-    if weight is None or weight.dim() != 3 or not weight.is_floating_point():
-        return None
+    if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
+        return f"it is quantised ({getattr(weight, 'dtype', 'no parameter of numbers')})"
+    if weight.dim() != 3:
+        return "all experts stand side by side in one matrix"
+    if getattr(owner, "_is_expert_parallel", False):
+        return "its experts are spread over processes (expert parallelism)"
     experts, rows, columns = weight.shape
     is_transposed = getattr(owner, "is_transposed", None)
     if is_transposed is None:  # no class of transformers' experts interface: W_down writes the residual width
         if rows == columns or block.width not in (rows, columns):
-            return None
+            return f"its shape {tuple(weight.shape)} does not tell inputs from outputs"
         is_transposed = block.width == columns
     in_features, out_features = (rows, columns) if is_transposed else (columns, rows)
-    name = ".".join(block.path + path[:-1])
     reached = _experts_per_token([model, *block.modules.values()], block.index)
     reached = None if reached is None else min(reached, experts)
-    return ExpertSite(name, path[-1], block.index, experts, in_features, out_features, bool(is_transposed), reached)
+    runs_all = len(inspect.signature(type(owner).forward).parameters) == 2  # self and the rows, no choice of experts
+    return ExpertSite(
+        name, path[-1], block.index, experts, in_features, out_features, bool(is_transposed),
+        experts if runs_all else reached, runs_all,
+    )  # fmt: skip
 
 
 def _experts_per_token(modules: Iterable[nn.Module], block: int) -> int | None:

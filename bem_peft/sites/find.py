@@ -12,8 +12,8 @@ No forward pass: modules, shapes and config are enough, also on the meta device.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -72,6 +72,7 @@ class SiteTable:
     blocks: int  # number of blocks that were seen
     fused_experts: tuple[str, ...]  # parameter paths of expert weights in one parameter that play W_down
     experts: tuple[ExpertSite, ...] = ()  # those of them whose products can be adapted
+    obstacles: Mapping[str, str] = field(default_factory=dict)  # the others: what stands in the way
 
     def names(self, *roles: str) -> list[str]:
         """Names of the sites of these roles, of all roles if none is given."""
@@ -111,8 +112,10 @@ def find_sites(model: nn.Module) -> SiteTable:
         raise SiteError(f"{type(model).__name__}: found {len(sites)} sites, but {text}. {advice}")
     if not sites:
         raise SiteError(f"{type(model).__name__}: found no site in {len(blocks)} blocks of an nn.ModuleList. {advice}")
-    experts = (expert_site(model, block, path) for block in blocks for path in block.fused_experts)
-    return SiteTable(tuple(sites), len(blocks), tuple(fused), tuple(site for site in experts if site is not None))
+    found = {".".join(b.path + path): expert_site(model, b, path) for b in blocks for path in b.fused_experts}
+    experts = tuple(site for site in found.values() if isinstance(site, ExpertSite))
+    obstacles = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+    return SiteTable(tuple(sites), len(blocks), tuple(fused), experts, obstacles)
 
 
 def site_table_row(table: SiteTable) -> dict[str, object]:

@@ -142,6 +142,7 @@ class ResidualFiLMAdapter(Braked, Adapter):
         self.set_brake(config.emergency_stabilization, config.explosion_threshold)
         self.mode, self.clamp_range, self.max_beta = config.mode, config.clamp_range, config.max_beta
         self.is_rms = config.beta_unit == "rms"
+        self.moves_zero = not self.is_rms and config.max_beta > 0
         self.is_static = config.mode == "static"
         self.has_operator = config.mode == "channel"
         self.is_mergeable = self.is_static and (not self.is_rms or config.max_beta == 0.0)

@@ -35,9 +35,9 @@ def run(folder: Path, mode: str, kind: str, processes: int) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with what one process makes of both kinds."""
+    """The folder with what one process makes of each kind."""
     folder = tmp_path_factory.mktemp("processes")
-    for kind in ("penalised", "watched"):
+    for kind in ("penalised", "watched", "experts"):
         result = run(folder, "one", kind, 1)
         assert result.returncode == 0, result.stderr[-3000:]
     return folder
@@ -50,6 +50,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ddp", "watched"),
         ("fsdp2", "penalised"),
         ("fsdp2", "watched"),
+        ("ddp", "experts"),
+        ("fsdp2", "experts"),
         pytest.param("zero2", "penalised", marks=NEEDS_DEEPSPEED),
         pytest.param("zero3", "penalised", marks=NEEDS_DEEPSPEED),
     ],

@@ -1,6 +1,6 @@
 """A short training run on one process or two: torchrun --nproc_per_node N -m THIS FOLDER MODE KIND.
 
-MODE: one, ddp, fsdp2, zero2, zero3. KIND: penalised, watched. The adapter is saved to FOLDER/MODE-KIND.
+MODE: one, ddp, fsdp2, zero2, zero3. KIND: penalised, watched, experts. The adapter is saved to FOLDER/MODE-KIND.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import distributed
 
 from bem_peft import (
     CompositeConfig,
+    DynamicRankMaskConfig,
     HeadGroupGatingConfig,
     KroneckerConfig,
     PTTrainer,
@@ -53,6 +54,18 @@ def watched() -> Any:
     return get_peft_model(build("llama"), config).train()
 
 
+def on_experts() -> Any:
+    """Adapters of each expert of a mixture, the caps of their updates, what all share."""
+    config = CompositeConfig(
+        [KroneckerConfig(u_rank=3, v_rank=2, fro_budget=0.05), DynamicRankMaskConfig(total_rank=4, active_rank=2)],
+        task_type="CAUSAL_LM", expert_sharing="factors",
+    )  # fmt: skip
+    return get_peft_model(build("qwen2_moe"), config).train()
+
+
+KINDS = {"penalised": penalised, "watched": watched, "experts": on_experts}
+
+
 def let_accelerate_shard_on_cpus() -> None:
     """accelerate knows FSDP on accelerators alone; sharding itself works between processes without one."""
     original = AcceleratorState.__init__
@@ -78,7 +91,7 @@ def main(folder: Path, mode: str, kind: str) -> None:
     )  # fmt: skip
     if mode == "fsdp2":
         let_accelerate_shard_on_cpus()
-    model = penalised() if kind == "penalised" else watched()
+    model = KINDS[kind]()
     trainer = PTTrainer(model, arguments, train_dataset=rows(8), data_collator=collate)
     trainer.train()
     trainer.save_model(str(out / "adapter"))

@@ -15,6 +15,7 @@ import torch
 
 from bem_peft.kernels import backend, cpp
 from bem_peft.tuners.base.adapter_config import AdapterConfig
+from bem_peft.tuners.base.expert_twins import by_expert
 from bem_peft.tuners.base.forms import Formula
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.steps.sharded import full_size
@@ -48,6 +49,7 @@ class Adapter(Formula):
     experts_per_token: int | None = None  # how many of them a token reaches; None: unknown
     stacked: tuple[str, ...] = ()  # those parameters, (experts, ...)
     reads_output: ClassVar[bool] = False  # y' depends on y otherwise than by y + update(x)
+    moves_zero: bool = False  # y' of x = 0 and y = 0 is not 0
     reads_attention_rows: bool = False  # reads the exact attention rows of its site's heads
     is_mergeable: bool = False
     merge_refusal: str = (
@@ -81,6 +83,14 @@ class Adapter(Formula):
                 size, times = size // self.num_experts, self.experts_per_token or self.num_experts
             active += times * (size - idle.get(name, 0))
         return active
+
+    def forward(
+        self, x: torch.Tensor, y: torch.Tensor, may_overwrite: bool = False, experts: Any = None
+    ) -> torch.Tensor:
+        """As `Formula.forward`; experts: the id, or the ids (N,), of the experts whose rows these are."""
+        if self.num_experts is not None:
+            return by_expert(self, x, y, experts)
+        return super().forward(x, y, may_overwrite)
 
     # merging
 

@@ -1,7 +1,6 @@
 """The layer around a module of fused experts: its adapters act on what leaves W_down of an expert.
 
-An adapter is one for all experts of the layer, or holds parameters (E, ...) of each: then the rows of an expert go
-through a twin of the adapter on that expert's (`expert_twins`).
+An adapter is one for all experts of the layer, or holds parameters (E, ...) of each (`expert_twins`).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import nn
 
 from bem_peft.sites.find import ExpertSite
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
-from bem_peft.tuners.base.expert_twins import twins
+from bem_peft.tuners.base.expert_twins import one_pass, twins
 from bem_peft.tuners.base.experts import attach
 from bem_peft.tuners.base.layer import AdapterLayer
 from bem_peft.tuners.calls.call_state import CallState
@@ -35,6 +34,9 @@ class AdapterExperts(nn.Module, AdapterLayer):
         self.is_token_routed = True
         self.experts_site = site
         self.site_name, self.parameter, self.is_transposed = site.name, site.parameter, site.is_transposed
+        self.passes: list[
+            None
+        ] = []  # as long as forward passes run now; a list, which threads and compilers may change
         attach(self.experts, site.parameter, self)
 
     @property
@@ -67,7 +69,14 @@ class AdapterExperts(nn.Module, AdapterLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        return self.base_layer(*args, **kwargs)
+        self.passes.append(None)
+        try:
+            if torch.compiler.is_compiling():
+                return self.base_layer(*args, **kwargs)
+            with one_pass():
+                return self.base_layer(*args, **kwargs)
+        finally:
+            self.passes.pop()
 
     def changes_output(self) -> bool:
         """Whether an adapter acts in this call."""
@@ -98,29 +107,9 @@ class AdapterExperts(nn.Module, AdapterLayer):
                 own = bias[experts].to(y.dtype)
                 own = own.unsqueeze(1) if own.dim() == 2 and y.dim() == 3 else own
                 y = y + own
-            y = adapter(x, y) if adapter.num_experts is None else self._by_expert(adapter, x, y, experts)
+            y = adapter(x, y) if adapter.num_experts is None else adapter(x, y, experts=experts)
             y = y if own is None else y - own
         return y
-
-    def _by_expert(self, adapter: Adapter, x: torch.Tensor, y: torch.Tensor, experts: Any) -> torch.Tensor:
-        """`adapt` where each expert has an adapter of its own: the rows of an expert together."""
-        if adapter.is_watched:
-            adapter.before_forward()
-        if adapter.carries_penalties(y):
-            y = adapter.carry_parameter_penalties(y)
-        ids = torch.as_tensor(experts)
-        if ids.numel() == 1:
-            return twins(adapter, [int(ids)])[0].forward(x, y)
-        order = ids.argsort(stable=True)
-        present, counts = (part.tolist() for part in ids[order].unique_consecutive(return_counts=True))
-        parts = [
-            expert.forward(rows_x, rows_y)
-            for expert, rows_x, rows_y in zip(
-                twins(adapter, present), x[order].split(counts), y[order].split(counts), strict=True
-            )
-        ]
-        found = torch.cat(parts)
-        return torch.empty_like(found).index_copy(0, order, found)
 
     # merging: one update, into the weight of every expert
 

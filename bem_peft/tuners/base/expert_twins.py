@@ -1,17 +1,26 @@
-"""Adapters of each expert: parameters with a leading axis of experts, and the formula on those of one expert."""
+"""Adapters of each expert: parameters with a leading axis of experts, and the formula on those of one expert.
+
+The rows of an expert go through a twin of the adapter: the same formula on that expert's parameters, with no state of
+its own. Experts that no row reaches cost nothing; the gradients of all come together in one stack.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
-from bem_peft.tuners.base.adapter import Adapter
 from bem_peft.tuners.steps.brake import Braked
 
-AdapterT = TypeVar("AdapterT", bound=Adapter)
+if TYPE_CHECKING:
+    from bem_peft.tuners.base.adapter import Adapter
+
+AdapterT = TypeVar("AdapterT", bound="Adapter")
+_one_pass: ContextVar[dict[Any, list[Any]] | None] = ContextVar("bem_peft_twins", default=None)
 
 
 def stack(adapter: Adapter, experts: int, reached: int | None, names: Iterable[str]) -> None:
@@ -37,19 +46,58 @@ def twin(adapter: AdapterT, parameters: Mapping[str, torch.Tensor]) -> AdapterT:
     return made
 
 
-def twins(
-    adapter: AdapterT, experts: Sequence[int] | None = None, values: Mapping[str, torch.Tensor] | None = None
-) -> list[AdapterT]:
-    """One for each expert, or for each of `experts`. The gradients of all of them come together in one stack.
-
-    values: what is read in place of the parameters.
-    """
-    assert adapter.num_experts is not None
+def twins(adapter: AdapterT, values: Mapping[str, torch.Tensor] | None = None) -> list[AdapterT]:
+    """One for each expert. values: what is read in place of the parameters."""
     shared = {name: p for name, p in (adapter._parameters if values is None else values).items() if p is not None}
-    stacks = {name: shared.pop(name) for name in adapter.stacked}
-    if experts is not None and len(experts) < adapter.num_experts:
-        chosen = torch.tensor(experts, device=next(iter(stacks.values())).device)
-        stacks = {name: p.index_select(0, chosen) for name, p in stacks.items()}
-    own = {name: p.unbind(0) for name, p in stacks.items()}
-    count = adapter.num_experts if experts is None else len(experts)
-    return [twin(adapter, {**shared, **{name: part[i] for name, part in own.items()}}) for i in range(count)]
+    own = {name: shared.pop(name).unbind(0) for name in adapter.stacked}
+    assert adapter.num_experts is not None
+    return [
+        twin(adapter, {**shared, **{name: part[e] for name, part in own.items()}}) for e in range(adapter.num_experts)
+    ]
+
+
+def reached(adapter: AdapterT, experts: Sequence[int]) -> list[AdapterT]:
+    """The twins of `experts`.
+
+    With gradients all are made, once in a pass: their gradients then are one stack, and not one of zeros each.
+    """
+    if not torch.is_grad_enabled():
+        held = {name: p for name, p in adapter._parameters.items() if p is not None}
+        stacked = adapter.stacked
+        return [twin(adapter, {n: p[e] if n in stacked else p for n, p in held.items()}) for e in experts]
+    scope = None if torch.compiler.is_compiling() else _one_pass.get()
+    if scope is None:
+        made = twins(adapter)
+    else:
+        made = scope[adapter] = scope.get(adapter) or twins(adapter)
+    return [made[e] for e in experts]
+
+
+@contextmanager
+def one_pass() -> Iterator[None]:
+    """One forward pass of a layer of experts, which may call its adapters expert by expert."""
+    token = _one_pass.set({})
+    try:
+        yield
+    finally:
+        _one_pass.reset(token)
+
+
+def by_expert(adapter: Adapter, x: torch.Tensor, y: torch.Tensor, experts: Any) -> torch.Tensor:
+    """y' of rows x, y: the rows of an expert together.
+
+    Args:
+        experts: an id, or the ids (N,) of the entries of the first axis.
+    """
+    if adapter.is_watched and not torch.compiler.is_compiling():
+        adapter.before_forward()
+    if adapter.carries_penalties(y):
+        y = adapter.carry_parameter_penalties(y)
+    ids = torch.as_tensor(experts)
+    if ids.numel() == 1:
+        return reached(adapter, [int(ids)])[0].forward(x, y)
+    order = ids.argsort(stable=True)
+    present, counts = (part.tolist() for part in ids[order].unique_consecutive(return_counts=True))
+    rows = zip(reached(adapter, present), x[order].split(counts), y[order].split(counts), strict=True)
+    found = torch.cat([expert.forward(rows_x, rows_y) for expert, rows_x, rows_y in rows])
+    return torch.empty_like(found).index_copy(0, order, found)

@@ -1,14 +1,14 @@
 r"""Fused experts as a site: W_down of all experts is one parameter (E, out, in) that products read expert by expert.
 
 The module that owns it stays as it is and computes as it does (eager, batched_mm, grouped_mm, a loop of its own). Only
-what it reads as its W_down changes: while an adapter is on, the attribute gives an `ExpertWeight`, which knows which
-experts were picked from it, and whose products are  y = base(x), y <- adapter(x, y)  on the rows x of the tokens.
-So the cost is that of the tokens that reach an expert, nothing of size E x out x in is built, and what a router decides
-is not touched. An operator that is not known as a product, a pick or a look at the shape is refused by name: no way of
-computing goes past the adapter without a word.
+what it reads as its W_down changes: in a forward pass of the layer around it, while an adapter is on, the attribute
+gives an `ExpertWeight`, which knows which experts were picked from it, and whose products are  y = base(x), then
+y <- adapter(x, y)  on the rows x of the tokens. So the cost is that of the tokens that reach an expert, nothing of size
+E x out x in is built, and what a router decides is not touched. An operator that is not known as a product, a pick or a
+look at the shape is refused by name: no way of computing goes past the adapter without a word.
 
 The attribute is a property of a class of the module's own, as torch.nn.utils.parametrize makes it; the parameter
-stays where it is (`state_dict`, FSDP, `.to`), and calls of several threads share nothing.
+stays where it is and is what everybody else sees (`state_dict`, FSDP2, `.to`); calls of several threads share nothing.
 """
 
 from __future__ import annotations
@@ -150,9 +150,9 @@ def _read(name: str, module: nn.Module) -> ExpertWeight | nn.Parameter:
     parameter = module._parameters[name]
     assert parameter is not None
     place = module.__dict__.get(PLACE)
-    layer = None if place is None else place[1]
-    if layer is None or not layer.changes_output():
+    if place is None or not place[1].passes or not place[1].changes_output():
         return parameter
+    layer = place[1]
     return ExpertWeight(parameter, layer)
 
 

@@ -124,6 +124,11 @@ class AdapterModel(BaseTuner):
         site = SiteShape(name, in_features, out_features, self.__dict__["_heads"].get(name))
         adapter = self.adapter_classes[container][1](config.at(name), site, self.call)
         adapter.at_experts = experts is not None
+        if experts is not None and experts.runs_all and adapter.moves_zero:
+            raise ValueError(
+                f"{type(adapter).__name__} at {name}: every token runs through all experts there, with zeros where it "
+                "is not routed to, and a beta in units of its own would move these; set beta_unit='rms' or max_beta=0."
+            )
         if experts is not None and config.expert_sharing != "shared":
             own = adapter.factors if config.expert_sharing == "factors" else tuple(adapter._parameters)
             own = tuple(name for name in own if name in adapter._parameters)

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from bem_peft.sites.find import MLP_DOWN, SiteError, SiteTable, find_sites
+from bem_peft.sites.find import MLP_DOWN, SiteError, SiteTable, find_sites, pattern_counts
 from bem_peft.tuners.base.adapter import Adapter
 from bem_peft.tuners.base.adapter_config import AdapterConfig
 from bem_peft.tuners.calls.attention_stats import require_interface
@@ -53,9 +53,7 @@ def found_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     experts = table.experts if MLP_DOWN in roles and config.fused_experts == "adapt" else ()
     left = sorted(set(table.fused_experts) - {f"{site.name}.{site.parameter}" for site in experts})
     if MLP_DOWN in roles and left and config.fused_experts != "skip":
-        advice = "fused_experts='adapt', the default, adapts it"
-        if config.fused_experts == "adapt":
-            advice = "it is quantised, or all experts stand side by side in it"
+        advice = table.obstacles.get(left[0], "fused_experts='adapt', the default, adapts it")
         raise SiteError(
             f"W_down of the experts is one parameter that no module of its own holds: {some(left)}; {advice}. "
             "Set fused_experts='skip' to adapt the other sites, or name the modules in `target_modules`."
@@ -79,9 +77,17 @@ def found_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
         where = "" if indices is None else f" in the blocks {sorted(indices)} (`layers_to_transform`)"
         raise SiteError(
             f"no {' or '.join(roles)} site was found{where} in {type(model).__name__} "
-            f"({table.blocks} blocks): name the modules in `target_modules`."
+            f"({table.blocks} blocks): name the modules in `target_modules`{_others(table)}."
         )
     return names
+
+
+def _others(table: SiteTable) -> str:
+    """What else there is to name."""
+    patterns = pattern_counts(table.names())
+    if not patterns:
+        return ""
+    return f"; its blocks write by {', '.join(patterns)}, which PT2 and PT4 adapt by default"
 
 
 def known_sites(model: nn.Module) -> SiteTable:
