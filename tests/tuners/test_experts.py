@@ -516,6 +516,37 @@ def test_adapters_of_each_expert_are_saved_merged_and_start_from_its_weight(tmp_
     torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("sharing", OWN)
+@pytest.mark.parametrize("method", ["rank_mask", "kronecker", "film"])
+def test_what_is_kept_in_a_scope_is_each_experts_own_and_current(
+    method: str, sharing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `generate` keeps it: derived once for each expert, and anew once a weight was written or exchanged."""
+    ids, model = tokens(), each(small("mixtral"), method, expert_sharing=sharing).float()
+    adapter = next(m for m in model.modules() if getattr(m, "num_experts", None) == EXPERTS and hasattr(m, "stacked"))
+    derived: list[int | None] = []
+    original = type(adapter).derive
+    monkeypatch.setattr(
+        type(adapter), "derive", lambda self, dtype: derived.append(self.expert) or original(self, dtype)
+    )
+    writes: list[Callable[[nn.Parameter], Any]] = [
+        lambda p: p.mul_(1.5), lambda p: setattr(p, "data", p.data * 0.5), lambda p: p[1:].add_(0.3),
+    ]  # fmt: skip
+    with torch.no_grad(), bem_peft.kept_weights(model):
+        expected = copy.deepcopy(model)(ids).logits
+        assert torch.equal(model(ids).logits, expected)
+        derived.clear()
+        assert torch.equal(model(ids).logits, expected)
+        assert derived == []
+        for write in writes:
+            for name in adapter.stacked:
+                write(adapter.get_parameter(name))
+            found = model(ids).logits
+            assert torch.equal(found, copy.deepcopy(model)(ids).logits)
+            assert not torch.equal(found, expected)
+            expected = found
+
+
 @pytest.mark.parametrize("sharing", ["shared", *OWN])
 def test_the_brake_of_pt4_acts_on_adapters_of_experts(sharing: str) -> None:
     """Back to the values of the last step that was sound at its beginning, as at a dense site."""

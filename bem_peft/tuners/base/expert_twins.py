@@ -35,11 +35,12 @@ def stack(adapter: Adapter, experts: int, reached: int | None, names: Iterable[s
         adapter._parameters[name] = nn.Parameter(parameter.new_empty(experts, *parameter.shape))
 
 
-def twin(adapter: AdapterT, parameters: Mapping[str, torch.Tensor]) -> AdapterT:
-    """The formula of `adapter` on one expert's parameters. Nothing of it is kept, so that threads share nothing."""
+def twin(adapter: AdapterT, expert: int, parameters: Mapping[str, torch.Tensor]) -> AdapterT:
+    """The formula of `adapter` on one expert's parameters, without a state of its own: threads share nothing."""
     made: AdapterT = object.__new__(type(adapter))
     made.__dict__.update(adapter.__dict__)
     made.__dict__.update(_parameters=dict(parameters), num_experts=None, stacked=(), has_operator=False)
+    made.__dict__.update(twin_of=adapter, expert=expert)
     made.__dict__.update(is_watched=False, is_penalised=False)  # both are the whole adapter's
     if isinstance(adapter, Braked):  # so is the brake
         made.__dict__.update(flag_with_gradient=adapter.flag_with_gradient, last_good={})
@@ -52,7 +53,8 @@ def twins(adapter: AdapterT, values: Mapping[str, torch.Tensor] | None = None) -
     own = {name: shared.pop(name).unbind(0) for name in adapter.stacked}
     assert adapter.num_experts is not None
     return [
-        twin(adapter, {**shared, **{name: part[e] for name, part in own.items()}}) for e in range(adapter.num_experts)
+        twin(adapter, e, {**shared, **{name: part[e] for name, part in own.items()}})
+        for e in range(adapter.num_experts)
     ]
 
 
@@ -64,7 +66,7 @@ def reached(adapter: AdapterT, experts: Sequence[int]) -> list[AdapterT]:
     if not torch.is_grad_enabled():
         held = {name: p for name, p in adapter._parameters.items() if p is not None}
         stacked = adapter.stacked
-        return [twin(adapter, {n: p[e] if n in stacked else p for n, p in held.items()}) for e in experts]
+        return [twin(adapter, e, {n: p[e] if n in stacked else p for n, p in held.items()}) for e in experts]
     scope = None if torch.compiler.is_compiling() else _one_pass.get()
     if scope is None:
         made = twins(adapter)

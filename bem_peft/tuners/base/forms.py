@@ -57,6 +57,8 @@ class Formula(Penalised, Watched):
     reads_call = False  # reads values of the call: retrieval quality, which tokens are real
     traced_rows: AttentionRows | None = None  # of the attention that runs now, in a compiled region: see call_frame
     observer: list[torch.Tensor] | None = None  # takes PT2's masks
+    twin_of: Formula | None = None  # whose parameters, of one `expert`, these are: see `expert_twins`
+    expert: int | None = None
 
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """What `transform` reads, in `dtype`, as a function of the parameters."""
@@ -97,7 +99,7 @@ class Formula(Penalised, Watched):
         if self.has_operator and backend.chosen.is_cpp and self.is_plain_call(x, y):
             if self.fits_operator(y):
                 packed = self.weights(y.dtype, PACKED)
-                if kept is not None and (y.dtype, PACKED) in kept:
+                if kept is not None and (y.dtype, PACKED, None) in kept:
                     sizes = CPP_FORMS[self.kernel].sizes(self)
                     kept[SITE] = cpp.make_site(self.kernel, self._parameters, packed, sizes)
                 return self.operator(x, y, *packed, overwrite=may_overwrite and y.is_contiguous())
@@ -201,13 +203,14 @@ class Formula(Penalised, Watched):
 
     def weights(self, dtype: torch.dtype, layout: str = MANY) -> tuple[torch.Tensor, ...]:
         """The derived weights as `layout` wants them: derived anew, unless a scope of `bem_peft.kept` is open."""
-        kept = None if is_compiling() else kept_of(self)
+        owner = self.twin_of or self
+        kept = None if is_compiling() else kept_of(owner)
         if kept is not None and not is_plain_thread():
             kept = None  # what a tracer, a transform or a mode saw being derived is theirs
-        found = None if kept is None else kept.get((dtype, layout))
+        found = None if kept is None else kept.get((dtype, layout, self.expert))
         if kept is None or found is None or grad_enabled():
             return self._derive_anew(dtype, layout, kept)
-        current: Any = self._parameters
+        current: Any = owner._parameters
         for name, parameter, version, address, _ in found[0]:
             if current[name] is not parameter or parameter._version != version or parameter.data_ptr() != address:
                 kept.clear()
@@ -222,12 +225,12 @@ class Formula(Penalised, Watched):
             derived = widened(self.derive_few_rows(dtype))
         else:
             derived = self.derive(dtype)
-        parameters = [(name, p) for name, p in self._parameters.items() if p is not None]
+        parameters = [(name, p) for name, p in (self.twin_of or self)._parameters.items() if p is not None]
         if kept is None or torch.is_grad_enabled():
             return derived
         if is_distributed() or any(type(p) is not nn.Parameter or p.is_inference() for _, p in parameters):
             return derived  # sharding moves storages unseen; a fake or functional tensor has no version to watch
         # the aliases keep the old storages alive, so that no new one can stand at the same address
         seen = [(name, p, p._version, p.data_ptr(), p.detach()) for name, p in parameters]
-        kept[dtype, layout] = (seen, derived)
+        kept[dtype, layout, self.expert] = (seen, derived)
         return derived
