@@ -1,8 +1,10 @@
-r"""What a LoRA loses that stands for an adapter: gates fixed at their mean, errors at the sites and in the logits.
+r"""What a LoRA loses that stands for an adapter: gates fixed where that loses least, errors at sites and in the logits.
 
-    mean gate = sum_t gate(x_t) / N,     error of a site = (sum_t |u_t - B A x_t|^2 / sum_t |u_t|^2)^1/2
+    u_t = B (g_t * z_t),  z_t = A x_t;   g = argmin sum_t |B ((g - g_t) * z_t)|^2,   H g = c,
+    H = B^T B * sum_t z_t z_t^T,   c_i = sum_j (B^T B)_ij sum_t z_ti z_tj g_tj
 
-over the N real tokens of the calibration, u_t the adapter's update of token t.
+over the N real tokens of the calibration, ranks of one group added up; where H leaves g open, the mean gate. The error
+of a site is (sum_t |u_t - B (g * z_t)|^2 / sum_t |u_t|^2)^1/2.
 """
 
 from __future__ import annotations
@@ -48,29 +50,57 @@ class LogitsReport:
         return {name: math.exp(value) for name, value in self.nll.items()}
 
 
+class _Gates:
+    """Sums over the tokens that reached one adapter."""
+
+    def __init__(self, adapter: LowRankAdapter, gates: torch.Tensor) -> None:
+        count = gates.shape[1]
+        self.a, b = (factor.double() for factor in adapter.lora_factors(gates.new_ones(count)))
+        each = [adapter.lora_factors(one)[0].ne(0).any(dim=1) for one in torch.eye(count, device=gates.device)]
+        self.member = torch.stack(each, dim=1).double()  # (R, G): the group of each rank
+        self.gram = b.t() @ b
+        self.count, self.total = 0, gates.new_zeros(count, dtype=torch.float64)
+        self.squares, self.gated = torch.zeros_like(self.gram), torch.zeros_like(self.gram)
+
+    def add(self, x: torch.Tensor, gates: torch.Tensor) -> None:
+        z, gates = x.double() @ self.a.t(), gates.double()
+        self.count += x.shape[0]
+        self.total += gates.sum(0)
+        self.squares += z.t() @ z
+        self.gated += z.t() @ (z * (gates @ self.member.t()))
+
+    def best(self) -> torch.Tensor:
+        """The constant gates that lose least, (G,)."""
+        mean = self.total / self.count
+        h = self.member.t() @ (self.gram * self.squares) @ self.member
+        rest = self.member.t() @ (self.gram * self.gated).sum(1) - h @ mean
+        step: torch.Tensor = torch.linalg.pinv(h, rtol=1e-10, hermitian=True) @ rest
+        return (mean + step).float()
+
+
 @torch.no_grad()
-def mean_gates(
+def best_gates(
     model: nn.Module, adapter_name: str, adapters: list[LowRankAdapter], batches: list[Batch]
 ) -> dict[LowRankAdapter, torch.Tensor]:
-    """For each gated adapter the mean of its gates, (G,) or (R,). Raises ValueError where no token reached one."""
-    sums: dict[LowRankAdapter, torch.Tensor] = {}
-    counts = dict.fromkeys(adapters, 0)
+    """For each gated adapter its constant gates, (G,) or (R,). Raises ValueError where no token reached one."""
+    sums: dict[LowRankAdapter, _Gates] = {}
     for batch in batches:
         tokens = RealTokens(model, batch)
 
         def see(
             adapter: LowRankAdapter, args: tuple[torch.Tensor, ...], out: torch.Tensor, tokens: RealTokens = tokens
         ) -> None:
-            x = tokens.rows(adapter.site_name, args[0])
-            sums[adapter] = sums.get(adapter, 0.0) + adapter.gate_values(x.float()).double().sum(0)
-            counts[adapter] += x.shape[0]
+            x = tokens.rows(adapter.site_name, args[0]).float()
+            if x.shape[0]:
+                gates = adapter.gate_values(x)
+                sums.setdefault(adapter, _Gates(adapter, gates)).add(x, gates)
 
         with _alone(model, adapter_name), _hooked(adapters, see):
             model(**tokens.batch)
     for adapter in adapters:
-        if not counts[adapter]:
+        if adapter not in sums:
             raise ValueError(f"`calibration` brought no token to {adapter.site_name}: pass at least one batch.")
-    return {adapter: (sums[adapter] / counts[adapter]).float() for adapter in adapters}
+    return {adapter: found.best() for adapter, found in sums.items()}
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 r"""Export to a LoRA checkpoint that any LoRA runtime loads:  s B K  with  A = K, lora_B = s B, lora_alpha = r.
 
 Exact where the update is linear in x (PT3, and PT2 with a task mask). A gated method is linear only at fixed gates:
-with `calibration` batches its gates are fixed at their mean over the real tokens, and the report says what that loses,
-at each site and in the logits of the whole model. At fused experts the file holds B_e K_e of every expert for PEFT's
-`target_parameters`: lora_A is (E r, in), expert after expert, lora_B (out, r E), in which experts alternate.
+with `calibration` batches its gates are fixed where that loses least over the real tokens, and the report says what is
+lost, at each site and in the logits of the whole model. At fused experts the file holds B_e K_e of every expert for
+PEFT's `target_parameters`: lora_A is (E r, in), expert after expert, lora_B (out, r E), in which experts alternate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bem_peft.tuners.base.adapter import Adapter
 from bem_peft.tuners.base.expert_layer import AdapterExperts
 from bem_peft.tuners.base.layer import AdapterLinear
 from bem_peft.tuners.base.low_rank import LowRankAdapter
-from bem_peft.tuners.lora_calibration import Factors, LogitsReport, mean_gates, measure
+from bem_peft.tuners.lora_calibration import Factors, LogitsReport, best_gates, measure
 
 PEFT_PREFIX = "base_model.model."
 
@@ -88,10 +88,10 @@ def export_lora(
     if gated and calibration is None:
         raise ValueError(
             f"{type(gated[0]).__name__} at {gated[0].site_name} has gates that depend on the token: pass `calibration` "
-            "batches to fix them at their mean; the export then is an approximation whose error is reported."
+            "batches to fix them where that loses least; the export then is an approximation whose error is reported."
         )
     batches = [] if calibration is None else list(calibration)
-    gates = mean_gates(model, adapter_name, gated, batches) if gated else {}
+    gates = best_gates(model, adapter_name, gated, batches) if gated else {}
     factors: dict[Any, Factors] = {}
     for adapter in adapters:
         a, b = adapter.lora_factors(gates[adapter]) if adapter in gates else _stacked_factors(adapter)
@@ -141,14 +141,14 @@ def _refuse_methods(adapters: list[Adapter]) -> list[LowRankAdapter]:
     for adapter in gated:
         if adapter.at_experts:
             raise ValueError(
-                f"{type(adapter).__name__} at {adapter.site_name} has gates that depend on the token, and the mean "
-                "over the tokens that a router chose is not taken: PT3, or PT2 with a task mask and no value gate, is "
-                "exported from experts."
+                f"{type(adapter).__name__} at {adapter.site_name} has gates that depend on the token, and no constant "
+                "is found for them over the tokens that a router chose: PT3, or PT2 with a task mask and no value "
+                "gate, is exported from experts."
             )
         if not adapter.has_gates:
             raise ValueError(
                 f"{type(adapter).__name__} at {adapter.site_name} depends on the token, and has no gates that could be "
-                "fixed at their mean: no LoRA equals it."
+                "fixed: no LoRA equals it."
             )
         if adapter.reads_attention_rows or adapter.retrieval != "none":
             raise ValueError(

@@ -652,7 +652,7 @@ def test_plain_peft_loads_the_export_with_the_same_logits(
 
 
 def test_gates_at_experts_are_not_exported_and_probe_sees_the_experts(tmp_path: Any) -> None:
-    with pytest.raises(ValueError, match=r"at model.layers.0.mlp.experts has gates .* a router chose is not taken"):
+    with pytest.raises(ValueError, match=r"at model.layers.0.mlp.experts has gates .* that a router chose"):
         bem_peft.export_lora(adapted(small("mixtral"), "rank_mask"), tmp_path / "lora", calibration=[])
     assert not (tmp_path / "lora").exists()
     assert bem_peft.probe(adapted(small("mixtral"), "kronecker").float()) == 2

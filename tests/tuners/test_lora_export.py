@@ -57,6 +57,31 @@ def test_a_linear_method_is_exported_exactly(
     assert_close(logits(loaded(architecture, tmp_path, dtype), **inputs), logits(model, **inputs))
 
 
+@pytest.mark.parametrize("method", GATED)
+def test_gates_are_fixed_where_that_loses_least(method: str, tmp_path: Path) -> None:
+    """The error of a site is the residual of a least-squares fit that is written here, on what each gate adds."""
+    model, inputs = adapted(method, "llama"), call("llama", tokens(batch=4, length=16))
+    layer = next(m for m in model.modules() if isinstance(m, AdapterLinear))
+    adapter = next(iter(layer.adapters_named("default")))
+    seen: list[torch.Tensor] = []
+    adapter.register_forward_hook(lambda m, args, out: seen.extend((args[0], (out - args[1]).detach())))
+    with torch.no_grad():
+        model(**inputs)
+        x, update = (t.flatten(0, -2).double() for t in seen[:2])
+        gates = adapter.gate_values(x.float())
+        added = []
+        for one in torch.eye(gates.shape[1]):
+            a, b = (factor.double() for factor in adapter.lora_factors(one))
+            added.append((adapter.scaling * x @ a.t() @ b.t()).flatten())
+        features = torch.stack(added, dim=1)
+        best = torch.linalg.lstsq(features, update.flatten().unsqueeze(1), driver="gelsd").solution
+        lost = {"best": features @ best[:, 0], "mean": features @ gates.double().mean(0)}
+        error = {name: float((update.flatten() - value).norm() / update.norm()) for name, value in lost.items()}
+    report = export_lora(model, tmp_path, calibration=[inputs])
+    assert report.relative_error[adapter.site_name] == pytest.approx(error["best"], rel=1e-4)
+    assert error["best"] < error["mean"]
+
+
 def test_constant_gates_are_exported_exactly(tmp_path: Path) -> None:
     """Fresh gates of PT1 are 1."""
     config = EVERY["head_gating"](task_type="CAUSAL_LM", init_weights=False)
