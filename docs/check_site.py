@@ -2,8 +2,8 @@
 
     python docs/check_site.py [--pictures FOLDER]        after `make docs`; exits with 1 where something is found
 
-Found is: what axe-core calls serious or critical, a page wider than its window, an error on the console, and anything that a
-page asks of another host.
+Found is: what axe-core calls serious or critical, a page wider than its window, an error on the console, and
+anything that a page asks of another host.
 """
 
 from __future__ import annotations

@@ -60,6 +60,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
+    search = '<div class="md-search" data-md-component="search" role="dialog"'
+    if search not in output:
+        raise PluginError(f"{page.file.src_uri}: the theme's search dialog, which has no name, is not where it was")
+    output = output.replace(search, f'{search} aria-label="Search"')
     found = LOADED.search(output)
     if found:
         raise PluginError(f"{page.file.src_uri} loads something from elsewhere: {found[0]}")
