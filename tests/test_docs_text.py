@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
+import runpy
 import shlex
+import tomllib
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,6 +178,14 @@ def test_what_is_written_by_a_script_is_what_it_writes(script: str, monkeypatch:
     with pytest.raises(SystemExit) as ended:
         module.main()
     assert ended.value.code == 0, f"python docs/{script}.py --write"
+
+
+def test_the_table_of_versions_is_that_of_the_results() -> None:
+    run = runpy.run_path(str(ROOT / "tests/versions/run.py"))
+    rows = tomllib.loads((ROOT / "tests/versions/rows.toml").read_text(encoding="utf-8"))["row"]
+    table = run["table"](rows, json.loads(run["RESULTS"].read_text(encoding="utf-8")))
+    page = (DOCS / "versions.md").read_text(encoding="utf-8")
+    assert f"{run['START']}\n\n{table}\n\n{run['END']}" in page, "python tests/versions/run.py --write"
 
 
 PATH = re.compile(r"`((?:bem_peft|bem_peft_cli|benchmarks|docs|examples|experiments|tests)/[\w./-]+\w)`")
