@@ -9,15 +9,15 @@ PEFT's `target_parameters`: lora_A is (E r, in), expert after expert, lora_B (ou
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -27,8 +27,7 @@ from bem_peft.tuners.base.expert_layer import AdapterExperts
 from bem_peft.tuners.base.layer import AdapterLinear
 from bem_peft.tuners.base.low_rank import LowRankAdapter
 from bem_peft.tuners.lora_calibration import Factors, LogitsReport, best_gates, measure
-
-PEFT_PREFIX = "base_model.model."
+from bem_peft.tuners.lora_formats import FORMATS, PEFT_PREFIX, LoraTensors, lowest_rank, runtime_flags, write
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class LoraExportReport:
     relative_error: |update - exported| / |update| over the calibration's real tokens, a gated site.
     logits: the whole model with the exported LoRA against the adapter itself, on the calibration; None without one, or
         where the model returns no logits.
+    rank: the largest that was written. flags: runtime -> what it has to be told to take it.
     """
 
     folder: str
@@ -45,6 +45,8 @@ class LoraExportReport:
     is_exact: bool
     relative_error: dict[str, float]
     logits: LogitsReport | None = None
+    rank: int = 0
+    flags: Mapping[str, str] = field(default_factory=dict)
 
 
 def export_lora(
@@ -54,8 +56,10 @@ def export_lora(
     calibration: Iterable[dict[str, Any]] | None = None,
     *,
     uniform_rank: bool = True,
+    lower_rank: bool = False,
+    format: str = "peft",
 ) -> LoraExportReport:
-    """Write `adapter_name` as a LoRA adapter (adapter_config.json, adapter_model.safetensors).
+    """Write `adapter_name` as a LoRA adapter.
 
     Args:
         model: a model with adapters of bem_peft.
@@ -64,16 +68,24 @@ def export_lora(
         uniform_rank: fill every site up with zeros to the largest rank. Some runtimes (llama.cpp) divide one alpha by
             each site's own rank, and would scale a site of another rank wrongly; False: ranks as they are, with PEFT's
             `rank_pattern` and `alpha_pattern`.
+        lower_rank: write the fewest ranks with the same product, where the factors have some that add nothing (PT2's
+            that its task mask drops).
+        format: "peft" (adapter_config.json, adapter_model.safetensors), "gguf" (adapter.gguf, for llama.cpp; needs the
+            package gguf) or "mlx" (adapter_config.json, adapters.safetensors, for MLX-LM).
 
     Returns:
-        ranks, exactness and, with `calibration`, the error of gated sites and of the model's logits.
+        ranks, exactness, what runtimes have to be told and, with `calibration`, the error of gated sites and of the
+        model's logits.
 
     Raises:
         ValueError: no such adapter; the method is multiplicative (FiLM), or depends on the token by more than gates; it
             is gated and `calibration` is None; or there is something that a LoRA file does not hold: modules or
             embeddings saved with the adapter, a trained or merged base, a wrapped or parametrised base layer, a second
-            active adapter. Nothing is written then.
+            active adapter; or the format does not hold it. Nothing is written then.
+        ImportError: the package gguf is not there.
     """
+    if format not in FORMATS:
+        raise ValueError(f"`format` = {format!r}: must be one of {', '.join(FORMATS)}.")
     layers: dict[str, tuple[Any, list[Any]]] = {
         name.removeprefix(PEFT_PREFIX): (module, list(module.adapters_named(adapter_name)))
         for name, module in model.named_modules()
@@ -100,23 +112,39 @@ def export_lora(
         layer: (torch.cat([factors[a][0] for a in own], dim=-2), torch.cat([factors[a][1] for a in own], dim=-1))
         for layer, own in layers.values()
     }
+    if lower_rank:
+        stacked = {layer: lowest_rank(*pair) for layer, pair in stacked.items()}
     at_modules = {layer: pair for layer, pair in stacked.items() if isinstance(layer, AdapterLinear)}
     errors, logits = measure(model, adapter_name, {a: factors[a] for a in gated}, at_modules, batches)
     ranks = {name: stacked[layer][0].shape[-2] for name, (layer, _) in layers.items()}
     written = dict.fromkeys(ranks, max(ranks.values())) if uniform_rank else ranks
-    tensors = {}
-    for name, (layer, _) in layers.items():
-        a, b = stacked[layer]
-        missing = written[name] - ranks[name]
-        a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
-        if isinstance(layer, AdapterExperts):
-            experts = layer.experts_site.num_experts
-            a = a.expand(experts, -1, -1).flatten(0, 1)
-            b = b.expand(experts, -1, -1).permute(1, 2, 0).flatten(1)
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.contiguous().cpu()
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.contiguous().cpu()
-    _write(model, save_directory, adapter_name, tensors, written, layers)
-    return LoraExportReport(os.fspath(save_directory), ranks, not gated, errors, logits)
+    configs: Any = model.peft_config
+    source = configs[adapter_name]
+    get_base: Any = getattr(model, "get_base_model", None)
+    base = model if get_base is None else get_base()
+    lora = LoraTensors(
+        factors={name: _filled(layer, *stacked[layer], written[name]) for name, (layer, _) in layers.items()},
+        ranks=written,
+        parameters={n: layer.parameter for n, (layer, _) in layers.items() if isinstance(layer, AdapterExperts)},
+        fan_in_fan_out=any(getattr(layer, "fan_in_fan_out", False) for layer, _ in layers.values()),
+        task_type=source.task_type,
+        base_name=source.base_model_name_or_path,
+        model_config=getattr(base, "config", None),
+    )
+    lora.check(format)
+    write(lora, Path(save_directory), format)
+    flags = runtime_flags(lora.rank, format)
+    return LoraExportReport(os.fspath(save_directory), ranks, not gated, errors, logits, lora.rank, flags)
+
+
+def _filled(layer: nn.Module, a: torch.Tensor, b: torch.Tensor, rank: int) -> Factors:
+    """A and B filled up with zeros to `rank`; of all experts in one, as the file has them."""
+    missing = rank - a.shape[-2]
+    a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
+    if isinstance(layer, AdapterExperts):
+        experts = layer.experts_site.num_experts
+        return a.expand(experts, -1, -1).flatten(0, 1), b.expand(experts, -1, -1).permute(1, 2, 0).flatten(1)
+    return a, b
 
 
 def _stacked_factors(adapter: LowRankAdapter) -> Factors:
@@ -217,34 +245,3 @@ def _refuse_what_a_lora_does_not_hold(model: nn.Module, adapter_name: str) -> No
             f"the adapter is saved with {beside[0]} and {len(beside) - 1} further tensors of the base (embeddings that "
             "were resized, for instance): a LoRA runtime would not load them; merge and save the whole model."
         )
-
-
-def _write(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    adapter_name: str,
-    tensors: dict[str, torch.Tensor],
-    ranks: dict[str, int],
-    layers: dict[str, Any],
-) -> None:
-    configs: Any = model.peft_config
-    source = configs[adapter_name]
-    rank = max(ranks.values())
-    experts = {name: layer for name, (layer, _) in layers.items() if isinstance(layer, AdapterExperts)}
-    whole = {name: f"{name}.{experts[name].parameter}" if name in experts else name for name in ranks}
-    uneven = {whole[name].replace(".", r"\."): r for name, r in ranks.items() if r != rank}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=uneven,
-        alpha_pattern=dict(uneven),
-        target_modules=sorted(set(ranks) - set(experts)),
-        target_parameters=sorted(whole[name] for name in experts) or None,
-        task_type=source.task_type,
-        base_model_name_or_path=source.base_model_name_or_path,
-        inference_mode=True,
-        fan_in_fan_out=any(getattr(layer, "fan_in_fan_out", False) for layer, _ in layers.values()),
-    )
-    os.makedirs(folder, exist_ok=True)
-    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-    config.save_pretrained(os.fspath(folder))

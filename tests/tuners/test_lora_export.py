@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
@@ -15,9 +16,18 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize
 
-from bem_peft import KroneckerConfig, LoraExportReport, export_lora, use_kernels
+from bem_peft import (
+    CompositeConfig,
+    DynamicRankMaskConfig,
+    KroneckerConfig,
+    LoraExportReport,
+    export_lora,
+    use_kernels,
+)
 from bem_peft.tuners import pt3_kronecker
 from bem_peft.tuners.base.layer import AdapterLinear
+from bem_peft.tuners.base.low_rank import LowRankAdapter
+from bem_peft.tuners.lora_formats import runtime_flags
 from tests.contract.invariants import assert_close, logits
 from tests.contract.methods import CONFIGS, EVERY, adapted, randomize
 from tests.tiny_models import build, call, tokens
@@ -389,3 +399,109 @@ def test_no_calibration_no_report_of_logits(tmp_path: Path) -> None:
     assert report.logits is None
     with pytest.raises(ValueError, match="brought no token"):
         export_lora(adapted("rank_mask", "llama"), tmp_path, calibration=[])
+
+
+# other runtimes' files
+
+
+def with_two_methods() -> nn.Module:
+    """PT2 with one mask a task at W_O (4 of 8 ranks), PT3 at W_down (6 ranks)."""
+    methods = [
+        DynamicRankMaskConfig(
+            mask_scope="task", value_gate=False, sites=["attention_output"], total_rank=8, active_rank=4
+        ),
+        KroneckerConfig(u_rank=2, v_rank=3),
+    ]
+    model = get_peft_model(build("llama"), CompositeConfig(methods, task_type="CAUSAL_LM")).eval()
+    randomize(model)
+    return model
+
+
+def test_the_gguf_file_is_what_llama_cpps_converter_makes(tmp_path: Path) -> None:
+    """Names, shapes and the scale alpha / rank are llama.cpp's; the numbers are those of the file for PEFT, which its
+    convert_lora_to_gguf.py (of b7000 and later, run by hand: benchmarks/runtimes.py) carries over as they are."""
+    model = with_two_methods()
+    export_lora(model, tmp_path / "peft")
+    report = export_lora(model, tmp_path / "gguf", format="gguf")
+    assert report.flags == {"llama.cpp": "--lora adapter.gguf"}
+    reader = gguf.GGUFReader(tmp_path / "gguf" / "adapter.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    assert fields == {
+        "general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 8.0,
+    }  # fmt: skip
+    names = {"attn_output": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}
+    expected = matrices(tmp_path / "peft")
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    assert len(found) == len(expected) == 2 * 2 * 2
+    for i in range(2):
+        for theirs, ours in names.items():
+            for side in ("a", "b"):
+                tensor = expected[f"base_model.model.model.layers.{i}.{ours}.lora_{side.upper()}.weight"]
+                assert torch.equal(found[f"blk.{i}.{theirs}.weight.lora_{side}"], tensor)
+
+
+def test_the_mlx_file_is_the_adapter_by_mlxs_own_formula(tmp_path: Path) -> None:
+    """y + scale (x A) B at each key of the last `num_layers` blocks, A (in, r), B (r, out), as mlx_lm computes it."""
+    model, inputs = with_two_methods(), call("llama", tokens())
+    report = export_lora(model, tmp_path, format="mlx")
+    assert report.rank == 8
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    weights = load_file(tmp_path / "adapters.safetensors")
+    assert config["fine_tune_type"] == "lora"
+    base, parameters = build("llama").eval(), config["lora_parameters"]
+    assert parameters["keys"] == ["mlp.down_proj", "self_attn.o_proj"]
+    changed = 0
+    for i, block in list(enumerate(base.model.layers))[-config["num_layers"] :]:
+        for key in parameters["keys"]:
+            name = f"model.layers.{i}.{key}"
+            a, b = weights.pop(f"{name}.lora_a"), weights.pop(f"{name}.lora_b")
+            assert a.shape[1] == b.shape[0] == parameters["rank"]
+            block.get_submodule(key).register_forward_hook(
+                lambda m, args, y, a=a, b=b: y + parameters["scale"] * (args[0] @ a) @ b
+            )
+            changed += 1
+    assert changed == 4
+    assert not weights
+    assert_close(logits(base, **inputs), logits(model, **inputs))
+
+
+def test_ranks_that_add_nothing_are_left_out_on_request(tmp_path: Path) -> None:
+    model, inputs = with_two_methods(), call("llama", tokens())
+    report = export_lora(model, tmp_path, uniform_rank=False, lower_rank=True)
+    assert report.ranks == {
+        f"model.layers.{i}.{name}": rank
+        for i in range(2)
+        for name, rank in (("mlp.down_proj", 6), ("self_attn.o_proj", 4))
+    }
+    assert report.rank == 6
+    assert_close(logits(loaded("llama", tmp_path), **inputs), logits(model, **inputs))
+    with torch.no_grad():
+        for adapter in (m for m in model.modules() if isinstance(m, LowRankAdapter)):
+            adapter.B.zero_()
+    assert set(export_lora(model, tmp_path, lower_rank=True).ranks.values()) == {1}
+
+
+@pytest.mark.parametrize(("rank", "flag"), [(8, "8"), (9, "16"), (28, "32"), (400, "512")])
+def test_what_runtimes_have_to_be_told(rank: int, flag: str) -> None:
+    flags = runtime_flags(rank, "peft")
+    assert f"--max-lora-rank {flag} " in flags["vLLM"]
+    assert f"--max-lora-rank {rank} " in flags["SGLang"]
+    assert "none takes rank 513" in runtime_flags(513, "peft")["vLLM"]
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (with_two_methods, {"format": "onnx"}, "`format` = 'onnx': must be one of peft, gguf, mlx"),
+        (with_two_methods, {"format": "gguf", "uniform_rank": False}, "'gguf' has one rank for all sites"),
+        (lambda: adapted("kronecker", "bart"), {"format": "mlx"}, "no encoder-decoders"),
+        (lambda: adapted("kronecker", "gpt2"), {"format": "gguf"}, "of 'gpt2' it is not known here"),
+        (lambda: adapted("kronecker", "qwen2_moe"), {"format": "gguf"}, "holds fused experts"),
+    ],
+)
+def test_what_a_format_does_not_hold_is_refused(
+    make: Callable[[], nn.Module], arguments: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_lora(make(), tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
