@@ -141,8 +141,10 @@ def main() -> None:
                     same = sum(text_of(ids) == text for ids, text in zip(prompts[:TEXTS], texts_, strict=True))
                     found[what] = (*differences([logits_of(ids) for ids in prompts], expected), same)
                 package = {"llama.cpp": "llama-cpp-python", "mlx": "mlx-lm"}[runtime]
+                base_file = f", {args.gguf.stem}" if runtime == "llama.cpp" else ""
                 values = (
-                    runtime, f"{package} {version(package)}", adapter, len(prompts), sum(map(len, prompts)),
+                    f"{runtime}{base_file}", f"{package} {version(package)}", adapter, len(prompts),
+                    sum(map(len, prompts)),
                     *(f"{v:.2e}" for v in (*found["base"][:2], *found["adapter"][:2], *effect)), found["adapter"][2],
                     found["base"][2],
                 )  # fmt: skip
