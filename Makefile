@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # set by CI: number of parallel test processes
 WORKERS ?= 2
 
-.PHONY: demo test coverage lint fuzz peft-suite versions newest lock overhead docs docs-check wheel sbom clean
+.PHONY: demo test coverage lint fuzz peft-suite versions newest lock overhead docs docs-check wheel sbom aot clean
 
 # every version that is installed, also of what builds a package, stands in requirements.lock (`make lock`)
 export PIP_CONSTRAINT := $(CURDIR)/requirements.lock
@@ -102,6 +102,10 @@ sbom: $(VENV)/.release
 	mkdir -p dist
 	$(BIN)/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --mc-type library --output-reproducible \
 	    --output-format JSON --output-file dist/sbom.cdx.json
+
+# what the Triton kernels take of nine GPUs, compiled without one; 20 minutes of one core the first time
+aot: $(VENV)/.dev
+	$(BIN)/python benchmarks/aot.py
 
 clean:
 	rm -rf $(VENV) site dist build .venv-versions demo_run .mypy_cache .ruff_cache .pytest_cache

@@ -28,22 +28,26 @@ from bem_peft.kernels.triton_tiles import (
     UPDATE_TILES,
     Context,
     Shape,
-    configs,
     dot,
     load_tile,
     padded,
+    product_block,
     rounded,
     rows_key,
     store_tile,
     tile_grid,
+    tuned,
 )
 from bem_peft.kernels.vmap_rows import folding_rows, looping
 
 CHUNKS = 16  # of rows, whose gradients of G and T are summed apart
-BLOCK_N = 16 if IS_INTERPRETED else 32  # rows of a tile of the backward kernels, whose sums run over rows or channels
-BLOCK_O = 32 if IS_INTERPRETED else 128
+BLOCK_N = 16  # rows of a tile of the backward kernels: their blocks are fixed, and with them the order of every sum
 PROGRAMS = 128  # wanted of the sums over channels, which are split to have them
-TUNED = configs({}, warps=(2, 4, 8))  # the blocks are fixed, and with them the order of every sum
+
+
+def _channel_block(dtype: torch.dtype) -> int:
+    """Channels of a tile of the backward kernels."""
+    return 32 if IS_INTERPRETED or dtype is torch.float32 else 64
 
 
 @triton.jit
@@ -67,42 +71,54 @@ def _scaled_units(c, rms, rows, units, stride_c0, stride_c1, N, U, HAS_RMS: tl.c
     return value
 
 
-@triton.autotune(configs=configs(*UPDATE_TILES), key=["ROWS_KEY", "OUT", "PADDED_U"])
+@triton.jit
+def _gamma(
+    c, gamma_t, rows, channels, stride_c0, stride_c1, stride_g0, stride_g1, N, OUT,
+    GAMMA: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """gamma at rows x channels, float32; 0 where there is none."""
+    gamma = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
+    for start in range(0, GAMMA, BLOCK_U):
+        units = start + tl.arange(0, BLOCK_U)
+        left = load_tile(c, rows, units, stride_c0, stride_c1, N, GAMMA)
+        gamma += dot(left, load_tile(gamma_t, units, channels, stride_g0, stride_g1, GAMMA, OUT))
+    return gamma
+
+
+@tuned(*UPDATE_TILES, key=["ROWS_KEY", "OUT", "U"])
 @triton.jit
 def _modulate(
     y, c, gamma_t, beta_t, rms, out, N, ROWS_KEY, stride_y0, stride_y1, stride_c0, stride_c1,
     stride_g0, stride_g1, stride_b0, stride_b1,
-    OUT: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, HAS_RMS: tl.constexpr, PADDED_U: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
+    OUT: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, HAS_RMS: tl.constexpr, U: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     channels = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    units = tl.arange(0, PADDED_U)
-    before = load_tile(y, rows, channels, stride_y0, stride_y1, N, OUT).to(tl.float32)
-    after = before
-    if GAMMA > 0:
-        left = load_tile(c, rows, units, stride_c0, stride_c1, N, GAMMA)
-        after += before * dot(left, load_tile(gamma_t, units, channels, stride_g0, stride_g1, GAMMA, OUT))
-    if BETA > 0:
+    gamma = _gamma(c, gamma_t, rows, channels, stride_c0, stride_c1, stride_g0, stride_g1, N, OUT, GAMMA,
+                   BLOCK_U, BLOCK_N, BLOCK_O)  # fmt: skip
+    after = load_tile(y, rows, channels, stride_y0, stride_y1, N, OUT).to(tl.float32) * (1.0 + gamma)
+    for start in range(0, BETA, BLOCK_U):
+        units = start + tl.arange(0, BLOCK_U)
         left = _scaled_units(c, rms, rows, units, stride_c0, stride_c1, N, BETA, HAS_RMS)
         after += dot(left, load_tile(beta_t, units, channels, stride_b0, stride_b1, BETA, OUT))
     store_tile(out, after, rows, channels, OUT, 1, N, OUT)
 
 
-@triton.autotune(configs=TUNED, key=["OUT", "PADDED_U"])
+@tuned(({}, 4), ({}, 8), key=["OUT", "U"])
 @triton.jit
 def _unit_sums(
     grad, y, gamma_t, beta_t, partial, N, SPLIT, stride_e0, stride_e1, stride_y0, stride_y1,
     stride_g0, stride_g1, stride_b0, stride_b1,
-    OUT: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, PADDED_U: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
+    OUT: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, U: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """partial[2 s] and partial[2 s + 1] (N, PADDED_U): P and Q over the channels of split s."""
+    """partial[2 s] and partial[2 s + 1] (N, U): P and Q over the channels of split s; axis 2 of the grid: of units."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    units = tl.arange(0, PADDED_U)
-    p = tl.zeros((BLOCK_N, PADDED_U), dtype=tl.float32)
-    q = tl.zeros((BLOCK_N, PADDED_U), dtype=tl.float32)
+    units = tl.program_id(2) * BLOCK_U + tl.arange(0, BLOCK_U)
+    p = tl.zeros((BLOCK_N, BLOCK_U), dtype=tl.float32)
+    q = tl.zeros((BLOCK_N, BLOCK_U), dtype=tl.float32)
     for start in range(split * SPLIT, tl.minimum(OUT, (split + 1) * SPLIT), BLOCK_O):
         channels = start + tl.arange(0, BLOCK_O)
         e = load_tile(grad, rows, channels, stride_e0, stride_e1, N, OUT)
@@ -112,9 +128,9 @@ def _unit_sums(
             p += dot(product, load_tile(gamma_t, channels, units, stride_g1, stride_g0, OUT, GAMMA))
         if BETA > 0:
             q += dot(e, load_tile(beta_t, channels, units, stride_b1, stride_b0, OUT, BETA))
-    plane = partial + split.to(tl.int64) * 2 * N * PADDED_U
-    store_tile(plane, p, rows, units, PADDED_U, 1, N, PADDED_U)
-    store_tile(plane + N * PADDED_U, q, rows, units, PADDED_U, 1, N, PADDED_U)
+    plane = partial + split.to(tl.int64) * 2 * N * U
+    store_tile(plane, p, rows, units, U, 1, N, U)
+    store_tile(plane + N * U, q, rows, units, U, 1, N, U)
 
 
 @triton.jit
@@ -130,9 +146,9 @@ def _unit_gradients(
     q = tl.zeros((BLOCK_N, PADDED_U), dtype=tl.float32)
     plane = partial
     for _ in range(SPLITS):
-        p += load_tile(plane, rows, units, PADDED_U, 1, N, PADDED_U)
-        q += load_tile(plane + N * PADDED_U, rows, units, PADDED_U, 1, N, PADDED_U)
-        plane += 2 * N * PADDED_U
+        p += load_tile(plane, rows, units, U, 1, N, U)
+        q += load_tile(plane + N * U, rows, units, U, 1, N, U)
+        plane += 2 * N * U
     if HAS_RMS:
         rho = tl.load(rms + rows, mask=rows < N, other=0.0)
         value = load_tile(c, rows, units, stride_c0, stride_c1, N, BETA).to(tl.float32)
@@ -142,36 +158,39 @@ def _unit_gradients(
     store_tile(grad_c, p + q, rows, units, U, 1, N, U)
 
 
-@triton.autotune(configs=TUNED, key=["OUT", "PADDED_U"])
+@tuned(({}, 4), key=["OUT", "U"], stages=1)
 @triton.jit
 def _modulate_backward(
     grad, y, c, gamma_t, rms, factor, grad_y, partial, N, CHUNK, stride_e0, stride_e1, stride_y0, stride_y1,
     stride_c0, stride_c1, stride_g0, stride_g1,
-    OUT: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, HAS_RMS: tl.constexpr, PADDED_U: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
+    OUT: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, HAS_RMS: tl.constexpr, U: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """dy, and partial[c] (GAMMA + BETA, out): dG^T above dT^T, over the rows of chunk c."""
+    """dy, and partial[c] (GAMMA + BETA, out): dG^T above dT^T, over the rows of chunk c; axis 2 of the grid: of units,
+    whose first block gives dy."""
     chunk = tl.program_id(0)
     channels = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    units = tl.arange(0, PADDED_U)
-    sum_g = tl.zeros((PADDED_U, BLOCK_O), dtype=tl.float32)
-    sum_t = tl.zeros((PADDED_U, BLOCK_O), dtype=tl.float32)
+    units = tl.program_id(2) * BLOCK_U + tl.arange(0, BLOCK_U)
+    sum_g = tl.zeros((BLOCK_U, BLOCK_O), dtype=tl.float32)
+    sum_t = tl.zeros((BLOCK_U, BLOCK_O), dtype=tl.float32)
     for start in range(chunk * CHUNK, tl.minimum(N, (chunk + 1) * CHUNK), BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         stored = load_tile(grad, rows, channels, stride_e0, stride_e1, N, OUT)
         e = stored.to(tl.float32)
         value = load_tile(y, rows, channels, stride_y0, stride_y1, N, OUT).to(tl.float32)
-        result = e
         if GAMMA > 0:
             left = load_tile(c, rows, units, stride_c0, stride_c1, N, GAMMA)
-            result += e * dot(left, load_tile(gamma_t, units, channels, stride_g0, stride_g1, GAMMA, OUT))
             sum_g += dot(tl.trans(left), rounded(e * value, stored.dtype))
         if BETA > 0:
             left = _scaled_units(c, rms, rows, units, stride_c0, stride_c1, N, BETA, HAS_RMS)
             sum_t += dot(tl.trans(left), stored)
+        if tl.program_id(2) == 0:
+            gamma = _gamma(c, gamma_t, rows, channels, stride_c0, stride_c1, stride_g0, stride_g1, N, OUT, GAMMA,
+                           BLOCK_U, BLOCK_N, BLOCK_O)  # fmt: skip
+            result = e * (1.0 + gamma)
             if HAS_RMS:
                 result += value * tl.load(factor + rows, mask=rows < N, other=0.0)[:, None]
-        store_tile(grad_y, result, rows, channels, OUT, 1, N, OUT)
+            store_tile(grad_y, result, rows, channels, OUT, 1, N, OUT)
     plane = partial + chunk.to(tl.int64) * (GAMMA + BETA) * OUT
     if GAMMA > 0:
         store_tile(plane, sum_g, units, channels, OUT, 1, GAMMA, OUT)
@@ -185,7 +204,7 @@ def _sizes(
     return {
         "OUT": y.shape[1], "GAMMA": 0 if gamma_t is None else gamma_t.shape[0],
         "BETA": 0 if beta_t is None else beta_t.shape[0], "HAS_RMS": is_rms and beta_t is not None,
-        "PADDED_U": padded(c.shape[1]),
+        "U": c.shape[1], "BLOCK_U": product_block(c.shape[1], y.dtype, 32),
     }  # fmt: skip
 
 
@@ -244,7 +263,8 @@ def _backward(
     """dy, dc, dgamma_t and dbeta_t; an absent one is empty, and dc where it is not needed."""
     rows, channels = y.shape
     sizes = _sizes(y, c, gamma_t, beta_t, is_rms)
-    gamma_dim, beta_dim, has_rms, units = sizes["GAMMA"], sizes["BETA"], bool(sizes["HAS_RMS"]), sizes["PADDED_U"]
+    gamma_dim, beta_dim, has_rms, units = sizes["GAMMA"], sizes["BETA"], bool(sizes["HAS_RMS"]), sizes["U"]
+    block_o, unit_blocks = _channel_block(y.dtype), triton.cdiv(units, sizes["BLOCK_U"])
     grad_y, grad_c = y.new_empty(y.shape), c.new_empty(c.shape)
     partial = y.new_zeros(CHUNKS if rows else 1, gamma_dim + beta_dim, channels, dtype=torch.float32)
     if rows:
@@ -253,25 +273,26 @@ def _backward(
         factor = rms.new_empty(rows if has_rms else 0, dtype=torch.float32)
         blocks = triton.cdiv(rows, BLOCK_N)
         if needs[1] or (needs[0] and has_rms):
-            splits = max(1, min(PROGRAMS // blocks, triton.cdiv(channels, 2 * BLOCK_O)))
-            split = triton.cdiv(triton.cdiv(channels, splits), BLOCK_O) * BLOCK_O
+            splits = max(1, min(PROGRAMS // blocks, triton.cdiv(channels, 2 * block_o)))
+            split = triton.cdiv(triton.cdiv(channels, splits), block_o) * block_o
             splits = triton.cdiv(channels, split)
             sums = y.new_empty(splits, 2, rows, units, dtype=torch.float32)
-            _unit_sums[(blocks, splits)](
+            _unit_sums[(blocks, splits, unit_blocks)](
                 grad, y, *wide, sums, rows, split,
                 *grad.stride(), *y.stride(), *wide[0].stride(), *wide[1].stride(),
-                OUT=channels, GAMMA=gamma_dim, BETA=beta_dim, PADDED_U=units, BLOCK_N=BLOCK_N, BLOCK_O=BLOCK_O,
+                OUT=channels, GAMMA=gamma_dim, BETA=beta_dim, U=units, BLOCK_U=sizes["BLOCK_U"],
+                BLOCK_N=BLOCK_N, BLOCK_O=block_o,
             )  # fmt: skip
             _unit_gradients[(blocks,)](
                 sums, c, rms, grad_c, factor, rows, splits, *c.stride(),
-                OUT=channels, U=c.shape[1], BETA=beta_dim, HAS_RMS=has_rms, PADDED_U=units, BLOCK_N=BLOCK_N,
+                OUT=channels, U=units, BETA=beta_dim, HAS_RMS=has_rms, PADDED_U=padded(units), BLOCK_N=BLOCK_N,
             )  # fmt: skip
         if needs[0] or needs[2] or needs[3]:
             chunk = triton.cdiv(triton.cdiv(rows, CHUNKS), BLOCK_N) * BLOCK_N
-            _modulate_backward[(triton.cdiv(rows, chunk), triton.cdiv(channels, BLOCK_O))](
+            _modulate_backward[(triton.cdiv(rows, chunk), triton.cdiv(channels, block_o), unit_blocks)](
                 grad, y, c, wide[0], rms, factor, grad_y, partial, rows, chunk,
                 *grad.stride(), *y.stride(), *c.stride(), *wide[0].stride(),
-                BLOCK_N=BLOCK_N, BLOCK_O=BLOCK_O, **sizes,
+                BLOCK_N=BLOCK_N, BLOCK_O=block_o, **sizes,
             )  # fmt: skip
     weights = partial.sum(0).to(grad.dtype)
     nothing = c.new_empty(0)

@@ -23,14 +23,15 @@ from bem_peft.kernels.triton_tiles import (
     UPDATE_TILES,
     Context,
     Shape,
-    configs,
     dot,
     load_tile,
     padded,
+    product_block,
     rounded,
     rows_key,
     store_tile,
     tile_grid,
+    tuned,
 )
 from bem_peft.kernels.vmap_rows import folding_rows, looping
 
@@ -45,7 +46,7 @@ def _gated(low, gate, rows, ranks, stride_l0, stride_l1, stride_l2, stride_g0, s
     return value * tl.load(gate + row * stride_g0 + group * stride_g1, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.autotune(configs=configs(*UPDATE_TILES), key=["ROWS_KEY", "OUT", "R"])
+@tuned(*UPDATE_TILES, key=["ROWS_KEY", "OUT", "R"])
 @triton.jit
 def _gated_update(
     y, low, gate, b_t, out, scaling, N, ROWS_KEY, stride_y0, stride_y1,
@@ -100,7 +101,7 @@ def gated_update(
         _gated_update[tile_grid(rows, channels)](
             y, low, gate, b_t, out, scaling, rows, rows_key(rows),
             *y.stride(), *low.stride(), *gate.stride(), *b_t.stride(),
-            OUT=channels, R=rank, WIDTH=low.shape[2], BLOCK_R=padded(rank, 64),
+            OUT=channels, R=rank, WIDTH=low.shape[2], BLOCK_R=product_block(rank, y.dtype),
         )  # fmt: skip
     return out
 

@@ -25,23 +25,23 @@ from bem_peft.kernels.triton_tiles import (
     IS_INTERPRETED,
     Context,
     Shape,
-    configs,
+    Tile,
     dot,
     load_tile,
     low_rank_update,
     padded,
     rounded,
     store_tile,
+    tuned,
     update_gradients,
 )
 from bem_peft.kernels.vmap_rows import folding_rows, looping
 
 MOST_CHUNKS = 128  # of tokens, whose gradients of U and V are summed apart
-BLOCK = 16 if IS_INTERPRETED else 64  # of u_dim and v_dim
-TUNED = configs({}, warps=(2, 4, 8))  # the blocks are fixed, and with them the order of every sum
+WARPS: tuple[Tile, ...] = (({}, 4), ({}, 8))  # the blocks are fixed, and with them the order of every sum
 
 
-@triton.autotune(configs=TUNED, key=["P", "Q", "PR", "QR"])
+@tuned(*WARPS, key=["P", "Q", "PR", "QR"])
 @triton.jit
 def _project(
     x, u, v, z, stride_x0, stride_x1, stride_u0, stride_u1, stride_v0, stride_v1,
@@ -62,7 +62,7 @@ def _project(
     store_tile(z + token * (PR * QR), total, i, j, QR, 1, PR, QR)
 
 
-@triton.autotune(configs=TUNED, key=["P", "Q", "PR", "QR"])
+@tuned(*WARPS, key=["P", "Q", "PR", "QR"])
 @triton.jit
 def _input_gradient(
     grad_z, u, v, grad_x, stride_g0, stride_g1, stride_u0, stride_u1, stride_v0, stride_v1,
@@ -80,7 +80,7 @@ def _input_gradient(
         store_tile(grad_x + token * (P * Q), tile, p, q, Q, 1, P, Q)
 
 
-@triton.autotune(configs=TUNED, key=["P", "Q", "PR", "QR"])
+@tuned(*WARPS, key=["P", "Q", "PR", "QR"])
 @triton.jit
 def _factor_gradient(
     x, grad_z, other, partial, N, CHUNK,
@@ -108,10 +108,11 @@ def _factor_gradient(
     store_tile(partial + chunk * (PR * P), total, i, p, P, 1, PR, P)
 
 
-def _sizes(p: int, q: int, p_rank: int, q_rank: int) -> dict[str, int]:
+def _sizes(p: int, q: int, p_rank: int, q_rank: int, dtype: torch.dtype) -> dict[str, int]:
+    block = 16 if IS_INTERPRETED else 32 if dtype is torch.float32 else 64  # of u_dim and v_dim
     return {
         "P": p, "Q": q, "PR": p_rank, "QR": q_rank, "PADDED_PR": padded(p_rank), "PADDED_QR": padded(q_rank),
-        "BLOCK_P": padded(p, BLOCK), "BLOCK_Q": padded(q, BLOCK),
+        "BLOCK_P": padded(p, block), "BLOCK_Q": padded(q, block),
     }  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def _factor(
     chunk = triton.cdiv(rows, MOST_CHUNKS)
     chunks = triton.cdiv(rows, chunk)
     partial = x.new_empty(chunks, p_rank, p, dtype=torch.float32)
-    sizes = _sizes(p, q, p_rank, q_rank)
+    sizes = _sizes(p, q, p_rank, q_rank, x.dtype)
     _factor_gradient[(chunks, triton.cdiv(p, sizes["BLOCK_P"]))](
         x, grad_z, other, partial, rows, chunk, x.stride(0), *x_strides, grad_z.stride(0), *g_strides, *other.stride(),
         **sizes,
@@ -146,7 +147,7 @@ def _update(
     """y' and z."""
     z = x.new_empty(x.shape[0], b_t.shape[0])
     if x.shape[0]:
-        sizes = _sizes(u.shape[1], v.shape[1], u.shape[0], v.shape[0])
+        sizes = _sizes(u.shape[1], v.shape[1], u.shape[0], v.shape[0], x.dtype)
         _project[(x.shape[0],)](x, u, v, z, *x.stride(), *u.stride(), *v.stride(), **sizes)
     return low_rank_update(y, z, b_t, scaling), z
 
@@ -185,7 +186,7 @@ def _backward(
         grad_z = update_gradients(grad, b_t, scaling)
         if needs_x:
             grad_x = x.new_empty(x.shape)
-            sizes = _sizes(u.shape[1], v.shape[1], u.shape[0], v.shape[0])
+            sizes = _sizes(u.shape[1], v.shape[1], u.shape[0], v.shape[0], x.dtype)
             _input_gradient[(x.shape[0], triton.cdiv(u.shape[1], sizes["BLOCK_P"]))](
                 grad_z, u, v, grad_x, *grad_z.stride(), *u.stride(), *v.stride(), **sizes
             )

@@ -26,14 +26,15 @@ from bem_peft.kernels.triton_tiles import (
     UPDATE_TILES,
     Context,
     Shape,
-    configs,
     dot,
     load_tile,
     padded,
+    product_block,
     rounded,
     rows_key,
     store_tile,
     tile_grid,
+    tuned,
 )
 from bem_peft.kernels.vmap_rows import folding_rows, looping
 
@@ -66,7 +67,7 @@ def _gated(z, gate, rows, ranks, stride_z0, stride_z1, stride_g0, stride_g1, N, 
     return value, factor
 
 
-@triton.autotune(configs=configs(*UPDATE_TILES), key=["ROWS_KEY", "OUT", "R"])
+@tuned(*UPDATE_TILES, key=["ROWS_KEY", "OUT", "R"])
 @triton.jit
 def _masked_update(
     y, z, gate, logits, b_t, out, scaling, N, ROWS_KEY, stride_y0, stride_y1, stride_z0, stride_z1,
@@ -147,7 +148,7 @@ def _update(
         _masked_update[tile_grid(rows, channels)](
             y, z, gate_or_any, logits, b_t, out, scaling, rows, rows_key(rows),
             *y.stride(), *z.stride(), *gate_or_any.stride(), *logits.stride(), *b_t.stride(),
-            OUT=channels, R=rank, K=k, HAS_GATE=gate is not None, BLOCK_R=padded(rank, 64),
+            OUT=channels, R=rank, K=k, HAS_GATE=gate is not None, BLOCK_R=product_block(rank, y.dtype),
         )  # fmt: skip
     return out
 

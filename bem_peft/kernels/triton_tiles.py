@@ -4,13 +4,16 @@ A tile of y' is BLOCK_N rows by BLOCK_O channels; ranks are read in blocks of a 
 Lanes outside a tensor are masked in every load and store. Products accumulate in float32 (in full float32 where the
 inputs are float32), results are rounded once, to the dtype of y.
 
-A kernel is tuned once a process, dtype and key of sizes on a GPU; in the interpreter one fixed tile is used.
+A kernel is tuned once a process, dtype and key of sizes on a GPU; in the interpreter one fixed tile is used. A product
+of float32 has no tensor cores: a thread holds whole rows and columns of its operands in registers. Its tiles and blocks
+are therefore smaller (`TILE_BYTES`, `product_block`); what each kernel takes of a processor, target by target, is in
+benchmarks/results/aot.csv.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -21,6 +24,7 @@ INTERPRETED = tl.constexpr(IS_INTERPRETED)
 MOST_ROWS_IN_KEY = 4096
 Shape = Sequence[int]
 Grid = Callable[[dict[str, int]], tuple[int, int]]
+Tile = tuple[dict[str, int], int]  # blocks and number of warps
 
 
 class Context(Protocol):
@@ -34,27 +38,76 @@ class Context(Protocol):
     def mark_non_differentiable(self, *tensors: torch.Tensor) -> None: ...
 
 
-def configs(*tiles: dict[str, int], warps: tuple[int, ...] = (4, 8)) -> list[triton.Config]:
-    """The tiles that autotuning tries, each with each number of warps; the first tile alone in the interpreter."""
-    if IS_INTERPRETED:
-        return [triton.Config(tiles[0])]
-    return [triton.Config(tile, num_warps=count) for tile in tiles for count in warps]
-
-
-# the first is for few rows (decoding), the others for many
-UPDATE_TILES = (
-    {"BLOCK_N": 16, "BLOCK_O": 64},
-    {"BLOCK_N": 16, "BLOCK_O": 128},
-    {"BLOCK_N": 32, "BLOCK_O": 128},
-    {"BLOCK_N": 64, "BLOCK_O": 128},
-    {"BLOCK_N": 64, "BLOCK_O": 64},
+# tiles of y' and their warps: the first is for few rows (decoding), the others for many
+UPDATE_TILES: tuple[Tile, ...] = (
+    ({"BLOCK_N": 16, "BLOCK_O": 64}, 4),
+    ({"BLOCK_N": 16, "BLOCK_O": 128}, 4),
+    ({"BLOCK_N": 32, "BLOCK_O": 128}, 4),
+    ({"BLOCK_N": 64, "BLOCK_O": 64}, 4),
+    ({"BLOCK_N": 64, "BLOCK_O": 128}, 8),
 )
+TILE_BYTES = 16384  # of a tile of y' at most: a larger one of float32 does not fit in the registers
+
+
+def tuned(*tiles: Tile, key: list[str], stages: int = 2) -> Callable[[Any], Any]:
+    """The kernel, tuned over (tile, number of warps) in `stages` of its loops; the first tile alone in the interpreter.
+
+    Tried are the tiles that `fitting_tiles` leaves.
+    """
+
+    def decorate(kernel: Any) -> Any:
+        def fitting(configs: list[triton.Config], given: Mapping[str, Any], **call: Any) -> list[triton.Config]:
+            sizes = {name: value for name, value in call.items() if name not in ("grid", "warmup")}
+            return fitting_tiles(kernel, configs, given, sizes)
+
+        if IS_INTERPRETED:
+            return triton.autotune(configs=[triton.Config(tiles[0][0])], key=key)(kernel)
+        configs = [triton.Config(tile, num_warps=warps, num_stages=stages) for tile, warps in tiles]
+        return triton.autotune(configs=configs, key=key, prune_configs_by={"early_config_prune": fitting})(kernel)
+
+    return decorate
+
+
+def fitting_tiles(
+    kernel: Any, configs: list[triton.Config], given: Mapping[str, Any], sizes: Mapping[str, Any]
+) -> list[triton.Config]:
+    """Those whose tile is within TILE_BYTES, and whose kernel, compiled, wants no more shared memory than there is.
+
+    Raises:
+        RuntimeError: each of them wants more.
+    """
+    dtype = next(value.dtype for value in given.values() if isinstance(value, torch.Tensor))
+    limit, wanted = shared_memory_bytes(), {}
+    for config in configs:
+        tile = {**sizes, **config.kwargs}
+        if tile.get("BLOCK_N", 1) * tile.get("BLOCK_O", 1) * dtype.itemsize <= TILE_BYTES:
+            compiled = kernel.warmup(*given.values(), grid=(1,), **sizes, **config.all_kwargs())
+            wanted[config] = compiled.metadata.shared
+    found = [config for config, size in wanted.items() if size <= limit]
+    if not found:
+        raise RuntimeError(
+            f"Triton's kernel {kernel.__name__} wants {min(wanted.values()):,} bytes of shared memory in {dtype} at "
+            f"the sizes {dict(sizes)}, and a block of this device has {limit:,}: take smaller ranks, bfloat16, or the "
+            'torch forms, `use_kernels("torch")`.'
+        )
+    return found
+
+
+def shared_memory_bytes() -> int:
+    """What a block may have on the current device."""
+    driver = triton.runtime.driver.active
+    return int(driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"])
 
 
 def padded(size: int, most: int | None = None) -> int:
     """The power of two >= max(size, 16), at most `most`."""
     power = max(16, 1 << (size - 1).bit_length())
     return power if most is None else min(power, most)
+
+
+def product_block(size: int, dtype: torch.dtype, most: int = 64) -> int:
+    """How much of an inner axis of `size` one product takes, at most `most`; 16 in float32."""
+    return padded(size, 16 if dtype is torch.float32 else most)
 
 
 def rows_key(rows: int) -> int:
@@ -113,7 +166,7 @@ def store_tile(pointer, value, i, j, stride_i, stride_j, size_i, size_j):
     tl.store(address, rounded(value, pointer.dtype.element_ty), mask=inside)
 
 
-@triton.autotune(configs=configs(*UPDATE_TILES), key=["ROWS_KEY", "OUT", "R"])
+@tuned(*UPDATE_TILES, key=["ROWS_KEY", "OUT", "R"])
 @triton.jit
 def _update(
     y, low, b_t, out, scaling, N, ROWS_KEY,
@@ -138,6 +191,6 @@ def low_rank_update(y: torch.Tensor, low: torch.Tensor, b_t: torch.Tensor, scali
     if out.numel():
         _update[tile_grid(rows, channels)](
             y, low, b_t, out, scaling, rows, rows_key(rows), *y.stride(), *low.stride(), *b_t.stride(),
-            OUT=channels, R=rank, BLOCK_R=padded(rank, 64),
+            OUT=channels, R=rank, BLOCK_R=product_block(rank, y.dtype),
         )  # fmt: skip
     return out

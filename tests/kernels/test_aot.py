@@ -1,0 +1,98 @@
+"""What the Triton kernels take of a GPU, compiled ahead of time, and what is tried of their tiles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton is for Linux")
+if sys.platform.startswith("linux"):
+    import triton
+
+    from bem_peft.kernels import triton_tiles
+
+ROOT = Path(__file__).parents[2]
+KERNELS = {
+    "_factor_gradient", "_factor_gradient 2", "_gate_gradients", "_gated_update", "_input_gradient", "_mask_gradients",
+    "_masked_update", "_modulate", "_modulate_backward", "_project", "_row_rms", "_unit_gradients", "_unit_sums",
+    "_update",
+}  # fmt: skip
+
+
+def compiled(*options: str, **environment: str) -> tuple[int, list[dict[str, str]], str]:
+    """Exit status, rows and output of benchmarks/aot.py, which must not run under Triton's interpreter."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "aot.py"), "--print-only", *options]
+    given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [given.get("PYTHONPATH")])])
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**given, **environment, "PYTHONPATH": path}, timeout=600
+    )
+    names = ("kernel", "dtype", "sizes", "tile", "target", "registers", "most", "shared", "limit", "spilled", "verdict")
+    lines = [line.split("\t") for line in done.stdout.splitlines() if "\t" in line]
+    return done.returncode, [dict(zip(names, line, strict=True)) for line in lines], done.stdout + done.stderr
+
+
+def test_no_kernel_spills_or_wants_more_than_a_small_gpu_has() -> None:
+    """The largest tile that is tried; every tile, size and target: `make aot`."""
+    status, rows, output = compiled("--fast")
+    found = {(row["kernel"], row["dtype"], row["target"]) for row in rows}
+    assert found == {(k, d, t) for k in KERNELS for d in ("float32", "bfloat16") for t in ("sm_86", "gfx942")}, output
+    assert [row for row in rows if row["verdict"] != "kept"] == []
+    assert all(int(row["registers"]) > 8 and row["spilled"] == "0" for row in rows)
+    assert status == 0
+
+
+class _Metadata(NamedTuple):
+    shared: int
+
+
+class _Compiled(NamedTuple):
+    metadata: _Metadata
+
+
+class _Kernel:
+    """Wants 64 bytes of shared memory for each row of its tile."""
+
+    __name__ = "_kernel"
+
+    def warmup(self, *given: Any, grid: tuple[int, ...], **sizes: Any) -> _Compiled:
+        assert grid == (1,)
+        assert sizes["OUT"] == 256
+        return _Compiled(_Metadata(64 * sizes["BLOCK_N"]))
+
+
+TILES = ((16, 64), (16, 128), (32, 128), (64, 64), (64, 128))
+
+
+@pytest.mark.parametrize(
+    ("limit", "dtype", "kept"),
+    [
+        (65536, torch.bfloat16, [*TILES]),
+        (65536, torch.float32, [*TILES[:4]]),  # a tile of 32 KiB is too large whatever the device has
+        (2048, torch.bfloat16, [*TILES[:3]]),
+        (1024, torch.bfloat16, [*TILES[:2]]),
+    ],
+)
+def test_tiles_that_the_device_has_no_shared_memory_for_are_not_tried(
+    limit: int, dtype: torch.dtype, kept: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_tiles, "shared_memory_bytes", lambda: limit)
+    tiles = [triton.Config({"BLOCK_N": n, "BLOCK_O": o}) for n, o in TILES]
+    given = {"y": torch.zeros(2, 2, dtype=dtype), "N": 2}
+    found = triton_tiles.fitting_tiles(_Kernel(), tiles, given, {"OUT": 256})
+    assert [(tile.kwargs["BLOCK_N"], tile.kwargs["BLOCK_O"]) for tile in found] == kept
+
+
+def test_a_device_without_enough_shared_memory_for_any_tile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_tiles, "shared_memory_bytes", lambda: 512)
+    tiles = [triton.Config({"BLOCK_N": 16, "BLOCK_O": 64})]
+    with pytest.raises(
+        RuntimeError, match=r"_kernel wants 1,024 bytes .* a block of this device has 512: take smaller"
+    ):
+        triton_tiles.fitting_tiles(_Kernel(), tiles, {"y": torch.zeros(2, 2)}, {"OUT": 256})
