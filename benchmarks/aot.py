@@ -74,10 +74,20 @@ SIZES = {"default": (2048, (128, 64), 16, 8, (8, 8)), "large": (4096, (128, 112)
 
 
 class NoDevice:
-    """Stands for Triton's driver: it knows a target and runs nothing."""
+    """Stands for Triton's driver: it knows a target, reads what a compiled kernel takes, and runs nothing."""
 
     def __init__(self, name: str) -> None:
         self.name, self.utils = name, self
+
+    def launcher_cls(self, source: object, metadata: object) -> None:
+        return None
+
+    def load_binary(
+        self, name: str, binary: bytes, shared: int, device: object
+    ) -> tuple[object, object, int, int, int]:
+        """A module and a function (none here), registers a thread, spilled numbers of 4 bytes a thread, threads."""
+        registers, spilled = resources(binary, self.get_current_target().backend)
+        return self, self, registers, spilled // 4, 1024
 
     def get_current_device(self) -> Any:
         return self.name  # what Triton keeps compiled kernels by
@@ -102,12 +112,15 @@ class Launch:
     def function(self) -> Any:
         return self.kernel.fn if isinstance(self.kernel, Autotuner) else self.kernel
 
-    def tiles(self) -> list[dict[str, Any]]:
-        """The tiles that are tried on the current target, with their warps; the largest last."""
+    def tiles(self, is_fast: bool) -> list[dict[str, Any]]:
+        """The tiles that are tried on the current target, with their warps; `is_fast`: the largest alone."""
         if not isinstance(self.kernel, Autotuner):
             return [{"num_warps": 4}]
-        self.kernel.nargs = dict(zip(self.kernel.arg_names, self.given, strict=False))
-        return [config.all_kwargs() for config in self.kernel.prune_configs(self.sizes)]
+        tiles = self.kernel.configs
+        if len(tiles) > 1:
+            given = dict(zip(self.kernel.arg_names, self.given, strict=False))
+            tiles = self.kernel.early_config_prune(tiles[-2:] if is_fast else tiles, given, **self.sizes)
+        return [tile.all_kwargs() for tile in tiles[-1 if is_fast else 0 :]]
 
 
 def workloads(sizes: str) -> Iterator[Case]:
@@ -146,18 +159,22 @@ def numbered(launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
         yield names[-1] if count == 1 else f"{names[-1]} {count}", launch
 
 
-def resources(compiled: Any) -> tuple[int, int, int]:
-    """Registers a thread, bytes of shared memory a block and bytes a thread that are spilled."""
-    if "cubin" in compiled.asm:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(compiled.asm["cubin"])
-            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        names = r"REG:(\d+)", r"STACK:(\d+)"
-    else:
-        text, names = compiled.asm["amdgcn"], (r"\.vgpr_count:\s*(\d+)", r"\.private_segment_fixed_size:\s*(\d+)")
-    registers, spilled = (int(re.findall(name, text)[-1]) for name in names)
-    return registers, compiled.metadata.shared, spilled
+def resources(binary: bytes, backend: str) -> tuple[int, int]:
+    """Registers and spilled bytes, both a thread, of a compiled kernel."""
+    if backend == "hip":  # an ELF file whose note holds the kernel's metadata as msgpack
+        return _number_after(binary, b".vgpr_count"), _number_after(binary, b".private_segment_fixed_size")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(binary)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.findall(r"REG:(\d+)", text)[-1]), int(re.findall(r"STACK:(\d+)", text)[-1])
+
+
+def _number_after(binary: bytes, key: bytes) -> int:
+    """The unsigned number that msgpack has behind a key."""
+    start = binary.rindex(key) + len(key)
+    size = {0xCC: 1, 0xCD: 2, 0xCE: 4}.get(binary[start], 0)
+    return int.from_bytes(binary[start + 1 : start + 1 + size], "big") if size else binary[start]
 
 
 def measured(name: str, dtype: torch.dtype, sizes: str, is_fast: bool) -> Iterator[dict[str, str]]:
@@ -165,17 +182,16 @@ def measured(name: str, dtype: torch.dtype, sizes: str, is_fast: bool) -> Iterat
     triton.runtime.driver.set_active(NoDevice(name))
     for case in workloads(sizes):
         for kernel, launch in numbered(launches(case, dtype)):
-            tiles = launch.tiles()
-            for tile in tiles[-1:] if is_fast else tiles:
+            for tile in launch.tiles(is_fast):
                 call = {**launch.sizes, **tile}
                 compiled = launch.function.warmup(*launch.given, grid=(1,), **call)
-                registers, shared, spilled = resources(compiled)
+                registers, spilled = resources(compiled.kernel, TARGETS[name].target.backend)
                 blocks = " ".join(
                     f"{key.removeprefix('BLOCK_')}={call[key]}" for key in sorted(call) if key.startswith("BLOCK")
                 )
                 values = (
                     kernel, str(dtype)[6:], sizes, f"{blocks} warps={tile['num_warps']}",
-                    name, registers, TARGETS[name].registers_limit(tile["num_warps"]), shared,
+                    name, registers, TARGETS[name].registers_limit(tile["num_warps"]), compiled.metadata.shared,
                     TARGETS[name].shared_bytes, spilled,
                 )  # fmt: skip
                 yield dict(zip(COLUMNS, map(str, values), strict=True))

@@ -8,9 +8,9 @@ computed again, with dy' =: e:
     dG^T = c_g^T (e * y)    dT^T = (rho c_b)^T e
 
 One kernel sums P and Q over the channels, one makes dc and the factor of y in dy of them, one gives dy and the sums of
-dG^T and dT^T. A program sums a fixed run of rows or channels and the partial sums are added in a fixed order. The dtype
-rounding of rho, gamma and beta that the torch form has does not take place. The FLOPs are counted as those of the torch
-form, which keeps gamma.
+dG^T and dT^T: y and e are read twice; rho, (N,), is kept. A program sums a fixed run of rows or channels and the
+partial sums are added in a fixed order. The dtype rounding of rho, gamma and beta that the torch form has does not take
+place. The FLOPs are counted as those of the torch form, which keeps gamma.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _modulate(
     store_tile(out, after, rows, channels, OUT, 1, N, OUT)
 
 
-@tuned(({}, 4), ({}, 8), key=["OUT", "U"])
+@tuned(({}, 4), key=["OUT", "U"])
 @triton.jit
 def _unit_sums(
     grad, y, gamma_t, beta_t, partial, N, SPLIT, stride_e0, stride_e1, stride_y0, stride_y1,
@@ -208,47 +208,39 @@ def _sizes(
     }  # fmt: skip
 
 
-def _token_rms(y: torch.Tensor, is_wanted: bool) -> torch.Tensor:
-    """rho (N,), float32; y itself, which is not read, where it is not wanted."""
-    if not is_wanted:
-        return y
-    rms = y.new_empty(y.shape[0], dtype=torch.float32)
-    _row_rms[(y.shape[0],)](y, rms, *y.stride(), OUT=y.shape[1], BLOCK=padded(y.shape[1], 1024))
-    return rms
-
-
 @torch.library.custom_op(
     "bem_peft::film_update",
     mutates_args=(),
-    schema="(Tensor y, Tensor c, Tensor? gamma_t, Tensor? beta_t, bool is_rms) -> Tensor",
+    schema="(Tensor y, Tensor c, Tensor? gamma_t, Tensor? beta_t, bool is_rms) -> (Tensor, Tensor)",
 )
-def film_update(
+def _update(
     y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None, is_rms: bool
-) -> torch.Tensor:
-    """As `bem_peft.kernels.film.film_update`."""
-    out = y.new_empty(y.shape)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y', and rho (N,), float32, which is not filled in where none is wanted."""
+    out, rms = y.new_empty(y.shape), y.new_empty(y.shape[0], dtype=torch.float32)
     if out.numel():
         sizes = _sizes(y, c, gamma_t, beta_t, is_rms)
-        rms = _token_rms(y, bool(sizes["HAS_RMS"]))
+        if sizes["HAS_RMS"]:
+            _row_rms[(y.shape[0],)](y, rms, *y.stride(), OUT=y.shape[1], BLOCK=padded(y.shape[1], 1024))
         wide = [c if t is None else t for t in (gamma_t, beta_t)]  # one that is absent is not read
         _modulate[tile_grid(*y.shape)](
             y, c, *wide, rms, out, y.shape[0], rows_key(y.shape[0]),
             *y.stride(), *c.stride(), *wide[0].stride(), *wide[1].stride(), **sizes,
         )  # fmt: skip
-    return out
+    return out, rms
 
 
-@film_update.register_fake
+@_update.register_fake
 def _(
     y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None, is_rms: bool
-) -> torch.Tensor:
-    return y.new_empty(y.shape)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return y.new_empty(y.shape), y.new_empty(y.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op(
     "bem_peft::film_update_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor y, Tensor c, Tensor? gamma_t, Tensor? beta_t, bool is_rms, bool[] needs) "
+    schema="(Tensor grad, Tensor y, Tensor c, Tensor? gamma_t, Tensor? beta_t, Tensor rms, bool is_rms, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
@@ -257,6 +249,7 @@ def _backward(
     c: torch.Tensor,
     gamma_t: torch.Tensor | None,
     beta_t: torch.Tensor | None,
+    rms: torch.Tensor,
     is_rms: bool,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -268,7 +261,6 @@ def _backward(
     grad_y, grad_c = y.new_empty(y.shape), c.new_empty(c.shape)
     partial = y.new_zeros(CHUNKS if rows else 1, gamma_dim + beta_dim, channels, dtype=torch.float32)
     if rows:
-        rms = _token_rms(y, has_rms)
         wide = [c if t is None else t for t in (gamma_t, beta_t)]
         factor = rms.new_empty(rows if has_rms else 0, dtype=torch.float32)
         blocks = triton.cdiv(rows, BLOCK_N)
@@ -307,7 +299,7 @@ def _backward(
 @_backward.register_fake
 def _(
     grad: torch.Tensor, y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None,
-    is_rms: bool, needs: Sequence[bool],
+    rms: torch.Tensor, is_rms: bool, needs: Sequence[bool],
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     weights = [c.new_empty(0) if t is None else t.new_empty(t.shape) for t in (gamma_t, beta_t)]
     return y.new_empty(y.shape), c.new_empty(c.shape if needs[1] else 0), *weights
@@ -320,19 +312,20 @@ class _Context(Context, Protocol):
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, bool]
 
 
-def _setup(ctx: _Context, inputs: Inputs, output: torch.Tensor) -> None:
+def _setup(ctx: _Context, inputs: Inputs, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     *tensors, ctx.is_rms = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
 
 
-def _differentiate(ctx: _Context, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _differentiate(ctx: _Context, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
     found = _backward(grad, *ctx.saved_tensors, ctx.is_rms, needs)
     return *(part if need else None for part, need in zip(found, needs, strict=True)), None
 
 
-film_update.register_autograd(_differentiate, setup_context=_setup)
-film_update.register_vmap(folding_rows(film_update, (0, 1)))
+_update.register_autograd(_differentiate, setup_context=_setup)
+_update.register_vmap(folding_rows(_update, (0, 1)))
 _backward.register_vmap(looping(_backward))
 
 
@@ -343,11 +336,19 @@ def _forward_flops(y: Shape, c: Shape, gamma_t: Shape | None, beta_t: Shape | No
 
 @register_flop_formula(torch.ops.bem_peft.film_update_backward)
 def _backward_flops(
-    grad: Shape, y: Shape, c: Shape, gamma_t: Shape | None, beta_t: Shape | None, is_rms: bool, needs: Sequence[bool],
-    *_: object, **__: object,
+    grad: Shape, y: Shape, c: Shape, gamma_t: Shape | None, beta_t: Shape | None, rms: Shape, is_rms: bool,
+    needs: Sequence[bool], *_: object, **__: object,
 ) -> int:  # fmt: skip
     needs_y, needs_c, needs_gamma, needs_beta = needs
     products = 0 if gamma_t is None else gamma_t[0] * (needs_c + needs_gamma)
     if beta_t is not None:
         products += beta_t[0] * ((needs_c or (needs_y and is_rms)) + needs_beta)
     return int(2 * y[0] * y[1] * products)
+
+
+def film_update(
+    y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None, is_rms: bool
+) -> torch.Tensor:
+    """As `bem_peft.kernels.film.film_update`."""
+    out: torch.Tensor = _update(y, c, gamma_t, beta_t, is_rms)[0]
+    return out

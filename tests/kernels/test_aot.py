@@ -54,17 +54,24 @@ class _Metadata(NamedTuple):
 
 class _Compiled(NamedTuple):
     metadata: _Metadata
+    n_spills: int
+
+    def _init_handles(self) -> None:
+        assert self.metadata.shared <= triton_tiles.shared_memory_bytes()  # Triton raises there
 
 
 class _Kernel:
-    """Wants 64 bytes of shared memory for each row of its tile."""
+    """Wants 64 bytes of shared memory for each row of its tile, and spills in tiles of `spilling` channels."""
 
     __name__ = "_kernel"
+
+    def __init__(self, **spilling: int) -> None:
+        self.spilling = spilling
 
     def warmup(self, *given: Any, grid: tuple[int, ...], **sizes: Any) -> _Compiled:
         assert grid == (1,)
         assert sizes["OUT"] == 256
-        return _Compiled(_Metadata(64 * sizes["BLOCK_N"]))
+        return _Compiled(_Metadata(64 * sizes["BLOCK_N"]), self.spilling.get(f"of_{sizes['BLOCK_O']}", 0))
 
 
 TILES = ((16, 64), (16, 128), (32, 128), (64, 64), (64, 128))
@@ -86,6 +93,19 @@ def test_tiles_that_the_device_has_no_shared_memory_for_are_not_tried(
     tiles = [triton.Config({"BLOCK_N": n, "BLOCK_O": o}) for n, o in TILES]
     given = {"y": torch.zeros(2, 2, dtype=dtype), "N": 2}
     found = triton_tiles.fitting_tiles(_Kernel(), tiles, given, {"OUT": 256})
+    assert [(tile.kwargs["BLOCK_N"], tile.kwargs["BLOCK_O"]) for tile in found] == kept
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kept"),
+    [(_Kernel(of_128=3), [(16, 64), (64, 64)]), (_Kernel(of_64=5, of_128=3), [(16, 128)])],
+)
+def test_tiles_that_spill_are_not_tried_where_another_does_not(
+    kernel: _Kernel, kept: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_tiles, "shared_memory_bytes", lambda: 65536)
+    tiles = [triton.Config({"BLOCK_N": n, "BLOCK_O": o}) for n, o in TILES]
+    found = triton_tiles.fitting_tiles(kernel, tiles, {"y": torch.zeros(2, 2)}, {"OUT": 256})
     assert [(tile.kwargs["BLOCK_N"], tile.kwargs["BLOCK_O"]) for tile in found] == kept
 
 

@@ -78,7 +78,7 @@ def test_torchs_own_checks_pass(name: str) -> None:
     arguments = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in first(name)]
     inner = {
         "kronecker": triton_kronecker._update, "gate": triton_gate.gated_update, "mask": triton_rank_mask._update,
-        "film": triton_film.film_update,
+        "film": triton_film._update,
     }[name]  # fmt: skip
     given = list(arguments)
     if name == "mask":
