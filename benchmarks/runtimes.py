@@ -61,7 +61,9 @@ def llama_cpp(gguf: Path) -> Runtime:
 
     def load(adapter: Path | None) -> Any:
         path = None if adapter is None else str(adapter / "adapter.gguf")
-        model = Llama(str(gguf), lora_path=path, logits_all=True, n_ctx=256, n_threads=2, verbose=False)
+        model = Llama(
+            str(gguf), lora_path=path, logits_all=True, n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False
+        )
 
         def logits_of(ids: list[int]) -> torch.Tensor:
             model.reset()
