@@ -28,5 +28,5 @@ def gated_update(
         return triton_head_gating.gated_update(y, low, gate, b_t, scaling)
     if gate.dtype is not low.dtype:
         gate = gate.to(low.dtype)
-    gated = (low * gate.unsqueeze(-1)).flatten(1)
+    gated = (gate.unsqueeze(-1) * low).flatten(1)  # in this order the product is laid out as the gate is
     return torch.addmm(y, gated if slots is None else gated[:, slots], b_t, alpha=scaling)

@@ -105,7 +105,7 @@ def _modulate(
     store_tile(out, after, rows, channels, OUT, 1, N, OUT)
 
 
-@tuned(({}, 4), key=["OUT", "U"])
+@tuned(({}, 2), ({}, 4), key=["OUT", "U"])
 @triton.jit
 def _unit_sums(
     grad, y, gamma_t, beta_t, partial, N, SPLIT, stride_e0, stride_e1, stride_y0, stride_y1,

@@ -152,6 +152,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
             nn.init.normal_(self.B, std=self.B.shape[1] ** -0.5)
 
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """A^T, B^T and, where there is one, the control sqrt(R) [C^T W^T], (R, 2 R), or (R, R) of one of the two."""
         a: torch.Tensor = self.A
         b: torch.Tensor = self.B
         if self.hadamard:  # H z = (H A) x and B H h = (B H) h
@@ -159,10 +160,11 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         wide = choice_dtype(dtype, a.device)
         a = a.to(dtype)
         weights = [(a if torch.is_grad_enabled() else a.to(wide)).t(), transposed(b, dtype)]
-        if self.has_value_gate:
-            weights.append(transposed(self.C.to(wide) * rank_root(a), wide))
-        if not self.is_task_mask:
-            weights.append(transposed(self.mask_weight.to(wide) * rank_root(a), wide))
+        control: list[torch.Tensor] = [self.C] if self.has_value_gate else []
+        control += [] if self.is_task_mask else [self.mask_weight]
+        if control:
+            both = torch.cat(control) if len(control) > 1 else control[0]
+            weights.append(transposed(both.to(wide) * rank_root(a), wide))
         return tuple(weights)
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
@@ -184,10 +186,11 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         if not control:
             return self.mask_weight.float().unsqueeze(0), None
         unit = z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1e-20)
-        gate = torch.tanh(torch.mm(unit, control[0])) if self.has_value_gate else None
+        parts = torch.mm(unit, control[0]).split(z.shape[1], dim=1)
+        gate = torch.tanh(parts[0]) if self.has_value_gate else None
         if self.is_task_mask:
             return self.mask_weight.float().unsqueeze(0), gate
-        return torch.mm(unit, control[-1]).float(), gate  # rounded: what is equal but for its sum's order is a tie
+        return parts[-1].float(), gate  # rounded: what is equal but for its sum's order is a tie
 
     @torch.no_grad()
     def gate_values(self, x: torch.Tensor) -> torch.Tensor:

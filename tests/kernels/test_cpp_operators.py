@@ -107,7 +107,7 @@ def formula(adapter: Adapter, x: torch.Tensor, y: torch.Tensor, weights: tuple[t
         elif isinstance(adapter, DynamicRankMaskAdapter):
             z = token @ w[0]
             unit = z / z.square().sum().sqrt()
-            logits = adapter.mask_weight.double() if adapter.is_task_mask else unit @ w[-1]
+            logits = adapter.mask_weight.double() if adapter.is_task_mask else unit @ w[2][:, -len(z) :]
             kept = sorted(range(len(z)), key=lambda i, given=logits: (-float(given[i]), i))[: adapter.active_rank]
             mask = torch.zeros_like(z)
             mask[kept] = 1.0
@@ -118,7 +118,7 @@ def formula(adapter: Adapter, x: torch.Tensor, y: torch.Tensor, weights: tuple[t
                 order = sorted((float(value) for value in logits), reverse=True)
                 soft = torch.sigmoid((logits - (order[k - 1] + order[k]) / 2) / adapter.temperature)
                 mask = mask + (soft - soft.detach())
-            gate = 1 + torch.tanh(unit @ w[2]) if adapter.has_value_gate else 1.0
+            gate = 1 + torch.tanh(unit @ w[2][:, : len(z)]) if adapter.has_value_gate else 1.0
             rows.append(base + s * (mask * gate * z) @ w[1])
         elif isinstance(adapter, KroneckerAdapter):
             rows.append(base + s * (torch.kron(w[0], w[1]) @ token) @ w[2])

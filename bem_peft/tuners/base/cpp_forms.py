@@ -89,8 +89,9 @@ class _RankMask(_Adapted, Protocol):
 
 def _pack_rank_mask(adapter: _RankMask, dtype: torch.dtype) -> Weights:
     a, b_t, *control = adapter.derive(dtype)
-    gate = control[0] if adapter.has_value_gate else a.new_zeros(0, b_t.shape[0])
-    mask = adapter.mask_weight.unsqueeze(0) if adapter.is_task_mask else control[-1]
+    rank = b_t.shape[0]
+    gate = control[0][:, :rank] if adapter.has_value_gate else a.new_zeros(0, rank)
+    mask = adapter.mask_weight.unsqueeze(0) if adapter.is_task_mask else control[0][:, -rank:]
     return a.t().to(dtype).contiguous(), b_t.contiguous(), cpp.padded(gate), cpp.padded(mask)
 
 

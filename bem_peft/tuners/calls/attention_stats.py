@@ -34,9 +34,16 @@ def head_output_statistics(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     heads = x.view(x.shape[0], num_heads, x.shape[1] // num_heads)
     wide = torch.promote_types(x.dtype, torch.float32)  # float16 may not hold a norm or a sum
     norm = torch.linalg.vector_norm(heads, dim=2, dtype=wide).float().clamp_min(1e-20)
-    log_norm = norm.log()
     cosine = heads.sum(dim=2, dtype=wide).float() / norm
-    return torch.cat((torch.log_softmax(log_norm + log_norm, dim=1), cosine * cosine), dim=1)
+    return torch.cat((torch.log_softmax(_twice_log(norm), dim=1), cosine * cosine), dim=1)
+
+
+def _twice_log(x: torch.Tensor) -> torch.Tensor:
+    """2 log x, in one operator but on a CPU, which has no vector form of that one."""
+    if not x.is_cpu:
+        return torch.xlogy(2.0, x)
+    log = x.log()
+    return log + log
 
 
 @dataclass(frozen=True)
