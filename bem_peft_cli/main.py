@@ -8,6 +8,7 @@ bem-peft run FILE                     train and evaluate an experiment, one adap
 bem-peft evaluate ADAPTER             score a saved adapter item by item, for `compare`
 bem-peft profile RESULTS...           time adapters beside their base and the anchor, interleaved
 bem-peft compare RESULTS...           a report: paired differences, Pareto frontiers, budgets, verdicts
+bem-peft trl {sft,dpo,grpo}           train with a script of TRL, its LoRA replaced by a config of --adapter
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from bem_peft_cli import budget, experiment, results, sites
+from bem_peft_cli import budget, experiment, results, sites, trl_scripts
 from bem_peft_cli.budget import NOT_MET
 
 _USER_ERROR = 2
@@ -33,9 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="bem-peft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for group in (sites, budget, experiment, results):
+    for group in (sites, budget, experiment, results, trl_scripts):
         group.add_commands(commands)
-    arguments = parser.parse_args(argv)
+    arguments, more = parser.parse_known_args(argv)
+    if more and not getattr(arguments, "takes_more", False):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    arguments.more = more
     try:
         return _run(arguments)
     except BrokenPipeError:  # who reads has closed, as `| head` does; nothing more can be said there

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bem_peft_cli import budget, experiment, results, sites
+from bem_peft_cli import budget, experiment, results, sites, trl_scripts
 
 PAGE = Path(__file__).parent / "reference/command_line.md"
 START, END = "<!-- written by docs/option_tables.py -->", "<!-- end of docs/option_tables.py -->"
@@ -19,7 +19,7 @@ START, END = "<!-- written by docs/option_tables.py -->", "<!-- end of docs/opti
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """Command -> its parser."""
     commands = argparse.ArgumentParser(prog="bem-peft").add_subparsers()
-    for group in (sites, budget, experiment, results):
+    for group in (sites, budget, experiment, results, trl_scripts):
         group.add_commands(commands)
     return dict(commands.choices)
 
