@@ -7,6 +7,7 @@ free sizes this is done on the last, for each choice of the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -115,7 +116,17 @@ def match_budget(
             cost = ModelCost(model, config)
         except ValueError:  # its own sizes do not fit
             cost = ModelCost(model, sizes.smallest())
+    if cost.has_fixed_parts:
+        raise ValueError(
+            f"`config` = {type(config).__name__} with `target_parameters`: a size search knows adapters of modules, and "
+            "this package's of fused experts; set its sizes yourself."
+        )
     goal = {name: target[name] for name in match}
+    if any(map(math.isnan, goal.values())):
+        raise ValueError(
+            f"the anchor {type(anchor).__name__} adapts whole parameters (`target_parameters`), whose update PEFT "
+            "builds at every call however few tokens there are: its FLOPs are none of a token; set match=['params']."
+        )
     if not all(goal.values()):
         raise ValueError(f"the anchor {type(anchor).__name__} costs nothing in {[n for n in goal if not goal[n]]}.")
     search = _Search(sizes, cost, goal)

@@ -9,6 +9,7 @@ meets once for each expert that it reaches; what each expert has of its own coun
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,11 @@ class ModelCost:
         return total
 
     @property
+    def has_fixed_parts(self) -> bool:
+        """Whether it has adapters of whole parameters, whose cost no other size of the config changes here."""
+        return any(part.of_parameters for part in self.parts)
+
+    @property
     def widths(self) -> list[list[int]]:
         """The input widths of the sites of each method, each kind of site once."""
         return [[_width(module) for module in part.modules.values()] for part in self.parts]
@@ -76,6 +82,10 @@ class MethodCost:
         experts: dict[str, _Experts | None] = {}
         base = skeleton.get_base_model()
         layers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+        self.of_parameters = 0  # what PEFT's adapters of whole parameters train, as the config gives their size
+        for name in [name for name, module in layers.items() if _adapts_a_parameter(module)]:
+            trained = [p.numel() for p in layers.pop(name).parameters() if p.requires_grad]
+            self.of_parameters += sum(trained)
         for name, module in layers.items():
             experts[name] = _experts_of(name, module)
             inner = _projection_of(name, module)
@@ -99,7 +109,11 @@ class MethodCost:
 
     def __call__(self, config: PeftConfig) -> dict[str, float]:
         """Raises ValueError where the sizes do not fit a site."""
-        total = {"params": 0.0, "flops": 0.0}
+        total = {"params": float(self.of_parameters), "flops": math.nan if self.of_parameters else 0.0}
+        if self.of_parameters and repr(config) != self.as_given:
+            raise ValueError(
+                "`target_parameters`: a size search knows adapters of modules alone; set the sizes yourself."
+            )
         for name, count in self.counts.items():
             params, flops = self._one_site(name, config)
             total["params"] += params * count
@@ -110,7 +124,7 @@ class MethodCost:
         site = _Site(copy.deepcopy(self.modules[name]))
         changed = copy.deepcopy(config)
         changed.target_modules, changed.task_type = {"site"}, None
-        for field_name in ("layers_to_transform", "exclude_modules", "modules_to_save", "sites"):
+        for field_name in ("layers_to_transform", "exclude_modules", "modules_to_save", "sites", "target_parameters"):
             if hasattr(changed, field_name):
                 setattr(changed, field_name, None)
         for field_name in ("rank_pattern", "alpha_pattern"):
@@ -185,11 +199,14 @@ def _projection_of(name: str, layer: BaseTunerLayer) -> nn.Module:
     if not isinstance(getattr(inner, "weight", None), torch.Tensor):
         raise ValueError(
             f"{name}: a size search knows projections and this package's adapters of fused experts, and this is a "
-            f"{type(inner).__name__}, whose adapter (`target_parameters`) is built anew at every call, however few "
-            "tokens there are: its FLOPs are none of a token. Count the adapted model (`count_parameters`, "
-            "`count_flops`), or take an anchor with the same parameters at projections."
+            f"{type(inner).__name__}: set the sizes yourself, and count the adapted model (`count_parameters`)."
         )
     return inner
+
+
+def _adapts_a_parameter(layer: BaseTunerLayer) -> bool:
+    """Whether this is PEFT's adapter of a whole parameter (`target_parameters`), of all experts for instance."""
+    return hasattr(layer, "parameter_name") and not hasattr(layer, "experts_site")
 
 
 def _width(module: nn.Module) -> int:

@@ -99,10 +99,21 @@ def test_a_size_search_meets_a_dense_anchor(sharing: str) -> None:
     assert found.is_met, str(found)
 
 
+def test_pefts_lora_of_all_experts_is_an_anchor_for_parameters() -> None:
+    """Its FLOPs are none of a token; as the config that is sized it is refused."""
+    anchor = LoraConfig(r=2, target_modules=["o_proj"], target_parameters=["experts.down_proj"])
+    trained = count_parameters(get_peft_model(with_products("eager"), copy.deepcopy(anchor))).trainable
+    config = KroneckerConfig(expert_sharing="each", u_rank=2, v_rank=2)
+    found = match_budget(with_products("eager"), config, anchor, match=["params"])
+    assert found.anchor == {"params": trained}
+    assert found.is_met, str(found)
+    with pytest.raises(ValueError, match=r"`target_parameters`.*however few tokens.*match=\['params'\]"):
+        match_budget(with_products("eager"), config, anchor)
+    with pytest.raises(ValueError, match="`config` = LoraConfig with `target_parameters`"):
+        match_budget(with_products("eager"), anchor, LoraConfig(r=2, target_modules=["o_proj"]), match=["params"])
+
+
 def test_what_a_search_cannot_know_is_named() -> None:
-    by_parameter = LoraConfig(r=4, target_modules=[], target_parameters=["experts.down_proj"])
-    with pytest.raises(ValueError, match=r"`target_parameters`.*however few tokens"):
-        match_budget(with_products("eager"), KroneckerConfig(u_rank=2), by_parameter)
     unknown = with_products("eager")
     unknown.config.__dict__["num_experts_per_tok"] = None
     with pytest.raises(ValueError, match="does not say how many experts a token reaches"):

@@ -94,9 +94,14 @@ def upcycled(implementation: str) -> nn.Module:
     return model.to(dtype_of(implementation))
 
 
+def film_static(**changes: Any) -> Any:
+    return ResidualFiLMConfig(mode="static", max_beta=0.0, sites=["mlp_down"], **changes)
+
+
 def adapted(model: nn.Module, method: str, **changes: Any) -> nn.Module:
     dtype = next(model.parameters()).dtype
-    found = get_peft_model(model, CONFIGS[method](task_type="CAUSAL_LM", **changes)).to(dtype)
+    make = film_static if method == "film_static" else CONFIGS[method]
+    found = get_peft_model(model, make(task_type="CAUSAL_LM", **changes)).to(dtype)
     randomize(found)
     return found.eval()
 
@@ -545,6 +550,17 @@ def test_what_is_kept_in_a_scope_is_each_experts_own_and_current(
             assert torch.equal(found, copy.deepcopy(model)(ids).logits)
             assert not torch.equal(found, expected)
             expected = found
+
+
+@pytest.mark.parametrize("sharing", ["shared", *OWN])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_static_pt4_merges_into_every_experts_weight(kind: str, sharing: str) -> None:
+    """GPT-OSS has biases, which its factor multiplies as well."""
+    ids, model = tokens(), adapted(small(kind).double(), "film_static", expert_sharing=sharing)
+    expected = model(ids).logits
+    plain = small(kind).double()(ids).logits
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, rtol=0, atol=2e-7)  # bounds in float32
+    assert (expected - plain).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("sharing", ["shared", *OWN])
