@@ -118,8 +118,8 @@ def match_budget(
             cost = ModelCost(model, sizes.smallest())
     if cost.has_fixed_parts:
         raise ValueError(
-            f"`config` = {type(config).__name__} with `target_parameters`: a size search knows adapters of modules, and "
-            "this package's of fused experts; set its sizes yourself."
+            f"`config` = {type(config).__name__} with `target_parameters`: a size search knows adapters of modules, "
+            "and this package's of fused experts; set its sizes yourself."
         )
     goal = {name: target[name] for name in match}
     if any(map(math.isnan, goal.values())):
