@@ -18,6 +18,7 @@ from bem_peft import (
     HeadGroupGatingConfig,
     KroneckerConfig,
     ResidualFiLMConfig,
+    penalty_values,
     use_kernels,
 )
 from bem_peft.upstream import cache_argument, cache_of
@@ -43,9 +44,10 @@ def fresh_compiler() -> Iterator[None]:
     use_kernels("auto")
 
 
-def adapted(name: str) -> Any:
+def adapted(config: str | PeftConfig) -> Any:
     torch.manual_seed(0)
-    model = get_peft_model(llama(max_position_embeddings=128), copy.deepcopy(CONFIGS[name]))
+    given = copy.deepcopy(CONFIGS[config] if isinstance(config, str) else config)
+    model = get_peft_model(llama(max_position_embeddings=128), given)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "bem_" in parameter_name:
@@ -144,3 +146,86 @@ def test_no_call_waits_for_the_device(name: str) -> None:
                     site(x)
     with pytest.raises(AssertionError, match="waits for the device"), NoHostRead():
         torch.ones(1).item()
+
+
+PENALISED: dict[str, PeftConfig] = {
+    "PT1": HeadGroupGatingConfig(
+        num_groups=2, rank_per_group=3, decorrelation_strength=0.3, decorrelation_anneal_steps=9,
+        gate_entropy_strength=0.2,
+    ),
+    "PT2": DynamicRankMaskConfig(total_rank=8, active_rank=3, balance_strength=0.5),
+    "PT3": KroneckerConfig(u_rank=3, v_rank=5, orthogonality_strength=0.5, diversity_strength=0.3),
+}  # fmt: skip
+
+
+def penalised_steps(model: Any, call: Any, **given: Any) -> tuple[list[dict[str, torch.Tensor]], dict[str, float]]:
+    """The gradients of three calls, padded otherwise each time, and the penalties' values of the last."""
+    model.train()
+    gradients = []
+    for i, ids in enumerate(batches()[:3]):
+        mask = torch.ones_like(ids)
+        mask[0, 12 - i :] = 0
+        penalty_values(model)
+        model.zero_grad()
+        call(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), **given).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    return gradients, penalty_values(model)
+
+
+def penalised(name: str, *, is_on: bool = True) -> Any:
+    config = copy.deepcopy(PENALISED[name])
+    if not is_on:
+        for field in ("decorrelation", "gate_entropy", "balance", "orthogonality", "diversity"):
+            if hasattr(config, f"{field}_strength"):
+                setattr(config, f"{field}_strength", 0.0)
+    return adapted(config)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("items", [None, 31])
+@pytest.mark.parametrize("name", list(PENALISED))
+def test_penalties_are_compiled_into_the_one_graph_with_eager_gradients(name: str, items: int | None) -> None:
+    given = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
+    expected, values = penalised_steps(model := penalised(name), model, **given)
+    counter = CompileCounterWithBackend("aot_eager")
+    model = penalised(name)
+    found, compiled_values = penalised_steps(model, torch.compile(model, backend=counter, fullgraph=True), **given)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert compiled_values == pytest.approx(values, rel=1e-5)
+    assert values["penalty/total"] > 0.01
+    without, _ = penalised_steps(model := penalised(name, is_on=False), model, **given)
+    assert any(not torch.allclose(without[0][n], g, rtol=1e-2, atol=1e-5) for n, g in expected[0].items())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(PENALISED))
+@pytest.mark.parametrize("how", ["layers", "checkpointing"])
+def test_penalties_of_a_model_that_is_compiled_in_part_have_eager_gradients(name: str, how: str) -> None:
+    """Layer by layer, and in the pieces that gradient checkpointing leaves, where blocks run again."""
+
+    def model_of() -> Any:
+        model = penalised(name)
+        if how == "checkpointing":
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        return model
+
+    expected, values = penalised_steps(model := model_of(), model)
+    model = model_of()
+    call = model
+    if how == "layers":
+        for layer in model.get_base_model().model.layers:
+            layer.compile(backend="aot_eager", fullgraph=True)
+    else:
+        call = torch.compile(model, backend="aot_eager")
+    found, compiled_values = penalised_steps(model, call)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert compiled_values == pytest.approx(values, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_penalty_without_the_models_own_loss_is_refused() -> None:
+    model = penalised("PT3").train()
+    with pytest.raises(RuntimeError, match="this call has none: give the model `labels`"):
+        torch.compile(model, backend="eager")(input_ids=batches()[0])

@@ -79,7 +79,7 @@ def repeat_rows(value: torch.Tensor, batch: int) -> torch.Tensor:
     return value.repeat_interleave(batch // given, dim=0)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Frame:
     """What a call sees. ambient: what holds for each call inside a `with` block or a `generate`."""
 
@@ -87,11 +87,15 @@ class Frame:
     values: CallValues
     outer: Frame | None
     is_traced: bool = False  # put there by a compiled region
+    is_over: bool = False  # taken away by a compiled region, which cannot write the context variable
 
     @property
     def is_empty(self) -> bool:
         held = self.ambient, self.values
-        return all(v.retrieval_quality is None and v.retrieval_scores is None and v.adapter_names is None for v in held)
+        return all(
+            v.retrieval_quality is None and v.retrieval_scores is None and v.adapter_names is None and v.penalty is None
+            for v in held
+        )
 
 
 NOTHING = CallValues()
@@ -112,11 +116,13 @@ class CallFrames:
     def frame(self) -> Frame | None:
         """The innermost call or `with` block around us."""
         if is_compiling():
-            if self.traced is not None and not self.traced.is_empty and not self.is_read_compiled:
+            if self.traced is not None and not (self.traced.is_traced or self.traced.is_empty or self.is_read_compiled):
                 self.is_read_compiled = True
             return self.traced
         found = _frames.get()
         frame = None if found is None else found.get(self)
+        while frame is not None and frame.is_over:
+            frame = frame.outer
         if frame is None and self.traced is not None and self.traced.is_traced:
             return self.traced  # we run between two compiled parts of one call
         return frame
@@ -144,6 +150,8 @@ class CallFrames:
         if frame is not None:
             if not is_compiling():
                 self._count(-1, frame)
+            else:
+                frame.is_over = True
             self._restore(frame.outer)
 
     def _restore(self, frame: Frame | None) -> None:
@@ -162,9 +170,9 @@ class CallFrames:
         if change > 0 and self.is_read_compiled and len(self.threads) > 1 and not frame.is_empty:
             self._count(-1, frame)
             raise RuntimeError(
-                "a compiled region of the model reads values of the call (retrieval, adapter names), and two threads "
-                "call the model at once: it could read the other one's. Compile the whole model, or none of it, or "
-                "call it from one thread."
+                "a compiled region of the model reads values of the call (retrieval, adapter names, penalties), and "
+                "two threads call the model at once: it could read the other one's. Compile the whole model, or none "
+                "of it, or call it from one thread."
             )
 
     @contextmanager

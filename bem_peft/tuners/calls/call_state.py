@@ -130,13 +130,36 @@ class _EndCall:
     def __init__(self, state: CallState) -> None:
         self.state = state
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         penalty = self.state.values.penalty
-        if penalty is not None:
-            loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
-            if isinstance(loss, torch.Tensor) and loss.requires_grad and loss.dim() == 0:
-                loss.register_hook(penalty.receive_loss_gradient)
         self.state.pop()
+        if penalty is not None and output is not None:  # None: the forward pass raised
+            loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
+            own = loss if isinstance(loss, torch.Tensor) and loss.requires_grad and loss.dim() == 0 else None
+            if penalty.compiled:
+                output = _with_loss(output, penalty.with_compiled(_required(own)))
+                self.state.log.record_compiled(penalty.compiled)
+            if own is not None and not torch.compiler.is_compiling():
+                own.register_hook(penalty.receive_loss_gradient)
+            penalty.is_over = True
+        return output
+
+
+def _with_loss(output: Any, loss: torch.Tensor) -> Any:
+    """The output of a model with another loss."""
+    if isinstance(output, tuple):
+        return loss, *output[1:]
+    output["loss"] = loss
+    return output
+
+
+def _required(loss: torch.Tensor | None) -> torch.Tensor:
+    if loss is None:
+        raise RuntimeError(
+            "a penalty that is compiled reaches the gradient by the model's own loss, and this call has none: give the "
+            "model `labels`, or train without torch.compile."
+        )
+    return loss
 
 
 def _bind_checkpointing(model: nn.Module, state: CallState) -> None:

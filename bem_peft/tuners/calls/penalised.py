@@ -34,18 +34,19 @@ class Penalised(nn.Module):
         """y, carrying `strength * value` to the gradient; `once`: the value is of parameters alone.
 
         Raises:
-            RuntimeError: the call did not go through the model, or is being compiled.
+            RuntimeError: the call did not go through the model.
         """
         call = self.call.values.penalty
-        if torch.compiler.is_compiling():
-            raise RuntimeError(f"a penalty ({name}) cannot be compiled: train without torch.compile, or set it to 0.")
         if call is None:
             raise RuntimeError(
                 f"{self.site_name} has a penalty ({name}) and was called without its model: call the whole model."
             )
-        weighted = strength * value
+        weighted, owner = strength * value, (self.site_name, id(self), name) if once else None
+        if torch.compiler.is_compiling():
+            call.add_compiled(name, self.site_name, value, weighted, owner)
+            return y
         self.call.log.record(name, self.site_name, value, weighted)
-        return carry(y, weighted, call, (self.site_name, id(self), name) if once else None)
+        return carry(y, weighted, call, owner)
 
     def sequences(self, tokens: int) -> Sequences:
         """The sequences that the site's rows belong to. Raises RuntimeError where the call does not tell them."""

@@ -9,6 +9,9 @@ A loss that somebody else computes from the logits (DPO, label smoothing) leaves
 training loop is known to do: 1 / accumulation steps, times the float16 scale, as accelerate's shared state and
 transformers' Trainer tell (`LoopScale`). A call's penalty depends on that call alone: two calls whose losses are added
 carry two, as two losses with their penalties would, and a forward pass that is never used changes nothing.
+
+A compiled layer cannot read a graph that is yet to be built. Its penalties wait for the model's own loss, L, which
+becomes L + (w p - c), c the number w p is: L to the last bit, and the gradient a w with it.
 """
 
 from __future__ import annotations
@@ -116,6 +119,9 @@ class LoopScale:
         return (1.0 if self.scaler is None else float(self.scaler.get_scale())) / steps
 
 
+Entry = tuple[str, str, torch.Tensor, torch.Tensor]  # a penalty: its name, its site, its value, and times its strength
+
+
 @dataclass(eq=False)
 class PenaltyCall:
     """One forward pass in training: its sequences, and what its penalties are multiplied by."""
@@ -127,6 +133,24 @@ class PenaltyCall:
     loss_gradient: torch.Tensor | None = None
     factor: torch.Tensor | None = None
     owners: dict[object, object] = field(default_factory=dict)
+    compiled: list[Entry] = field(default_factory=list)  # penalties of compiled layers, which wait for the loss
+    is_over: bool = False  # what runs now is a block under gradient checkpointing, again
+
+    def add_compiled(self, name: str, site: str, value: torch.Tensor, weighted: torch.Tensor, owner: object) -> None:
+        """A penalty of a compiled layer; that of an `owner` counts once."""
+        if self.is_over:
+            return
+        if owner is None or owner not in self.owners:
+            self.compiled.append((name, site, value, weighted))
+        if owner is not None:
+            self.owners[owner] = None
+
+    def with_compiled(self, loss: torch.Tensor) -> torch.Tensor:
+        """loss, whose gradient is also that of the compiled penalties, w of them."""
+        total = torch.stack([weighted.to(loss) for _, _, _, weighted in self.compiled]).sum()
+        if self.step_share is not None:
+            total = total * self.step_share.to(total)
+        return loss + (total - total.detach())
 
     def receive_loss_gradient(self, gradient: torch.Tensor) -> None:
         """The hook on the model's own loss; it runs before the backward pass of any layer."""
@@ -207,10 +231,23 @@ def _stack(
 
 
 class PenaltyLog:
-    """Means of the penalties' values since they were last read; nothing is synchronised until then."""
+    """Means of the penalties' values since they were last read; nothing is synchronised until then.
+
+    Of a compiled model the values of its last call alone: a mean would have it compiled anew at each step.
+    """
 
     def __init__(self) -> None:
         self.entries: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, int]] = {}
+        self.compiled: tuple[Entry, ...] = ()
+
+    def record_compiled(self, entries: list[Entry]) -> None:
+        """What compiled layers found in a call."""
+        found = tuple((name, site, value.detach(), weighted.detach()) for name, site, value, weighted in entries)
+        if torch.compiler.is_compiling():
+            self.compiled = found
+        else:
+            for entry in found:
+                self.record(*entry)
 
     def record(self, name: str, site: str, value: torch.Tensor, weighted: torch.Tensor) -> None:
         value, weighted = value.detach().float(), weighted.detach().float()
@@ -224,6 +261,9 @@ class PenaltyLog:
         """{"penalty/<name>": mean over calls and sites, "penalty/total": what was added to the loss}; forgets them."""
         values: dict[str, list[float]] = {}
         total = 0.0
+        for entry in self.compiled:
+            self.record(*entry)
+        self.compiled = ()
         for (name, _), (value, weighted, count) in self.entries.items():
             values.setdefault(f"penalty/{name}", []).append(float(value) / count)
             total += float(weighted) / count
