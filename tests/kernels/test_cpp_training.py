@@ -59,11 +59,9 @@ def in_float64(adapter: Adapter, dtype: torch.dtype) -> tuple[Adapter, tuple[tor
         if wide.hadamard:
             h = torch.from_numpy(scipy.linalg.hadamard(size)).double() / size**0.5
             a, b = h @ a, h @ b
-        weights = [rounded(a).t(), rounded(b)]
-        if wide.has_value_gate:
-            weights.append(wide.C.t() * size**0.5)
-        if not wide.is_task_mask:
-            weights.append(wide.mask_weight.t() * size**0.5)
+        control = [wide.C.t()] if wide.has_value_gate else []
+        control += [] if wide.is_task_mask else [wide.mask_weight.t()]
+        weights = [rounded(a).t(), rounded(b), torch.cat(control, dim=1) * size**0.5]
     elif isinstance(adapter, KroneckerAdapter):
         weights = [rounded(wide.U), rounded(wide.V), rounded(wide.B).t()]
     else:
