@@ -45,9 +45,14 @@ def config_class(method: str) -> type[PeftConfig] | None:
     return known.get(name) or known.get(f"bem_{name}") or others.get(name)
 
 
+def own_method_names() -> tuple[str, ...]:
+    """The methods of bem_peft, as METHOD is written."""
+    return tuple(name.removeprefix("bem_") for name in registry.own_methods())
+
+
 def method_names() -> str:
     """Every method that PEFT knows now, as METHOD is written, ours first."""
-    own = [name.removeprefix("bem_") for name in registry.own_methods()]
+    own = own_method_names()
     others = sorted(set(registry.config_classes()) - set(registry.own_methods()))
     return f"{', '.join(own)}; of PEFT: {', '.join(others)}"
 
@@ -76,7 +81,7 @@ def parse_adapter(text: str) -> PeftConfig:
         if not equals:
             raise AdapterSpecError(f"{part!r}: write field=value.")
         values[name.strip()] = _value(value.strip(), part)
-    return _config(values, text)
+    return config_of(values, text)
 
 
 def adapter_text(config: PeftConfig) -> str:
@@ -122,7 +127,15 @@ def _fields(text: str) -> list[str]:
     return [part for part in (*found, text[start:]) if part.strip()]
 
 
-def _config(values: Mapping[str, Any], text: str) -> PeftConfig:
+def config_of(values: Mapping[str, Any], text: str) -> PeftConfig:
+    """The config of {method: kronecker, u_rank: 8, ...}; a composite's `methods` are such mappings too.
+
+    Args:
+        text: what the messages name, as the line that the values were read from.
+
+    Raises:
+        AdapterSpecError: an unknown method or field, or values that the config refuses.
+    """
     fields = dict(values)
     method = str(fields.pop("method", None))
     cls = config_class(method)
@@ -138,7 +151,7 @@ def _config(values: Mapping[str, Any], text: str) -> PeftConfig:
     if isinstance(targets, str) and targets != "all-linear" and not REGULAR.search(targets):
         fields["target_modules"] = [targets]
     if isinstance(fields.get("methods"), list):
-        fields["methods"] = [_config(part, text) if isinstance(part, dict) else part for part in fields["methods"]]
+        fields["methods"] = [config_of(part, text) if isinstance(part, dict) else part for part in fields["methods"]]
     try:
         return cls(**fields)
     except (ValueError, TypeError) as error:
