@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "budget": {"budget"},  # serves every method, and knows none
     "evaluation": {"evaluation", "budget"},  # likewise
     "training": {"training", "budget", "tuners", "kernels"},
+    "integrations": {"integrations", "tuners"},  # plugins, imported by the trainers of others
     "experiments": {"experiments", "training", "evaluation", "budget", "tuners", "kernels", "sites"},
 }
 EVERYWHERE = {

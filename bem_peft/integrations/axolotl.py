@@ -67,7 +67,9 @@ def _refuse_keys_of_lora(cfg: Mapping[str, Any]) -> None:
     for key, value in cfg.items():
         is_of_lora = key.startswith(("lora_", "peft_")) or key in ("peft", "relora", "loraplus_lr_ratio")
         if is_of_lora and key not in _FOR_ALL and value not in (None, False, 0):  # Axolotl sets lora_dropout to 0
-            raise ValueError(f"{key} = {value!r}: tells of a LoRA and would do nothing; the fields stand in `bem_peft`.")
+            raise ValueError(
+                f"{key} = {value!r}: tells of a LoRA and would do nothing; the fields stand in `bem_peft`."
+            )
 
 
 def _plain(value: Any) -> Any:

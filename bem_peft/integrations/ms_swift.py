@@ -35,7 +35,7 @@ class BemTuner(PeftTuner):
 
     config: PeftConfig
 
-    @classmethod
+    @classmethod  # ms-swift calls it on the class
     def prepare_model(cls, args: Any, model: nn.Module) -> nn.Module:
         """The adapted model.
 
@@ -46,14 +46,16 @@ class BemTuner(PeftTuner):
             default = field.default_factory() if callable(field.default_factory) else field.default
             value = getattr(args, field.name)
             if value != default and str(value).lower() != default:  # ms-swift makes True of "true"
-                raise ValueError(f"--{field.name} {value}: would do nothing with --tuner_type {args.tuner_type}; remove it.")
+                raise ValueError(
+                    f"--{field.name} {value}: would do nothing with --tuner_type {args.tuner_type}; remove it."
+                )
         if cls.config.task_type is None:
             cls.config.task_type = args.task_type.upper()
         return get_peft_model(model, cls.config)
 
     @staticmethod
     def save_pretrained(
-        model: nn.Module, save_directory: str, state_dict: dict[str, Any] | None = None,
+        model: Any, save_directory: str, state_dict: dict[str, Any] | None = None,
         safe_serialization: bool = True, **kwargs: Any,
     ) -> None:  # fmt: skip
         """As PeftTuner, with the `state_dict` that DeepSpeed and FSDP have gathered, which that leaves out."""
