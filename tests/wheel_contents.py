@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("bem_peft", "bem_peft_cli")
-# each asks for a file that is no Python, or for a part that loads late
+# each asks for a file that is no Python, or for a part that loads late; a front end's plugin is imported where that is
 PROGRAM = """
 import importlib, pkgutil, sys
 from pathlib import Path
@@ -25,7 +25,8 @@ folder = Path(sys.argv[1]).resolve()
 for package in (bem_peft, bem_peft_cli):
     assert folder in Path(package.__file__).resolve().parents, package.__file__
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        if ".triton_" not in module.name and not module.name.endswith("__main__"):
+        plugin = module.name.startswith("bem_peft.integrations.")
+        if ".triton_" not in module.name and not plugin and not module.name.endswith("__main__"):
             importlib.import_module(module.name)
 for name in bem_peft.__all__:
     getattr(bem_peft, name)
