@@ -393,9 +393,19 @@ def test_unknown_module_that_writes_into_the_residual_is_named() -> None:
 def test_command_prints_the_sites_of_a_type(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sites", "gpt_oss"]) == 0
     out = capsys.readouterr().out
-    assert "model.layers.*.self_attn.o_proj  attention  4096 -> 2880  64     36" in out
-    assert "36 sites in 36 blocks" in out
-    assert "no site: model.layers.*.mlp.experts.down_proj" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["attention_output", "model.layers.*.self_attn.o_proj", *"attention 4096 -> 2880 64 36".split()] in lines
+    experts = "model.layers.*.mlp.experts (down_proj) 128 experts, 4 a token 2880 -> 2880 - 36"
+    assert ["mlp_down", *experts.split()] in lines
+    assert "72 sites in 36 blocks" in out
+
+
+def test_command_says_what_is_no_site(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sites", "dbrx"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "no site: transformer.blocks.*.ffn.experts.mlp.w2 (x24), W_down of all experts: all experts stand side" in out
+    )
 
 
 def test_command_reads_the_config_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
