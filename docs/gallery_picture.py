@@ -6,10 +6,10 @@ python docs/gallery_picture.py --write
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from pathlib import Path
+
+from written_page import write_or_check
 
 GALLERY = Path(__file__).parent / "gallery"
 PAGE, PICTURE = GALLERY / "README.md", GALLERY / "differences.svg"
@@ -74,15 +74,8 @@ def picture() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true")
-    is_writing, text = parser.parse_args().write, picture()
-    is_stale = not PICTURE.exists() or PICTURE.read_text(encoding="utf-8") != text
-    if is_writing:
-        PICTURE.write_text(text, encoding="utf-8")
-    elif is_stale:
-        print(PICTURE, "is not what the page says: python docs/gallery_picture.py --write")
-    sys.exit(is_stale and not is_writing)
+    stale = "is not what the page says: python docs/gallery_picture.py --write"
+    write_or_check(PICTURE, picture(), stale, __doc__)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ python docs/option_tables.py --write
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+
+from written_page import write_or_check
 
 from bem_peft_cli import budget, experiment, results, sites, trl_scripts
 
@@ -53,15 +54,8 @@ def written() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true")
-    is_writing, text = parser.parse_args().write, written()
-    is_stale = PAGE.read_text(encoding="utf-8") != text
-    if is_writing:
-        PAGE.write_text(text, encoding="utf-8")
-    elif is_stale:
-        print(PAGE, "has other options than the command line: python docs/option_tables.py --write")
-    sys.exit(is_stale and not is_writing)
+    stale = "has other options than the command line: python docs/option_tables.py --write"
+    write_or_check(PAGE, written(), stale, __doc__)
 
 
 if __name__ == "__main__":

@@ -148,9 +148,7 @@ def _write_gguf(lora: LoraTensors, folder: Path) -> None:
 
 def _write_mlx(lora: LoraTensors, folder: Path) -> None:
     """adapters.safetensors and adapter_config.json; lora_a is (in, r), lora_b (r, out)."""
-    parts = {name: BLOCK.fullmatch(name) for name in lora.factors}
-    places = {name: (found[1], found[2]) for name, found in parts.items() if found is not None}
-    keys = sorted({key for _, key in places.values()})
+    keys = sorted({BLOCK.sub(r"\2", name) for name in lora.factors})
     tensors = {}
     for name, (a, b) in lora.factors.items():
         tensors[f"{name}.lora_a"] = a.t().float().contiguous().cpu()
