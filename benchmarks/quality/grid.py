@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -74,14 +74,19 @@ def best_rate(losses: Losses, task: str, system: str) -> int | None:
     return min(found, key=lambda k: (found[k], k))
 
 
-def wanted_runs(losses: Losses, tasks: Sequence[str]) -> Iterator[Run]:
-    """What is to be run now, task by task, searches first; runs whose rate is not known yet come once it is."""
-    for task in tasks:
-        for system in systems_of(task):
-            for k in next_rates(losses, task, system):
-                yield Run(task, system, k, GRID["search"]["seed"])
-        for seed in GRID["seeds"]:
-            for system in systems_of(task):
-                best = best_rate(losses, task, system)
-                if best is not None and Run(task, system, best, seed) not in losses:
-                    yield Run(task, system, best, seed)
+def wanted_runs(losses: Losses, tasks: Sequence[str], names: Collection[str] = GRID["systems"]) -> Iterator[Run]:
+    """What is to be run now of these systems: those of all tasks first; task by task, searches before seeds.
+
+    Runs whose rate is not known yet come once it is.
+    """
+    for of_all in (True, False):
+        for task in tasks:
+            systems = [s for s in systems_of(task) if s in names and ("tasks" not in GRID["systems"][s]) == of_all]
+            for system in systems:
+                for k in next_rates(losses, task, system):
+                    yield Run(task, system, k, GRID["search"]["seed"])
+            for seed in GRID["seeds"]:
+                for system in systems:
+                    best = best_rate(losses, task, system)
+                    if best is not None and Run(task, system, best, seed) not in losses:
+                        yield Run(task, system, best, seed)

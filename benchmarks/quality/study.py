@@ -1,6 +1,6 @@
 """Run the quality study, from where it stands.
 
-    python benchmarks/quality/study.py CHECKPOINT [--minutes 150] [--jobs 2] [--tasks verses records definitions]
+    python benchmarks/quality/study.py CHECKPOINT [--minutes 150] [--jobs 2] [--tasks verses] [--systems lora_o pt1_o]
     python benchmarks/quality/study.py CHECKPOINT --list
 
 CHECKPOINT is a folder of SmolLM2-135M-Instruct (examples/smollm2.py makes it). What is to be run stands in grid.yaml;
@@ -179,7 +179,7 @@ def work_through(options: argparse.Namespace, work: Path, deadline: float, commi
     """Run what is wanted until the deadline; a search whose next rate depends on a run of another job is waited for."""
     slices = work / "slices"
     while time.time() < deadline:
-        wanted = list(wanted_runs(losses(), options.tasks))
+        wanted = list(wanted_runs(losses(), options.tasks, options.systems))
         if not wanted:
             return
         run = next((run for run in wanted if claim(run, work)), None)
@@ -197,12 +197,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="no run is begun after these")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--tasks", nargs="+", choices=list(GRID["tasks"]), default=list(GRID["tasks"]))
+    parser.add_argument("--systems", nargs="+", choices=list(GRID["systems"]), default=list(GRID["systems"]))
     parser.add_argument("--list", action="store_true", help="print what is to be run now, and run nothing")
     parser.add_argument("--job", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.list:
-        for run in wanted_runs(losses(), options.tasks):
+        for run in wanted_runs(losses(), options.tasks, options.systems):
             print(run.name)
         return
     commit = clean_commit(("bem_peft", ":(glob)benchmarks/quality/*.py", f"{HERE / 'grid.yaml'}", f"{DATA}"))
@@ -216,6 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_slices(task, work / "slices")
     environment = {"BEM_PEFT_KERNELS": "cpp", **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, str(Path(options.checkpoint).resolve()), "--tasks", *options.tasks]
+    command += ["--systems", *options.systems]
     jobs = [
         subprocess.Popen([*command, "--job", str(work), "--deadline", str(deadline)], env=environment)
         for _ in range(options.jobs)
