@@ -15,6 +15,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -58,14 +59,16 @@ def _choose(name: str) -> None:
     chosen.is_cpp, chosen.is_triton = name == "cpp", name == "triton"
 
 
-def takes_triton(y: torch.Tensor) -> bool:
-    """Whether an operator that returns a tensor like y runs as Triton's kernel.
+def takes_triton(y: torch.Tensor, *weights: Any) -> bool:
+    """Whether an operator that returns a tensor like y runs as Triton's kernel, which wants tensors as weights.
 
     Raises:
         RuntimeError: y is on a device that Triton's kernels cannot run on.
     """
     if not chosen.is_triton:
         return False
+    if any(not isinstance(weight, torch.Tensor) for weight in weights if weight is not None):
+        return False  # matrices of each expert
     kind = y.device.type
     if kind == "meta" or y.dtype not in TRITON_DTYPES:
         return False

@@ -15,12 +15,12 @@ from bem_peft.kernels import backend
 
 
 def bounded_rows(weight: torch.Tensor, scaling: float, bound: float, dtype: torch.dtype) -> torch.Tensor:
-    """(rows, units) -> (rows, units) in `dtype`, each row's sum of absolute values below `bound`.
+    """(..., rows, units) -> the same in `dtype`, each row's sum of absolute values below `bound`.
 
     The bound is kept in `dtype` as well: rounding may add one part in 1/eps, which is taken off before.
     """
     scaled = weight.float() * scaling
-    rows = scaled / (1.0 + scaled.abs().sum(dim=1, keepdim=True))
+    rows = scaled / (1.0 + scaled.abs().sum(dim=-1, keepdim=True))
     return (rows * (bound * (1.0 - 2.0 * torch.finfo(dtype).eps))).to(dtype)
 
 
@@ -48,7 +48,7 @@ def film_update(
     """
     width = y.shape[1]
     has_each = (gamma_t is None or gamma_t.shape[1] == width) and (beta_t is None or beta_t.shape[1] == width)
-    if has_each and c.shape[0] == y.shape[0] and backend.takes_triton(y):
+    if has_each and c.shape[0] == y.shape[0] and backend.takes_triton(y, gamma_t, beta_t):
         from bem_peft.kernels import triton_film
 
         return triton_film.film_update(y, c, gamma_t, beta_t, is_rms)

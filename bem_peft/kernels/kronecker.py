@@ -29,7 +29,7 @@ def kronecker_update(
     x: torch.Tensor, y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, b_t: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """y' = y + s z B^T, z as above. Args: y (N, out), b_t (u_rank * v_rank, out). Returns: (N, out)."""
-    if backend.takes_triton(y):
+    if backend.takes_triton(y, b_t):
         from bem_peft.kernels import triton_kronecker
 
         return triton_kronecker.kronecker_update(x, y, u, v, b_t, scaling)

@@ -28,7 +28,7 @@ def choice_projection(x: torch.Tensor, a_t: torch.Tensor) -> torch.Tensor:
 
     Its gradients are products in the dtype of x, and nothing is kept for them but x and A^T.
     """
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(a_t, torch.Tensor)
     if is_traced or not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
         return _wide_product(x, a_t)
     z: torch.Tensor = _Projection.apply(x, a_t)
@@ -124,7 +124,7 @@ def masked_update(
     Returns:
         (N, out) in the dtype of y.
     """
-    if backend.takes_triton(y):
+    if backend.takes_triton(y, b_t):
         from bem_peft.kernels import triton_rank_mask
 
         return triton_rank_mask.masked_update(y, z, gate, logits, b_t, k, scaling, temperature, is_soft)

@@ -31,6 +31,7 @@ from bem_peft.kernels.rank_mask import (
 )
 from bem_peft.tuners.base.adapter import SiteShape
 from bem_peft.tuners.base.adapter_config import AdapterConfig, LowRankConfig
+from bem_peft.tuners.base.expert_products import each_rows
 from bem_peft.tuners.base.forms import transposed
 from bem_peft.tuners.base.low_rank import LowRankAdapter, Update, root_of
 from bem_peft.tuners.base.model import AdapterModel
@@ -152,19 +153,25 @@ class DynamicRankMaskAdapter(LowRankAdapter):
             nn.init.normal_(self.B, std=self.B.shape[1] ** -0.5)
 
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """A^T, B^T and, where there is one, the control sqrt(R) [C^T W^T], (R, 2 R), or (R, R) of one of the two."""
+        """A^T, B^T; the control sqrt(R) [C^T W^T], (R, 2 R), or (R, R) of one of the two; a task mask's logits, (1, R).
+
+        A config has one of the last two at least.
+        """
         a: torch.Tensor = self.A
         b: torch.Tensor = self.B
         if self.hadamard:  # H z = (H A) x and B H h = (B H) h
-            a, b = hadamard_transform(a), hadamard_transform(b.t()).t()
+            a = hadamard_transform(a.movedim(-2, 0)).movedim(0, -2)
+            b = hadamard_transform(b.movedim(-1, 0)).movedim(0, -1)
         wide = choice_dtype(dtype, a.device)
         a = a.to(dtype)
-        weights = [(a if torch.is_grad_enabled() else a.to(wide)).t(), transposed(b, dtype)]
+        weights = [(a if torch.is_grad_enabled() else a.to(wide)).mT, transposed(b, dtype)]
         control: list[torch.Tensor] = [self.C] if self.has_value_gate else []
         control += [] if self.is_task_mask else [self.mask_weight]
         if control:
-            both = torch.cat(control) if len(control) > 1 else control[0]
+            both = torch.cat(control, dim=-2) if len(control) > 1 else control[0]
             weights.append(transposed(both.to(wide) * rank_root(a), wide))
+        if self.is_task_mask:
+            weights.append(self.mask_weight.float().unsqueeze(-2))
         return tuple(weights)
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
@@ -183,13 +190,15 @@ class DynamicRankMaskAdapter(LowRankAdapter):
 
     def control(self, z: torch.Tensor, *control: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits W z/rms(z), (N, R), or (1, R) of a task's mask, float32, and tanh(C z/rms(z)), from z (N, R)."""
-        if not control:
-            return self.mask_weight.float().unsqueeze(0), None
+        if self.is_task_mask:
+            logits = each_rows(control[-1])
+            if len(control) == 1:
+                return logits, None
         unit = z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1e-20)
         parts = torch.mm(unit, control[0]).split(z.shape[1], dim=1)
         gate = torch.tanh(parts[0]) if self.has_value_gate else None
         if self.is_task_mask:
-            return self.mask_weight.float().unsqueeze(0), gate
+            return logits, gate
         return parts[-1].float(), gate  # rounded: what is equal but for its sum's order is a tie
 
     @torch.no_grad()
@@ -262,7 +271,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
 
 def rank_root(a: torch.Tensor) -> float:
     """sqrt(R): |z| is sqrt(R) times rms(z)."""
-    return float(a.shape[0]) ** 0.5
+    return float(a.shape[-2]) ** 0.5
 
 
 class DynamicRankMaskModel(AdapterModel, config=DynamicRankMaskConfig, adapter=DynamicRankMaskAdapter):

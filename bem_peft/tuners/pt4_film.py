@@ -176,7 +176,8 @@ class ResidualFiLMAdapter(Braked, Adapter):
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         derived = []
         if not self.is_static:
-            derived += [self.controller_weight.to(dtype).t(), self.controller_bias.to(dtype)]
+            bias = self.controller_bias.to(dtype)
+            derived += [self.controller_weight.to(dtype).mT, bias if bias.dim() == 1 else bias.unsqueeze(-2)]
         if self.clamp_range > 0:
             derived.append(transposed(bounded_rows(self.gamma, self.scaling, self.clamp_range, dtype), dtype))
         if self.max_beta > 0:

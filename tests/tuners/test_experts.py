@@ -26,6 +26,7 @@ from bem_peft import (
     count_parameters,
     find_sites,
 )
+from bem_peft.tuners.base import expert_products
 from bem_peft.tuners.base.expert_layer import AdapterExperts
 from bem_peft.tuners.base.experts import ExpertWeight
 from tests.contract.methods import randomize
@@ -446,10 +447,14 @@ def is_own(name: str, method: str, sharing: str) -> bool:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("picked", [0, 64])
 @pytest.mark.parametrize("sharing", OWN)
 @pytest.mark.parametrize("method", CONFIGS)
-def test_equal_adapters_of_each_expert_are_the_shared_one(method: str, sharing: str, implementation: str) -> None:
+def test_equal_adapters_of_each_expert_are_the_shared_one(
+    method: str, sharing: str, picked: int, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Output in both modes, and the experts' gradients add up to those of the shared adapter."""
+    monkeypatch.setattr(expert_products, "PICKED_ROWS", picked)
     ids, outputs, gradients = tokens(), [], []
     shared = adapted(small("mixtral").to(dtype_of(implementation)), method)
     own = each(small("mixtral").to(dtype_of(implementation)), method, expert_sharing=sharing)
@@ -677,28 +682,32 @@ def test_gates_at_experts_are_not_exported_and_probe_sees_the_experts(tmp_path: 
 
 
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("sharing", ["shared", *OWN])
 @pytest.mark.parametrize("method", CONFIGS)
-def test_a_shared_adapter_compiles_to_one_graph(method: str, implementation: str) -> None:
+def test_an_adapter_compiles_to_one_graph(
+    method: str, sharing: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With few rows and with many."""
     torch.compiler.reset()
     base = small("mixtral").float()
     base.set_experts_implementation(implementation)
-    model, ids = adapted(base, method).float(), tokens()
-    with torch.no_grad():
-        expected = model(ids).logits
-        found = torch.compile(model, backend="aot_eager", fullgraph=True)(ids).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    model = each(base, method, expert_sharing=sharing).float()
+    monkeypatch.setattr(expert_products, "PICKED_ROWS", 32)
+    for ids in (tokens()[:1, :4], tokens(batch=4)):
+        with torch.no_grad():
+            expected = model(ids).logits
+            found = torch.compile(model, backend="aot_eager", fullgraph=True)(ids).logits
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*Graph break:UserWarning")
-@pytest.mark.parametrize(("sharing", "is_split"), [("shared", True), ("each", False)])
-def test_what_no_graph_holds_is_right_under_the_compiler(sharing: str, is_split: bool) -> None:
-    """Which expert has which rows is known by the router's values alone; and experts may be kept out of a graph that
-    holds what is around them."""
+@pytest.mark.parametrize("sharing", ["shared", "each"])
+def test_experts_that_are_kept_out_of_a_graph_are_right(sharing: str) -> None:
     torch.compiler.reset()
     base = small("mixtral").float()
     base.set_experts_implementation("grouped_mm")
     model = each(base, "kronecker", expert_sharing=sharing).float()
-    for layer in [m for m in model.modules() if isinstance(m, AdapterExperts)] if is_split else []:
+    for layer in [m for m in model.modules() if isinstance(m, AdapterExperts)]:
         layer.experts.forward = torch.compiler.disable(layer.experts.forward)
     ids = tokens()
     with torch.no_grad():

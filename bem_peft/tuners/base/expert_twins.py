@@ -1,7 +1,7 @@
 """Adapters of each expert: parameters with a leading axis of experts, and the formula on those of one expert.
 
-The rows of an expert go through a twin of the adapter: the same formula on that expert's parameters, with no state of
-its own. Experts that no row reaches cost nothing; the gradients of all come together in one stack.
+Rows go through a twin of the adapter: the same formula with no state of its own, on one expert's parameters, or on the
+parameters of all with products that take each row's own (`expert_products`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from bem_peft.kept import kept_of
+from bem_peft.tuners.base.expert_products import ExpertRows, is_few
 from bem_peft.tuners.steps.brake import Braked
 
 if TYPE_CHECKING:
@@ -35,8 +37,9 @@ def stack(adapter: Adapter, experts: int, reached: int | None, names: Iterable[s
         adapter._parameters[name] = nn.Parameter(parameter.new_empty(experts, *parameter.shape))
 
 
-def twin(adapter: AdapterT, expert: int, parameters: Mapping[str, torch.Tensor]) -> AdapterT:
-    """The formula of `adapter` on one expert's parameters, without a state of its own: threads share nothing."""
+def twin(adapter: AdapterT, expert: int | None, parameters: Mapping[str, torch.Tensor]) -> AdapterT:
+    """The formula of `adapter` on other parameters, of one expert or of many, without a state of its own: threads share
+    nothing."""
     made: AdapterT = object.__new__(type(adapter))
     made.__dict__.update(adapter.__dict__)
     made.__dict__.update(_parameters=dict(parameters), num_experts=None, stacked=(), has_operator=False)
@@ -89,17 +92,36 @@ def by_expert(adapter: Adapter, x: torch.Tensor, y: torch.Tensor, experts: Any) 
     """y' of rows x, y: the rows of an expert together.
 
     Args:
-        experts: an id, or the ids (N,) of the entries of the first axis.
+        experts: an id, or the ids (N,) of the entries of the first axis; x and y may have rows of each.
     """
     if adapter.is_watched and not torch.compiler.is_compiling():
         adapter.before_forward()
     if adapter.carries_penalties(y):
         y = adapter.carry_parameter_penalties(y)
     ids = torch.as_tensor(experts)
+    if ids.numel() == 0:
+        return y
     if ids.numel() == 1:
         return reached(adapter, [int(ids)])[0].forward(x, y)
+    shape, ids = y.shape, ids.repeat_interleave(y.shape[1:-1].numel())  # an id for each row
+    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    if is_few(ids):
+        return with_rows(adapter, ids).forward(x, y).view(shape)
     order = ids.argsort(stable=True)
-    present, counts = (part.tolist() for part in ids[order].unique_consecutive(return_counts=True))
-    rows = zip(reached(adapter, present), x[order].split(counts), y[order].split(counts), strict=True)
-    found = torch.cat([expert.forward(rows_x, rows_y) for expert, rows_x, rows_y in rows])
-    return torch.empty_like(found).index_copy(0, order, found)
+    found = with_rows(adapter, ids[order]).forward(x[order], y[order])
+    return torch.empty_like(found).index_copy(0, order, found).view(shape)
+
+
+def with_rows(adapter: AdapterT, ids: torch.Tensor) -> AdapterT:
+    """The formula of `adapter` on rows of the experts `ids`, sorted unless they are few."""
+    assert adapter.num_experts is not None
+    held: dict[str, torch.Tensor] = {name: p for name, p in adapter._parameters.items() if p is not None}
+    # without gradients, and where nothing is kept, only the matrices that a row needs are derived
+    has_picked = (
+        is_few(ids) and not torch.is_grad_enabled() and (torch.compiler.is_compiling() or kept_of(adapter) is None)
+    )
+    if has_picked:
+        held.update({name: held[name][ids] for name in adapter.stacked})
+    made = twin(adapter, None, held)
+    made.__dict__.update(rows=ExpertRows(ids, adapter.num_experts, has_picked))
+    return made

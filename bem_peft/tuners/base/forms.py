@@ -15,6 +15,7 @@ from bem_peft.kept import Kept, kept_of
 from bem_peft.kernels import backend, cpp
 from bem_peft.kernels.plain_call import is_plain_call, is_plain_thread
 from bem_peft.tuners.base.cpp_forms import CPP_FORMS
+from bem_peft.tuners.base.expert_products import ExpertRows, of_each
 from bem_peft.tuners.calls.attention_stats import AttentionRows
 from bem_peft.tuners.calls.penalised import Penalised
 from bem_peft.tuners.steps.optimizer_hooks import Watched
@@ -28,11 +29,11 @@ SITE = "site"  # what else a scope keeps: the operator of `kernels.cpp` for thes
 
 
 def transposed(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """B (out, r) -> (r, out) in `dtype`; laid out anew where it is kept (no gradient), a view where it is not.
+    """B (..., out, r) -> (..., r, out) in `dtype`; laid out anew where it is kept (no gradient), else a view.
 
     For the wide side only: a product with A^T is faster from A's own layout.
     """
-    turned = weight.to(dtype).t()
+    turned = weight.to(dtype).mT
     return turned if torch.is_grad_enabled() else turned.contiguous()
 
 
@@ -59,9 +60,11 @@ class Formula(Penalised, Watched):
     observer: list[torch.Tensor] | None = None  # takes PT2's masks
     twin_of: Formula | None = None  # whose parameters, of one `expert`, these are: see `expert_twins`
     expert: int | None = None
+    rows: ExpertRows | None = None  # or of each row's own expert
 
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """What `transform` reads, in `dtype`, as a function of the parameters."""
+        """What `transform` reads, in `dtype`, as a function of the parameters: matrices, of parameters of each expert
+        (E, ...) stacks of them."""
         raise NotImplementedError
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
@@ -125,6 +128,8 @@ class Formula(Penalised, Watched):
         inputs, rows = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
         few_rows = is_cpu and is_few_rows(inputs)
         weights = self.weights(dtype, FEW if few_rows else MANY)
+        if self.rows is not None:
+            weights = of_each(weights, self.rows)
         if dtype in HALF and (few_rows or (is_cpu and dtype is torch.float16)):
             if not few_rows:
                 weights = widened(weights)
