@@ -1,14 +1,15 @@
-r"""Triton form of the modulation:  y' = y (1 + c_g G^T) + (c_b rho) T^T,  rho = rms(y) of the token, or 1.
+r"""Triton form of the modulation:  y' = y (1 + c_g G^T) + (c_b rho) T^T,  c = tanh(u / r + b).
 
-c (N, units), c_g and c_b its first columns; G^T (gamma_dim, out), T^T (beta_dim, out); either may be absent. Forward:
-one kernel gives rho, (N,), one a tile of y' a program; gamma and beta, (N, out), are never written. Backward, gamma
-computed again, with dy' =: e:
+rho = rms(y) of the token, or 1; r = max(rms(y), 1e-6), or 1. u (N, units), c_g and c_b the first columns of c; G^T
+(gamma_dim, out), T^T (beta_dim, out); either may be absent. Forward: one kernel gives rms(y), (N,), and c, one a tile
+of y' a program; gamma and beta, (N, out), are never written. Backward, gamma computed again, with dy' =: e:
 
-    P = (e * y) G    Q = e T    dc_g = P    dc_b = rho Q    dy = e (1 + gamma) + y (c_b . Q) / (out rho)
+    P = (e * y) G    Q = e T    dc = P + rho Q    db = dc (1 - c^2)    du = db / r
+    dy = e (1 + gamma) + y (c_b . Q - (du . u) / r) / (out rms(y))
     dG^T = c_g^T (e * y)    dT^T = (rho c_b)^T e
 
-One kernel sums P and Q over the channels, one makes dc and the factor of y in dy of them, one gives dy and the sums of
-dG^T and dT^T: y and e are read twice; rho, (N,), is kept. A program sums a fixed run of rows or channels and the
+One kernel sums P and Q over the channels, one makes du, db and the factor of y in dy of them, one gives dy and the sums
+of dG^T and dT^T: y and e are read twice; c and rms(y) are kept. A program sums a fixed run of rows or channels and the
 partial sums are added in a fixed order. The dtype rounding of rho, gamma and beta that the torch form has does not take
 place. The FLOPs are counted as those of the torch form, which keeps gamma.
 """
@@ -23,6 +24,7 @@ import triton
 import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
 
+from bem_peft.kernels.film import SMALLEST_RMS
 from bem_peft.kernels.triton_tiles import (
     IS_INTERPRETED,
     UPDATE_TILES,
@@ -51,14 +53,36 @@ def _channel_block(dtype: torch.dtype) -> int:
 
 
 @triton.jit
-def _row_rms(y, rms, stride_y0, stride_y1, OUT: tl.constexpr, BLOCK: tl.constexpr):
+def _tanh(x):
+    """As exact for small x as for large."""
+    square = x * x
+    series = x * (1.0 + square * (-0.33333333 + square * (0.13333333 - square * 0.053968254)))
+    return tl.where(tl.abs(x) < 0.15, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+
+
+@triton.jit
+def _row_units(
+    y, u, bias, rms, c, stride_y0, stride_y1, stride_u0, stride_u1,
+    OUT: tl.constexpr, U: tl.constexpr, NEEDS_RMS: tl.constexpr, IS_RELATIVE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SMALLEST: tl.constexpr, PADDED_U: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """rms(y) and c (U,) of one row."""
     row = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, OUT, BLOCK):
-        channels = start + tl.arange(0, BLOCK)
-        value = tl.load(y + row * stride_y0 + channels * stride_y1, mask=channels < OUT, other=0.0).to(tl.float32)
-        total += value * value
-    tl.store(rms + row, tl.sqrt(tl.sum(total, axis=0) / OUT))
+    units = tl.arange(0, PADDED_U)
+    value = tl.load(u + row * stride_u0 + units * stride_u1, mask=units < U, other=0.0).to(tl.float32)
+    if NEEDS_RMS:
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, OUT, BLOCK):
+            channels = start + tl.arange(0, BLOCK)
+            part = tl.load(y + row * stride_y0 + channels * stride_y1, mask=channels < OUT, other=0.0).to(tl.float32)
+            total += part * part
+        rho = tl.sqrt(tl.sum(total, axis=0) / OUT)
+        tl.store(rms + row, rho)
+        if IS_RELATIVE:
+            value = value / tl.maximum(rho, SMALLEST)
+    if HAS_BIAS:
+        value += tl.load(bias + units, mask=units < U, other=0.0).to(tl.float32)
+    tl.store(c + row * U + units, rounded(_tanh(value), c.dtype.element_ty), mask=units < U)
 
 
 @triton.jit
@@ -135,11 +159,11 @@ def _unit_sums(
 
 @triton.jit
 def _unit_gradients(
-    partial, c, rms, grad_c, factor, N, SPLITS, stride_c0, stride_c1,
-    OUT: tl.constexpr, U: tl.constexpr, BETA: tl.constexpr, HAS_RMS: tl.constexpr, PADDED_U: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    partial, u, bias, rms, grad_u, grad_sum, factor, N, SPLITS, stride_u0, stride_u1,
+    OUT: tl.constexpr, U: tl.constexpr, HAS_RMS: tl.constexpr, IS_RELATIVE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SMALLEST: tl.constexpr, PADDED_U: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dc, and factor (N,) = (c_b . Q) / (out rho), 0 where rho is."""
+    """du, grad_sum (N, U) = db of each row, and factor (N,) of y in dy, 0 where rms(y) is."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     units = tl.arange(0, PADDED_U)
     p = tl.zeros((BLOCK_N, PADDED_U), dtype=tl.float32)
@@ -149,13 +173,28 @@ def _unit_gradients(
         p += load_tile(plane, rows, units, U, 1, N, U)
         q += load_tile(plane + N * U, rows, units, U, 1, N, U)
         plane += 2 * N * U
-    if HAS_RMS:
+    given = load_tile(u, rows, units, stride_u0, stride_u1, N, U).to(tl.float32)
+    slope = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if HAS_RMS or IS_RELATIVE:
         rho = tl.load(rms + rows, mask=rows < N, other=0.0)
-        value = load_tile(c, rows, units, stride_c0, stride_c1, N, BETA).to(tl.float32)
-        slope = tl.sum(value * q, axis=1)
-        tl.store(factor + rows, tl.where(rho > 0, slope / tl.where(rho > 0, rho * OUT, 1.0), 0.0), mask=rows < N)
+    if IS_RELATIVE:
+        divisor = tl.maximum(rho, SMALLEST)
+        given = given / divisor[:, None]
+    value = given
+    if HAS_BIAS:
+        value += tl.load(bias + units, mask=units < U, other=0.0).to(tl.float32)[None, :]
+    value = _tanh(value)  # c, not rounded
+    if HAS_RMS:
+        slope += tl.sum(value * q, axis=1)
         q *= rho[:, None]
-    store_tile(grad_c, p + q, rows, units, U, 1, N, U)
+    before = (p + q) * (1.0 - value * value)
+    store_tile(grad_sum, before, rows, units, U, 1, N, U)
+    if IS_RELATIVE:
+        slope -= tl.where(rho > SMALLEST, tl.sum(before * given, axis=1) / divisor, 0.0)
+        before = before / divisor[:, None]
+    store_tile(grad_u, before, rows, units, U, 1, N, U)
+    if HAS_RMS or IS_RELATIVE:
+        tl.store(factor + rows, tl.where(rho > 0, slope / tl.where(rho > 0, rho * OUT, 1.0), 0.0), mask=rows < N)
 
 
 @tuned(({}, 4), key=["OUT", "U"], stages=1)
@@ -163,8 +202,8 @@ def _unit_gradients(
 def _modulate_backward(
     grad, y, c, gamma_t, rms, factor, grad_y, partial, N, CHUNK, stride_e0, stride_e1, stride_y0, stride_y1,
     stride_c0, stride_c1, stride_g0, stride_g1,
-    OUT: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, HAS_RMS: tl.constexpr, U: tl.constexpr,
-    BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
+    OUT: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, HAS_RMS: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    U: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """dy, and partial[c] (GAMMA + BETA, out): dG^T above dT^T, over the rows of chunk c; axis 2 of the grid: of units,
     whose first block gives dy."""
@@ -188,7 +227,7 @@ def _modulate_backward(
             gamma = _gamma(c, gamma_t, rows, channels, stride_c0, stride_c1, stride_g0, stride_g1, N, OUT, GAMMA,
                            BLOCK_U, BLOCK_N, BLOCK_O)  # fmt: skip
             result = e * (1.0 + gamma)
-            if HAS_RMS:
+            if HAS_FACTOR:
                 result += value * tl.load(factor + rows, mask=rows < N, other=0.0)[:, None]
             store_tile(grad_y, result, rows, channels, OUT, 1, N, OUT)
     plane = partial + chunk.to(tl.int64) * (GAMMA + BETA) * OUT
@@ -199,72 +238,90 @@ def _modulate_backward(
 
 
 def _sizes(
-    y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None, is_rms: bool
+    y: torch.Tensor, u: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None, is_rms: bool
 ) -> dict[str, int]:
     return {
         "OUT": y.shape[1], "GAMMA": 0 if gamma_t is None else gamma_t.shape[0],
         "BETA": 0 if beta_t is None else beta_t.shape[0], "HAS_RMS": is_rms and beta_t is not None,
-        "U": c.shape[1], "BLOCK_U": product_block(c.shape[1], y.dtype, 32),
+        "U": u.shape[1], "BLOCK_U": product_block(u.shape[1], y.dtype, 32),
     }  # fmt: skip
 
 
 @torch.library.custom_op(
     "bem_peft::film_update",
     mutates_args=(),
-    schema="(Tensor y, Tensor c, Tensor? gamma_t, Tensor? beta_t, bool is_rms) -> (Tensor, Tensor)",
+    schema="(Tensor y, Tensor u, Tensor? bias, Tensor? gamma_t, Tensor? beta_t, bool is_relative, bool is_rms) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def _update(
-    y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None, is_rms: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y', and rho (N,), float32, which is not filled in where none is wanted."""
+    y: torch.Tensor,
+    u: torch.Tensor,
+    bias: torch.Tensor | None,
+    gamma_t: torch.Tensor | None,
+    beta_t: torch.Tensor | None,
+    is_relative: bool,
+    is_rms: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y', c (N, units), and rms(y) (N,), float32, which is not filled in where nothing reads it."""
     out, rms = y.new_empty(y.shape), y.new_empty(y.shape[0], dtype=torch.float32)
+    c = u.new_empty(u.shape)
     if out.numel():
-        sizes = _sizes(y, c, gamma_t, beta_t, is_rms)
-        if sizes["HAS_RMS"]:
-            _row_rms[(y.shape[0],)](y, rms, *y.stride(), OUT=y.shape[1], BLOCK=padded(y.shape[1], 1024))
+        sizes = _sizes(y, u, gamma_t, beta_t, is_rms)
+        _row_units[(y.shape[0],)](
+            y, u, u if bias is None else bias, rms, c, *y.stride(), *u.stride(),
+            OUT=y.shape[1], U=u.shape[1], NEEDS_RMS=is_relative or sizes["HAS_RMS"], IS_RELATIVE=is_relative,
+            HAS_BIAS=bias is not None, SMALLEST=SMALLEST_RMS, PADDED_U=padded(u.shape[1]),
+            BLOCK=padded(y.shape[1], 1024),
+        )  # fmt: skip
         wide = [c if t is None else t for t in (gamma_t, beta_t)]  # one that is absent is not read
         _modulate[tile_grid(*y.shape)](
             y, c, *wide, rms, out, y.shape[0], rows_key(y.shape[0]),
             *y.stride(), *c.stride(), *wide[0].stride(), *wide[1].stride(), **sizes,
         )  # fmt: skip
-    return out, rms
+    return out, c, rms
 
 
 @_update.register_fake
 def _(
-    y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None, is_rms: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return y.new_empty(y.shape), y.new_empty(y.shape[0], dtype=torch.float32)
+    y: torch.Tensor, u: torch.Tensor, bias: torch.Tensor | None, gamma_t: torch.Tensor | None,
+    beta_t: torch.Tensor | None, is_relative: bool, is_rms: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    return y.new_empty(y.shape), u.new_empty(u.shape), y.new_empty(y.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op(
     "bem_peft::film_update_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor y, Tensor c, Tensor? gamma_t, Tensor? beta_t, Tensor rms, bool is_rms, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor y, Tensor u, Tensor? bias, Tensor? gamma_t, Tensor? beta_t, Tensor c, Tensor rms, "
+    "bool is_relative, bool is_rms, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
     grad: torch.Tensor,
     y: torch.Tensor,
-    c: torch.Tensor,
+    u: torch.Tensor,
+    bias: torch.Tensor | None,
     gamma_t: torch.Tensor | None,
     beta_t: torch.Tensor | None,
+    c: torch.Tensor,
     rms: torch.Tensor,
+    is_relative: bool,
     is_rms: bool,
     needs: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dy, dc, dgamma_t and dbeta_t; an absent one is empty, and dc where it is not needed."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dy, du, dbias, dgamma_t and dbeta_t; an absent one is empty, and du and dbias where neither is needed."""
     rows, channels = y.shape
-    sizes = _sizes(y, c, gamma_t, beta_t, is_rms)
+    sizes = _sizes(y, u, gamma_t, beta_t, is_rms)
     gamma_dim, beta_dim, has_rms, units = sizes["GAMMA"], sizes["BETA"], bool(sizes["HAS_RMS"]), sizes["U"]
+    has_factor, needs_units = has_rms or is_relative, needs[1] or needs[2]
     block_o, unit_blocks = _channel_block(y.dtype), triton.cdiv(units, sizes["BLOCK_U"])
-    grad_y, grad_c = y.new_empty(y.shape), c.new_empty(c.shape)
+    grad_y, grad_u = y.new_empty(y.shape), u.new_empty(u.shape)
+    grad_sum = u.new_zeros(u.shape, dtype=torch.float32)
     partial = y.new_zeros(CHUNKS if rows else 1, gamma_dim + beta_dim, channels, dtype=torch.float32)
     if rows:
         wide = [c if t is None else t for t in (gamma_t, beta_t)]
-        factor = rms.new_empty(rows if has_rms else 0, dtype=torch.float32)
+        factor = rms.new_empty(rows if has_factor else 0, dtype=torch.float32)
         blocks = triton.cdiv(rows, BLOCK_N)
-        if needs[1] or (needs[0] and has_rms):
+        if needs_units or (needs[0] and has_factor):
             splits = max(1, min(PROGRAMS // blocks, triton.cdiv(channels, 2 * block_o)))
             split = triton.cdiv(triton.cdiv(channels, splits), block_o) * block_o
             splits = triton.cdiv(channels, split)
@@ -276,21 +333,23 @@ def _backward(
                 BLOCK_N=BLOCK_N, BLOCK_O=block_o,
             )  # fmt: skip
             _unit_gradients[(blocks,)](
-                sums, c, rms, grad_c, factor, rows, splits, *c.stride(),
-                OUT=channels, U=units, BETA=beta_dim, HAS_RMS=has_rms, PADDED_U=padded(units), BLOCK_N=BLOCK_N,
+                sums, u, u if bias is None else bias, rms, grad_u, grad_sum, factor, rows, splits, *u.stride(),
+                OUT=channels, U=units, HAS_RMS=has_rms, IS_RELATIVE=is_relative, HAS_BIAS=bias is not None,
+                SMALLEST=SMALLEST_RMS, PADDED_U=padded(units), BLOCK_N=BLOCK_N,
             )  # fmt: skip
-        if needs[0] or needs[2] or needs[3]:
+        if needs[0] or needs[3] or needs[4]:
             chunk = triton.cdiv(triton.cdiv(rows, CHUNKS), BLOCK_N) * BLOCK_N
             _modulate_backward[(triton.cdiv(rows, chunk), triton.cdiv(channels, block_o), unit_blocks)](
                 grad, y, c, wide[0], rms, factor, grad_y, partial, rows, chunk,
                 *grad.stride(), *y.stride(), *c.stride(), *wide[0].stride(),
-                BLOCK_N=BLOCK_N, BLOCK_O=block_o, **sizes,
+                HAS_FACTOR=has_factor, BLOCK_N=BLOCK_N, BLOCK_O=block_o, **sizes,
             )  # fmt: skip
     weights = partial.sum(0).to(grad.dtype)
-    nothing = c.new_empty(0)
+    nothing = u.new_empty(0)
     return (
         grad_y,
-        grad_c if needs[1] else nothing,
+        grad_u if needs_units else nothing,
+        nothing.clone() if bias is None or not needs_units else grad_sum.sum(0).to(bias.dtype),
         weights[:gamma_dim].clone() if gamma_dim else nothing.clone(),
         weights[gamma_dim:].clone() if beta_dim else nothing.clone(),
     )
@@ -298,30 +357,36 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad: torch.Tensor, y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None,
-    rms: torch.Tensor, is_rms: bool, needs: Sequence[bool],
+    grad: torch.Tensor, y: torch.Tensor, u: torch.Tensor, bias: torch.Tensor | None, gamma_t: torch.Tensor | None,
+    beta_t: torch.Tensor | None, c: torch.Tensor, rms: torch.Tensor, is_relative: bool, is_rms: bool,
+    needs: Sequence[bool],
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    weights = [c.new_empty(0) if t is None else t.new_empty(t.shape) for t in (gamma_t, beta_t)]
-    return y.new_empty(y.shape), c.new_empty(c.shape if needs[1] else 0), *weights
+    needs_units = needs[1] or needs[2]
+    weights = [u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (gamma_t, beta_t)]
+    of_bias = u.new_empty(0) if bias is None or not needs_units else bias.new_empty(bias.shape)
+    return y.new_empty(y.shape), u.new_empty(u.shape if needs_units else 0), of_bias, *weights
 
 
 class _Context(Context, Protocol):
-    is_rms: bool
+    units: tuple[bool, bool]
 
 
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, bool]
+Inputs = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, bool, bool
+]  # fmt: skip
 
 
-def _setup(ctx: _Context, inputs: Inputs, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *tensors, ctx.is_rms = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, output[1])
+def _setup(ctx: _Context, inputs: Inputs, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    *tensors, is_relative, is_rms = inputs
+    ctx.units = is_relative, is_rms
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _differentiate(ctx: _Context, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:4])
-    found = _backward(grad, *ctx.saved_tensors, ctx.is_rms, needs)
-    return *(part if need else None for part, need in zip(found, needs, strict=True)), None
+def _differentiate(ctx: _Context, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:5])
+    found = _backward(grad, *ctx.saved_tensors, *ctx.units, needs)
+    return *(part if need else None for part, need in zip(found, needs, strict=True)), None, None
 
 
 _update.register_autograd(_differentiate, setup_context=_setup)
@@ -330,16 +395,19 @@ _backward.register_vmap(looping(_backward))
 
 
 @register_flop_formula(torch.ops.bem_peft.film_update)
-def _forward_flops(y: Shape, c: Shape, gamma_t: Shape | None, beta_t: Shape | None, *_: object, **__: object) -> int:
+def _forward_flops(
+    y: Shape, u: Shape, bias: Shape | None, gamma_t: Shape | None, beta_t: Shape | None, *_: object, **__: object
+) -> int:
     return int(sum(2 * y[0] * y[1] * t[0] for t in (gamma_t, beta_t) if t is not None))
 
 
 @register_flop_formula(torch.ops.bem_peft.film_update_backward)
 def _backward_flops(
-    grad: Shape, y: Shape, c: Shape, gamma_t: Shape | None, beta_t: Shape | None, rms: Shape, is_rms: bool,
-    needs: Sequence[bool], *_: object, **__: object,
+    grad: Shape, y: Shape, u: Shape, bias: Shape | None, gamma_t: Shape | None, beta_t: Shape | None, c: Shape,
+    rms: Shape, is_relative: bool, is_rms: bool, needs: Sequence[bool], *_: object, **__: object,
 ) -> int:  # fmt: skip
-    needs_y, needs_c, needs_gamma, needs_beta = needs
+    needs_y, needs_u, needs_bias, needs_gamma, needs_beta = needs
+    needs_c = needs_u or needs_bias or (needs_y and is_relative)
     products = 0 if gamma_t is None else gamma_t[0] * (needs_c + needs_gamma)
     if beta_t is not None:
         products += beta_t[0] * ((needs_c or (needs_y and is_rms)) + needs_beta)
@@ -347,8 +415,14 @@ def _backward_flops(
 
 
 def film_update(
-    y: torch.Tensor, c: torch.Tensor, gamma_t: torch.Tensor | None, beta_t: torch.Tensor | None, is_rms: bool
+    y: torch.Tensor,
+    u: torch.Tensor,
+    bias: torch.Tensor | None,
+    gamma_t: torch.Tensor | None,
+    beta_t: torch.Tensor | None,
+    is_relative: bool,
+    is_rms: bool,
 ) -> torch.Tensor:
-    """As `bem_peft.kernels.film.film_update`."""
-    out: torch.Tensor = _update(y, c, gamma_t, beta_t, is_rms)[0]
+    """As `bem_peft.kernels.film.film_update`, with a controller."""
+    out: torch.Tensor = _update(y, u, bias, gamma_t, beta_t, is_relative, is_rms)[0]
     return out

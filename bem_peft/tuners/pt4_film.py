@@ -1,9 +1,10 @@
-r"""PT4, residual FiLM at W_O and W_down:  y' = y (1 + gamma(x)) + beta(x) rho(y).
+r"""PT4, residual FiLM at W_O and W_down:  y' = y (1 + gamma) + beta rho(y).
 
-c(x) = tanh(W x + b), W (units, in): the controller, |c| <= 1. gamma = G c, beta = T c with rows of G, T (out, units)
-bounded as a whole (`kernels.film`): |gamma| <= `clamp_range`, |beta| <= `max_beta` always. G, T are zero at the start.
-rho(y) is the token's root mean square of y (`beta_unit="rms"`) or 1 ("absolute"). Modes: "channel", G and T have a row
-a channel; "spatial", one row for all of them; "static", no controller (c = 1), which merges.
+c = tanh(W x / rho(y) + b), W (units, in): the controller, |c| <= 1. gamma = G c, beta = T c with rows of G, T
+(out, units) bounded as a whole (`kernels.film`): |gamma| <= `clamp_range`, |beta| <= `max_beta` always. G, T are zero
+at the start. rho(y) is the token's root mean square of y; `controller_unit="absolute"` and `beta_unit="absolute"` have
+1 in its place. Modes: "channel", G and T have a row a channel; "spatial", one row for all of them; "static", no
+controller (c = 1), which merges.
 
 A step whose output or gradient is not finite, or whose output exceeds `explosion_threshold`, is not taken (`brake`).
 
@@ -20,9 +21,10 @@ import torch
 from torch import nn
 
 from bem_peft import field_checks as check
-from bem_peft.kernels.film import bounded_rows, film_update
+from bem_peft.kernels.film import bounded_rows, controller, film_update, token_norm
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.base.adapter_config import AdapterConfig
+from bem_peft.tuners.base.expert_products import each_rows
 from bem_peft.tuners.base.forms import transposed
 from bem_peft.tuners.base.model import AdapterModel
 from bem_peft.tuners.calls.call_state import CallState
@@ -41,6 +43,13 @@ class ResidualFiLMConfig(AdapterConfig):
     clamp_range: float = field(default=0.1, metadata={"help": "Bound of |gamma|, in [0, 1)."})
     max_beta: float = field(default=1.0, metadata={"help": "Bound of |beta|, >= 0; 0: no beta."})
     beta_unit: str = field(default="rms", metadata={"help": "'rms': beta counts in the token's RMS of y; 'absolute'."})
+    controller_unit: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the controller reads: 'rms', x over the token's RMS of y; 'absolute', x as it is. None: "
+            "'rms', and 'absolute' for an adapter that was saved before there was this field."
+        },
+    )
     minimal_overhead: bool = field(
         default=False, metadata={"help": "True: an adapter of 1 % of the base's parameters or more is an error."}
     )
@@ -84,6 +93,10 @@ class ResidualFiLMConfig(AdapterConfig):
         if self.clamp_range == 0.0 and self.max_beta == 0.0:
             raise check.field_error("max_beta", self.max_beta, "must be above 0 where `clamp_range` is 0")
         check.check_choice(self, "beta_unit", ("rms", "absolute"))
+        if self.controller_unit is None and self.mode != "static":
+            self.controller_unit = "absolute" if self.inference_mode else "rms"
+        if self.controller_unit is not None:
+            check.check_choice(self, "controller_unit", ("rms", "absolute"))
         check.check_bool(self, "minimal_overhead")
         check.check_bool(self, "emergency_stabilization")
         check.check_number(self, "explosion_threshold", 0.0, exclusive=True)
@@ -102,6 +115,7 @@ class ResidualFiLMConfig(AdapterConfig):
             inert["beta_dim"] = inert["beta_unit"] = "there is no beta where `max_beta` is 0"
         if self.mode == "static":
             inert["gamma_dim"] = inert["beta_dim"] = "mode='static' has no controller whose units could be read"
+            inert["controller_unit"] = "mode='static' has no controller"
         if not self.emergency_stabilization:
             inert["explosion_threshold"] = "nothing is looked at where `emergency_stabilization` is off"
         return inert
@@ -141,10 +155,10 @@ class ResidualFiLMAdapter(Braked, Adapter):
         super().__init__(config, site, call)
         self.set_brake(config.emergency_stabilization, config.explosion_threshold)
         self.mode, self.clamp_range, self.max_beta = config.mode, config.clamp_range, config.max_beta
-        self.is_rms = config.beta_unit == "rms"
+        self.is_rms, self.is_relative = config.beta_unit == "rms", config.controller_unit == "rms"
         self.moves_zero = not self.is_rms and config.max_beta > 0
         self.is_static = config.mode == "static"
-        self.has_operator = config.mode == "channel"
+        self.has_operator = config.mode == "channel" and not self.is_relative
         self.is_mergeable = self.is_static and (not self.is_rms or config.max_beta == 0.0)
         self.merge_refusal = "its factors depend on the token, so no weight equals it; mode='static' merges"
         if self.is_static:
@@ -185,21 +199,24 @@ class ResidualFiLMAdapter(Braked, Adapter):
         return tuple(derived)
 
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        c = self.controller(x, *weights[:2])  # (N, units)
+        u, bias = self.projection(x, *weights[:2])
         gamma_t = weights[-2 if self.max_beta > 0 else -1] if self.clamp_range > 0 else None
         beta_t = weights[-1] if self.max_beta > 0 else None
-        return film_update(y, c, gamma_t, beta_t, self.is_rms)
+        return film_update(y, u, bias, gamma_t, beta_t, self.is_relative, self.is_rms)
 
-    def controller(self, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        """c (N, units) in [-1, 1]; the constant 1 without a controller."""
+    def projection(self, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """W x (N, units) and b, or W x + b and None; None without a controller."""
         if self.is_static:
-            return x.new_ones(1, 1)
-        return torch.tanh(torch.addmm(weights[1], x, weights[0]))
+            return None, None
+        if self.is_relative:
+            return torch.mm(x, weights[0]), each_rows(weights[1])
+        return torch.addmm(weights[1], x, weights[0]), None
 
-    def modulation(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """gamma and beta for inputs x (N, in), each (N, out), (N, 1) or (1, out); beta in `beta_unit`s."""
+    def modulation(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """gamma and beta for x (N, in) and y (N, out), each (N, out), (N, 1) or (1, out); beta in `beta_unit`s."""
         weights = self.derive(x.dtype)
-        c = self.controller(x, *weights[:2])
+        u, bias = self.projection(x, *weights[:2])
+        c = x.new_ones(1, 1) if u is None else controller(y, u, bias, token_norm(y) if self.is_relative else None)
         zero = x.new_zeros(1, 1)
         gamma = c[:, : self.gamma_dim] @ weights[-2 if self.max_beta > 0 else -1] if self.clamp_range > 0 else zero
         return gamma, c[:, : self.beta_dim] @ weights[-1] if self.max_beta > 0 else zero
@@ -208,8 +225,8 @@ class ResidualFiLMAdapter(Braked, Adapter):
 
     def static_vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """1 + gamma and beta of a static adapter, each (out,)."""
-        parameter = next(self.parameters())
-        gamma, beta = self.modulation(parameter.detach().new_zeros(1, self.in_features))
+        none = next(self.parameters()).detach().new_zeros
+        gamma, beta = self.modulation(none(1, self.in_features), none(1, self.out_features))
         return 1.0 + gamma.expand(1, self.out_features)[0], beta.expand(1, self.out_features)[0]
 
     def merge_obstacle(self, has_bias: bool) -> str | None:

@@ -145,10 +145,11 @@ def test_higher_order_svd_spans_the_leading_singular_vectors_of_the_unfoldings()
     assert torch.equal(v, again[1])
 
 
+@pytest.mark.parametrize("controller_unit", ["rms", "absolute"])
 @pytest.mark.parametrize("unit", ["rms", "absolute"])
 @pytest.mark.parametrize("mode", ["channel", "spatial", "static"])
-def test_film_formula(mode: str, unit: str) -> None:
-    sizes = {} if mode == "static" else {"gamma_dim": 3, "beta_dim": 2}
+def test_film_formula(mode: str, unit: str, controller_unit: str) -> None:
+    sizes = {} if mode == "static" else {"gamma_dim": 3, "beta_dim": 2, "controller_unit": controller_unit}
     config = ResidualFiLMConfig(mode=mode, beta_unit=unit, max_beta=0.8, scaling=1.1, inference_mode=True, **sizes)
     adapter, (x, y) = make(ResidualFiLMAdapter, config), data()  # a file's, whose scaling is its own
     p = numbers(adapter)
@@ -158,10 +159,12 @@ def test_film_formula(mode: str, unit: str) -> None:
 
     expected = np.empty((TOKENS, OUT))
     for t, (token, out) in enumerate(zip(x[0].numpy(), y[0].numpy(), strict=True)):
-        c = np.ones(3) if mode == "static" else np.tanh(p["controller_weight"] @ token + p["controller_bias"])
+        root = np.sqrt((out**2).mean())
+        read = token / root if controller_unit == "rms" else token
+        c = np.ones(3) if mode == "static" else np.tanh(p["controller_weight"] @ read + p["controller_bias"])
         gamma = bounded(p["gamma"], 0.1) @ c[: p["gamma"].shape[1]]
         beta = bounded(p["beta"], 0.8) @ c[: p["beta"].shape[1]]
-        rho = np.sqrt((out**2).mean()) if unit == "rms" else 1.0
+        rho = root if unit == "rms" else 1.0
         expected[t] = out * (1 + gamma) + beta * rho
     check(adapter, x, y, expected)
 
@@ -180,11 +183,11 @@ def test_film_keeps_its_bounds_for_extreme_weights_and_inputs(weight: float, siz
         x = torch.randn(64, IN).mul(size).to(dtype)
         adapter.controller_weight.clamp_(-1e4, 1e4)
         adapter.controller_bias.clamp_(-1e4, 1e4)
-        gamma, beta = adapter.modulation(x)
+        y = torch.randn(64, OUT).mul(min(size, 1e3)).to(dtype)
+        gamma, beta = adapter.modulation(x, y)
         assert torch.isfinite(gamma).all()
         assert float(gamma.double().abs().max()) <= 0.1
         assert float(beta.double().abs().max()) <= 1.0
-        y = torch.randn(64, OUT).mul(min(size, 1e3)).to(dtype)
         change = (adapter(x, y).double() - y.double()).abs()
         rms = y.double().square().mean(1, keepdim=True).sqrt()
         rounding = 4 * torch.finfo(dtype).eps * (y.double().abs() + rms)
