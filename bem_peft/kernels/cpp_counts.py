@@ -210,24 +210,27 @@ def _film_train(
 
 
 def _film_backward(
-    gradient: Shape, x: Shape, y: Shape, w: Shape, gamma: Shape | None, beta: Shape | None, c: Shape, rms: Shape,
-    scaling: float, clamp_range: float, max_beta: float, needs_x: bool, **options: object,
+    gradient: Shape, x: Shape, y: Shape, w: Shape, gamma: Shape | None, beta: Shape | None, c: Shape, read: Shape,
+    rms: Shape, scaling: float, clamp_range: float, max_beta: float, is_rms: bool, needs_x: bool, **options: object,
 ) -> int:  # fmt: skip
     return 2 * _rows(y) * (x[-1] * w[0] * (1 + needs_x) + 2 * y[-1] * _film_units(gamma, beta))
 
 
 def _film_train_fake(
     x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, gamma: torch.Tensor | None,
-    beta: torch.Tensor | None, scaling: float, clamp_range: float, max_beta: float, is_rms: bool, *rest: object,
+    beta: torch.Tensor | None, scaling: float, clamp_range: float, max_beta: float, is_relative: bool, is_rms: bool,
+    *rest: object,
 ) -> Results:  # fmt: skip
-    rms = _coefficients(y, 1).squeeze(1) if is_rms and beta is not None else y.new_empty(0, dtype=torch.float32)
-    return torch.empty_like(y), _coefficients(y, _whole_vectors(w.shape[0])), rms
+    c = _coefficients(y, _whole_vectors(w.shape[0]))
+    needs_rms = is_relative or (is_rms and beta is not None)
+    rms = _coefficients(y, 1).squeeze(1) if needs_rms else y.new_empty(0, dtype=torch.float32)
+    return torch.empty_like(y), c, torch.empty_like(c) if is_relative else c.new_empty(0, c.shape[1]), rms
 
 
 def _film_backward_fake(
     gradient: torch.Tensor, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, gamma: torch.Tensor | None,
-    beta: torch.Tensor | None, c: torch.Tensor, rms: torch.Tensor, scaling: float, clamp_range: float,
-    max_beta: float, needs_x: bool,
+    beta: torch.Tensor | None, c: torch.Tensor, read: torch.Tensor, rms: torch.Tensor, scaling: float,
+    clamp_range: float, max_beta: float, is_rms: bool, needs_x: bool,
 ) -> Results:  # fmt: skip
     return _gradients(needs_x, x, y, w, w[:, 0], gamma, beta)
 

@@ -158,7 +158,7 @@ class ResidualFiLMAdapter(Braked, Adapter):
         self.is_rms, self.is_relative = config.beta_unit == "rms", config.controller_unit == "rms"
         self.moves_zero = not self.is_rms and config.max_beta > 0
         self.is_static = config.mode == "static"
-        self.has_operator = config.mode == "channel" and not self.is_relative
+        self.has_operator = config.mode == "channel"
         self.is_mergeable = self.is_static and (not self.is_rms or config.max_beta == 0.0)
         self.merge_refusal = "its factors depend on the token, so no weight equals it; mode='static' merges"
         if self.is_static:

@@ -63,6 +63,8 @@ CASES: dict[str, tuple[type[Adapter], Any, tuple[int, ...]]] = {
     "PT4": (ResidualFiLMAdapter, ResidualFiLMConfig(gamma_dim=3, beta_dim=17), (5, 65, 1536)),
     "PT4 beta": (ResidualFiLMAdapter, ResidualFiLMConfig(clamp_range=0.0, beta_unit="absolute"), (33,)),
     "PT4 gamma": (ResidualFiLMAdapter, ResidualFiLMConfig(max_beta=0.0), (33,)),
+    "PT4 absolute": (ResidualFiLMAdapter, ResidualFiLMConfig(controller_unit="absolute", beta_unit="absolute"), (33,)),
+    "PT4 absolute controller": (ResidualFiLMAdapter, ResidualFiLMConfig(controller_unit="absolute"), (33,)),
 }  # fmt: skip
 
 
@@ -124,11 +126,12 @@ def formula(adapter: Adapter, x: torch.Tensor, y: torch.Tensor, weights: tuple[t
             rows.append(base + s * (torch.kron(w[0], w[1]) @ token) @ w[2])
         else:
             assert isinstance(adapter, ResidualFiLMAdapter)
-            c = torch.tanh(token @ w[0] + w[1])
+            rms = base.square().mean().sqrt()
+            c = torch.tanh(token @ w[0] / (rms if adapter.is_relative else 1.0) + w[1])
             has_gamma, has_beta = adapter.clamp_range > 0, adapter.max_beta > 0
             gamma = c[: adapter.gamma_dim] @ w[2] if has_gamma else 0.0
             beta = c[: adapter.beta_dim] @ w[-1] if has_beta else 0.0
-            rows.append(base * (1 + gamma) + beta * (base.square().mean().sqrt() if adapter.is_rms else 1.0))
+            rows.append(base * (1 + gamma) + beta * (rms if adapter.is_rms else 1.0))
     return torch.stack(rows)
 
 

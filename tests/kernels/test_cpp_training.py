@@ -170,7 +170,7 @@ def test_torchs_own_checks() -> None:
     calls: dict[str, tuple[Any, ...]] = {
         "kronecker_train": (x, y, torch.randn(2, 3), torch.randn(1, 2), torch.randn(4, 2), 1.0),
         "film_train": (
-            x, y, torch.randn(2, 6), torch.randn(2), torch.randn(4, 2), torch.randn(4, 1), 1.0, 0.5, 0.5, True,
+            x, y, torch.randn(2, 6), torch.randn(2), torch.randn(4, 2), torch.randn(4, 1), 1.0, 0.5, 0.5, True, True,
             torch.tensor(False), 1e-6,
         ),
         "rank_mask_train": (

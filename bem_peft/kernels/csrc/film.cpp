@@ -1,4 +1,4 @@
-// PT4: y' = y (1 + gamma) + beta rho
+// PT4: y' = y (1 + gamma) + beta rho, gamma and beta from c = tanh(W x / r + b); r = rms(y) or 1, rho likewise
 
 #include "gradients.h"
 #include "site.h"
@@ -23,9 +23,11 @@ float root_mean_square(const T* line, int64_t width) {
   return std::sqrt(total / static_cast<float>(width));
 }
 
-// c = tanh(x w + bias); g = c[:gamma_dim]; z = c[:beta_dim] (rms(y))
+constexpr float kSmallestRms = 1e-6f;  // that W x is divided by
+
+// c = tanh(x w / r + bias); g = c[:gamma_dim]; z = c[:beta_dim] (rms(y))
 Tensor film(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& w, const Tensor& bias, const Tensor& gamma,
-            const Tensor& beta, bool is_rms) {
+            const Tensor& beta, bool is_relative, bool is_rms) {
   const int64_t in = x.size(-1), width = y.size(-1), units = w.size(0), padded = bias.size(1);
   const int64_t gamma_dim = gamma.size(0), beta_dim = beta.size(0);
   const float* p_bias = weight<float>(bias, 1, padded, "bias");
@@ -41,9 +43,11 @@ Tensor film(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& w, c
       float *c = scratch.data(), *z = c + ROWS * padded;
       dots<ROWS>(px + row * in, in, in, pw, units, c, padded);
       for (int i = 0; i < ROWS; ++i) {
-        const float factor = is_rms && beta_dim > 0 ? root_mean_square(py + (row + i) * width, width) : 1.0f;
+        const bool scales_beta = is_rms && beta_dim > 0;
+        const float rms = is_relative || scales_beta ? root_mean_square(py + (row + i) * width, width) : 1.0f;
+        const float factor = scales_beta ? rms : 1.0f, share = is_relative ? 1.0f / std::max(rms, kSmallestRms) : 1.0f;
         for (int64_t at = 0; at < padded; at += kLanes) {
-          vf value = vtanh(load(c + i * padded + at) + load(p_bias + at));
+          vf value = vtanh(load(c + i * padded + at) * share + load(p_bias + at));
           store(c + i * padded + at, value);
           store(z + i * padded + at, value * factor);
         }
@@ -112,16 +116,19 @@ bool is_within(const T* values, int64_t count, float bound) {
   return !is_beyond;
 }
 
-// y', c (N, units padded) and rho (N), empty where it is 1
-std::tuple<Tensor, Tensor, Tensor> film_forward(
+// y', c and, where that is not 1, W x / r, both (N, units padded), and rms(y) (N), empty where nothing reads it
+std::tuple<Tensor, Tensor, Tensor, Tensor> film_forward(
     const Tensor& x, const Tensor& y, const Tensor& w, const Tensor& bias, const Maybe& gamma, const Maybe& beta,
-    double scaling, double clamp_range, double max_beta, bool is_rms, const Maybe& unstable, double threshold) {
+    double scaling, double clamp_range, double max_beta, bool is_relative, bool is_rms, const Maybe& unstable,
+    double threshold) {
   check_rows(x, y);
   const int64_t in = x.size(-1), width = y.size(-1), rows = rows_of(y), units = w.size(0), padded = whole_vectors(units);
   const int64_t gamma_dim = gamma.has_value() ? gamma->size(1) : 0, beta_dim = beta.has_value() ? beta->size(1) : 0;
   TORCH_CHECK(gamma_dim <= units && beta_dim <= units, "gamma and beta read at most the ", units, " units");
   Tensor out = at::empty_like(y), c = at::zeros({rows, padded}, at::kFloat);
-  Tensor rms = at::empty({is_rms && beta_dim > 0 ? rows : 0}, at::kFloat);
+  const bool scales_beta = is_rms && beta_dim > 0;
+  Tensor rms = at::empty({is_relative || scales_beta ? rows : 0}, at::kFloat);
+  Tensor read = at::zeros({is_relative ? rows : 0, padded}, at::kFloat);
   for_type(y, [&](auto zero) {
     using T = decltype(zero);
     const float* from = master(w, units, in, "controller_weight");
@@ -131,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> film_forward(
     const Floats pg = bounded<T>(gamma, width, scaling, clamp_range), pt = bounded<T>(beta, width, scaling, max_beta);
     const T *px = x.const_data_ptr<T>(), *py = y.const_data_ptr<T>();
     T* po = out.mutable_data_ptr<T>();
-    float *pc = c.mutable_data_ptr<float>(), *pr = rms.mutable_data_ptr<float>();
+    float *pc = c.mutable_data_ptr<float>(), *pr = rms.mutable_data_ptr<float>(), *pd = read.mutable_data_ptr<float>();
     std::atomic<bool> is_sound{true};
     over_rows(rows, [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
@@ -140,10 +147,16 @@ std::tuple<Tensor, Tensor, Tensor> film_forward(
       float *mine = pc + row * padded, *z = scratch.data();
       dots<ROWS>(px + row * in, in, in, pw.data(), units, mine, padded);
       for (int i = 0; i < ROWS; ++i) {
-        float factor = 1.0f;
-        if (rms.numel() > 0) pr[row + i] = factor = root_mean_square(py + (row + i) * width, width);
+        float factor = 1.0f, share = 1.0f;
+        if (rms.numel() > 0) {
+          const float found = pr[row + i] = root_mean_square(py + (row + i) * width, width);
+          if (scales_beta) factor = found;
+          if (is_relative) share = 1.0f / std::max(found, kSmallestRms);
+        }
         for (int64_t at = 0; at < padded; at += kLanes) {
-          const vf value = vtanh(load(mine + i * padded + at) + load(pb.data() + at));
+          const vf divided = load(mine + i * padded + at) * share;
+          if (is_relative) store(pd + (row + i) * padded + at, divided);
+          const vf value = vtanh(divided + load(pb.data() + at));
           store(mine + i * padded + at, value);
           store(z + i * padded + at, value * factor);
         }
@@ -155,13 +168,14 @@ std::tuple<Tensor, Tensor, Tensor> film_forward(
     });
     if (!is_sound.load()) unstable->fill_(true);
   });
-  return {out, c, rms};
+  return {out, c, read, rms};
 }
 
 // gradients of x, y, w, bias, gamma, beta
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> film_backward(
     const Tensor& given, const Tensor& x, const Tensor& y, const Tensor& w, const Maybe& gamma, const Maybe& beta,
-    const Tensor& c, const Tensor& rms, double scaling, double clamp_range, double max_beta, bool needs_x) {
+    const Tensor& c, const Tensor& read, const Tensor& rms, double scaling, double clamp_range, double max_beta, bool is_rms,
+    bool needs_x) {
   const Tensor gradient = given.contiguous();
   const int64_t in = x.size(-1), width = y.size(-1), rows = rows_of(y), units = w.size(0), padded = c.size(1);
   const int64_t gamma_dim = gamma.has_value() ? gamma->size(1) : 0, beta_dim = beta.has_value() ? beta->size(1) : 0;
@@ -174,8 +188,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> film_backward(
     const Floats pg = bounded<T>(gamma, width, scaling, clamp_range), pt = bounded<T>(beta, width, scaling, max_beta);
     const T *px = x.const_data_ptr<T>(), *py = y.const_data_ptr<T>(), *p = gradient.const_data_ptr<T>();
     T *pgx = needs_x ? gx.mutable_data_ptr<T>() : nullptr, *pgy = gy.mutable_data_ptr<T>();
-    const float *pc = c.const_data_ptr<float>(), *pr = rms.const_data_ptr<float>();
-    Floats before(rows * padded, 0.0f), units_of_beta(beta_dim > 0 ? rows * padded : 0, 0.0f);
+    const float *pc = c.const_data_ptr<float>(), *pr = rms.const_data_ptr<float>(), *pd = read.const_data_ptr<float>();
+    const bool is_relative = read.numel() > 0, scales_beta = is_rms && beta_dim > 0;
+    // gradients of W x, and of the argument of tanh, which is the same where r is 1
+    Floats before(rows * padded, 0.0f), inner(is_relative ? rows * padded : 0, 0.0f);
+    Floats units_of_beta(beta_dim > 0 ? rows * padded : 0, 0.0f);
     over_rows(rows, [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
       thread_local Floats scratch;
@@ -192,18 +209,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> film_backward(
       }
       dots<ROWS>(p + row * width, width, width, pt.data(), beta_dim, of_beta, padded);
       for (int i = 0; i < ROWS; ++i) {
-        const float factor = rms.numel() > 0 ? pr[row + i] : 1.0f;
+        const float found = rms.numel() > 0 ? pr[row + i] : 1.0f, factor = scales_beta ? found : 1.0f;
+        const float share = is_relative ? 1.0f / std::max(found, kSmallestRms) : 1.0f;
         const float* mine = pc + (row + i) * padded;
         float of_rms = 0.0f;
         for (int64_t u = 0; u < beta_dim; ++u) {
-          of_rms += mine[u] * of_beta[i * padded + u];
+          if (scales_beta) of_rms += mine[u] * of_beta[i * padded + u];
           units_of_beta[(row + i) * padded + u] = factor * mine[u];
         }
-        k[i] = rms.numel() > 0 && factor > 0.0f ? of_rms / (factor * static_cast<float>(width)) : 0.0f;
         for (int64_t u = 0; u < units; ++u) {
+          const int64_t at = (row + i) * padded + u;
           const float whole = of_gamma[i * padded + u] + factor * of_beta[i * padded + u];
-          before[(row + i) * padded + u] = whole * (1.0f - mine[u] * mine[u]);
+          const float of_sum = whole * (1.0f - mine[u] * mine[u]);
+          before[at] = of_sum * share;
+          if (is_relative) {
+            inner[at] = of_sum;
+            if (found > kSmallestRms) of_rms -= of_sum * pd[at] * share;
+          }
         }
+        k[i] = rms.numel() > 0 && found > 0.0f ? of_rms / (found * static_cast<float>(width)) : 0.0f;
       }
       up<ROWS>(Rows<T, float>{p + row * width, pgy + row * width, width, nullptr, 0, 0, nullptr, pc + row * padded,
                               gamma_dim, padded, pg.data(), py + row * width, k});
@@ -211,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> film_backward(
         up<ROWS>(Rows<T, float>{nullptr, pgx + row * in, in, &before[row * padded], units, padded, pw.data()});
     });
     gw = as_tensor(sum_over_rows(before.data(), padded, units, px, rows, in), {units, in});
-    gbias = as_tensor(column_sums(before, rows, padded, units), {units});
+    gbias = as_tensor(column_sums(is_relative ? inner : before, rows, padded, units), {units});
     if (gamma_dim > 0)
       ggamma = bounded_backward<T>(sum_over_rows(pc, padded, gamma_dim, p, rows, width, py), *gamma, scaling, clamp_range);
     if (beta_dim > 0)
@@ -226,25 +250,29 @@ Tensors film_gradients(Context* ctx, const Tensor& gradient) {
   if (Tensors found = by_torch_form(ctx, inputs, gradient); !found.empty()) return found;
   static const auto op = operation<decltype(film_backward)>("bem_peft_cpu::film_backward");
   auto [gx, gy, gw, gbias, ggamma, gbeta] = op.call(
-      gradient, saved[0], saved[1], saved[2], or_none(saved[4]), or_none(saved[5]), saved[6], saved[7],
-      kept(ctx, "scaling").toDouble(), kept(ctx, "clamp_range").toDouble(), kept(ctx, "max_beta").toDouble(), needs_x(ctx));
+      gradient, saved[0], saved[1], saved[2], or_none(saved[4]), or_none(saved[5]), saved[6], saved[7], saved[8],
+      kept(ctx, "scaling").toDouble(), kept(ctx, "clamp_range").toDouble(), kept(ctx, "max_beta").toDouble(),
+      kept(ctx, "is_rms").toBool(), needs_x(ctx));
   return {gx, gy, gw, gbias, ggamma, gbeta};
 }
 
 // what the dispatcher calls where a gradient is asked for; the coefficients that are kept are of no use outside
-std::tuple<Tensor, Tensor, Tensor> film_autograd(
+std::tuple<Tensor, Tensor, Tensor, Tensor> film_autograd(
     const Tensor& x, const Tensor& y, const Tensor& w, const Tensor& bias, const Maybe& gamma, const Maybe& beta,
-    double scaling, double clamp_range, double max_beta, bool is_rms, const Maybe& unstable, double threshold) {
+    double scaling, double clamp_range, double max_beta, bool is_relative, bool is_rms, const Maybe& unstable,
+    double threshold) {
   const auto forward = [&](Context* ctx) {
     static const auto op = operation<decltype(film_forward)>("bem_peft_cpu::film_train");
-    auto [out, c, rms] = op.call(x, y, w, bias, gamma, beta, scaling, clamp_range, max_beta, is_rms, unstable, threshold);
-    keep(ctx, {x, y, w, bias, or_nothing(gamma), or_nothing(beta), c, rms});
+    auto [out, c, read, rms] = op.call(
+        x, y, w, bias, gamma, beta, scaling, clamp_range, max_beta, is_relative, is_rms, unstable, threshold);
+    keep(ctx, {x, y, w, bias, or_nothing(gamma), or_nothing(beta), c, read, rms});
     keep(ctx, "scaling", scaling);
     keep(ctx, "clamp_range", clamp_range);
     keep(ctx, "max_beta", max_beta);
+    keep(ctx, "is_rms", is_rms);
     return out;
   };
-  return {differentiable({x, y, w, bias, gamma, beta}, forward, film_gradients), at::empty({0}), at::empty({0})};
+  return {differentiable({x, y, w, bias, gamma, beta}, forward, film_gradients), at::empty({0}), at::empty({0}), at::empty({0})};
 }
 
 [[maybe_unused]] const SiteKind& site_kind = add_site_kind<film>("film", /*wide=*/0);
@@ -252,11 +280,12 @@ std::tuple<Tensor, Tensor, Tensor> film_autograd(
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
-  define_inference(m, "film", "Tensor w, Tensor bias, Tensor gamma, Tensor beta, bool is_rms");
+  define_inference(m, "film", "Tensor w, Tensor bias, Tensor gamma, Tensor beta, bool is_relative, bool is_rms");
   m.def("film_train(Tensor x, Tensor y, Tensor w, Tensor bias, Tensor? gamma, Tensor? beta, float scaling, "
-        "float clamp_range, float max_beta, bool is_rms, Tensor(a!)? unstable, float threshold) -> (Tensor, Tensor, Tensor)");
-  m.def("film_backward(Tensor gradient, Tensor x, Tensor y, Tensor w, Tensor? gamma, Tensor? beta, Tensor c, Tensor rms, "
-        "float scaling, float clamp_range, float max_beta, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "float clamp_range, float max_beta, bool is_relative, bool is_rms, Tensor(a!)? unstable, float threshold) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("film_backward(Tensor gradient, Tensor x, Tensor y, Tensor w, Tensor? gamma, Tensor? beta, Tensor c, Tensor read, "
+        "Tensor rms, float scaling, float clamp_range, float max_beta, bool is_rms, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(bem_peft_cpu, CPU, m) {

@@ -126,6 +126,7 @@ class _FiLM(_Adapted, Protocol):
     out_features: int
     clamp_range: float
     max_beta: float
+    is_relative: bool
     is_rms: bool
     explosion_threshold: float
 
@@ -144,7 +145,7 @@ def _pack_film(adapter: _FiLM, dtype: torch.dtype) -> Weights:
 def _train_film(adapter: _FiLM, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The operator judges its output itself, and sets `unstable`."""
     unstable = torch.zeros((), dtype=torch.bool, device=y.device) if adapter.is_watching_output() else None
-    bounds = adapter.scaling, adapter.clamp_range, adapter.max_beta, adapter.is_rms
+    bounds = adapter.scaling, adapter.clamp_range, adapter.max_beta, adapter.is_relative, adapter.is_rms
     out: torch.Tensor = cpp.build().film_train(
         x, y, *adapter.held_masters(), *bounds, unstable, adapter.explosion_threshold
     )[0]
@@ -167,7 +168,7 @@ CPP_FORMS: dict[str, CppForm] = {
         ("U", "V", "B"), _pack_kronecker, lambda adapter: (adapter.v_rank, adapter.scaling), _train_kronecker
     ),
     "film": CppForm(
-        ("controller_weight", "controller_bias", "gamma", "beta"), _pack_film, lambda adapter: (adapter.is_rms,),
-        _train_film,
+        ("controller_weight", "controller_bias", "gamma", "beta"), _pack_film,
+        lambda adapter: (adapter.is_relative, adapter.is_rms), _train_film,
     ),
 }  # fmt: skip
