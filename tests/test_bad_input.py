@@ -48,6 +48,7 @@ CONFIGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "negative clamp": (lambda: PT4(clamp_range=-0.1), ValueError, "`clamp_range` = -0.1"),
     "nothing left": (lambda: PT4(clamp_range=0.0, max_beta=0.0), ValueError, "`max_beta` = 0.0.*clamp_range"),
     "infinite beta": (lambda: PT4(max_beta=INF), ValueError, "`max_beta` = inf"),
+    "unknown controller unit": (lambda: PT4(controller_unit="std"), ValueError, "`controller_unit` = 'std'"),
     "unknown unit": (lambda: PT4(beta_unit="std"), ValueError, "`beta_unit` = 'std'"),
     "truthy flag": (lambda: PT4(minimal_overhead=1), TypeError, "`minimal_overhead` = 1.*True or False"),
     "unknown statistics": (lambda: PT1(attention_stats="eager"), ValueError, "`attention_stats` = 'eager'"),

@@ -77,6 +77,7 @@ FIELDS: dict[type, dict[str, st.SearchStrategy[Any]]] = {
         "clamp_range": numbers,
         "max_beta": numbers,
         "beta_unit": words("rms", "absolute"),
+        "controller_unit": words("rms", "absolute"),
         "emergency_stabilization": flags,
         "explosion_threshold": st.sampled_from([100.0, 1e6, 0.0, -1.0, float("nan"), "1e6", None]),
     },

@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
 
-from bem_peft.kernels.film import SMALLEST_RMS
 from bem_peft.kernels.triton_tiles import (
     IS_INTERPRETED,
     UPDATE_TILES,
@@ -42,6 +41,7 @@ from bem_peft.kernels.triton_tiles import (
 )
 from bem_peft.kernels.vmap_rows import folding_rows, looping
 
+SMALLEST_RMS = 1e-6  # that of `kernels.film`
 CHUNKS = 16  # of rows, whose gradients of G and T are summed apart
 BLOCK_N = 16  # rows of a tile of the backward kernels: their blocks are fixed, and with them the order of every sum
 PROGRAMS = 128  # wanted of the sums over channels, which are split to have them

@@ -221,6 +221,25 @@ def test_a_second_derivative_of_an_operator_without_an_adapter_is_refused() -> N
             torch.autograd.grad(out.sum(), x, create_graph=True)
 
 
+def test_film_of_rows_that_are_zero_or_nearly() -> None:
+    """Their RMS is taken as the smallest, which has no slope; nothing is infinite."""
+    adapter = ResidualFiLMAdapter(ResidualFiLMConfig(gamma_dim=2, beta_dim=3), SiteShape("s", 6, 17), CallState())
+    adapter.reset_parameters(False, SiteShape("s", 6, 17))
+    y = torch.randn(3, 17) * torch.tensor([[0.0], [1e-8], [1.0]])
+    x = torch.randn(3, 6) * torch.tensor([[1e-6], [1e-6], [1.0]])
+    found = []
+    for kernels, dtype in (("cpp", torch.float32), ("torch", torch.float64)):
+        use_kernels(kernels)
+        own = copy.deepcopy(adapter).to(dtype).train()
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (x, y)]
+        out = own(*inputs)
+        out.backward(torch.linspace(-1.0, 1.0, 51, dtype=dtype).view(3, 17))
+        found.append([out.detach(), *(t.grad for t in (*inputs, *own.parameters()))])
+    for mine, exact in zip(*found, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-5)
+    assert not found[0][0][0].any()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9, -1e9])
 def test_film_sees_an_explosion_in_any_number(value: float) -> None:
     config = ResidualFiLMConfig(gamma_dim=3, beta_dim=5, explosion_threshold=1e6)

@@ -22,7 +22,7 @@ from bem_peft import (
     ResidualFiLMConfig,
     use_kernels,
 )
-from bem_peft.kernels import backend, rank_mask
+from bem_peft.kernels import backend, film, rank_mask
 from tests.tiny_models import build
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton is for Linux")
@@ -60,6 +60,24 @@ def test_ties_fall_as_in_the_torch_form() -> None:
     for k in (1, 2, 3, 4):
         out = triton_rank_mask.masked_update(y, z, None, logits, b_t, k, 1.0)
         assert torch.equal(out, rank_mask.k_hot_mask(logits, k))
+
+
+def test_film_of_rows_that_are_zero_or_nearly() -> None:
+    """Their RMS is taken as `SMALLEST_RMS`, which has no slope; nothing is infinite."""
+    assert triton_film.SMALLEST_RMS == film.SMALLEST_RMS
+    torch.manual_seed(0)
+    y = torch.randn(3, 7) * torch.tensor([[0.0], [1e-8], [1.0]])
+    u = torch.randn(3, 2) * torch.tensor([[1e-6], [1e-6], [1.0]])
+    given = [y, u, torch.randn(2), 0.1 * torch.randn(2, 7), torch.randn(2, 7)]
+    found = []
+    for form, dtype in ((triton_film.film_update, torch.float32), (film.film_update, torch.float64)):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in given]
+        out = form(*inputs, True, True)
+        out.backward(torch.linspace(-1.0, 1.0, 21, dtype=dtype).view(3, 7))
+        found.append([out.detach().double(), *(t.grad.double() for t in inputs if t.grad is not None)])
+    for mine, exact in zip(*found, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-6)
+    assert not found[0][0][0].any()
 
 
 def first(operator: str) -> list[Any]:

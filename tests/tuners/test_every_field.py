@@ -207,6 +207,7 @@ TABLE: dict[type, dict[str, Sets]] = {
         "clamp_range": Sets(0.3, "output"),
         "max_beta": Sets(0.3, "output"),
         "beta_unit": Sets("absolute", "output"),
+        "controller_unit": Sets("absolute", "output"),
         "minimal_overhead": Sets(True, error="`minimal_overhead`"),
         "emergency_stabilization": Sets(False, "a step of infinite gradients"),
         "explosion_threshold": Sets(1e-3, "a step"),
@@ -276,6 +277,7 @@ INERT: list[tuple[type, dict[str, Any], str]] = [
     (ResidualFiLMConfig, {"clamp_range": 0.0, "gamma_dim": 64}, "gamma_dim"),
     (ResidualFiLMConfig, {"max_beta": 0.0, "beta_dim": 64}, "beta_dim"),
     (ResidualFiLMConfig, {"max_beta": 0.0, "beta_unit": "absolute"}, "beta_unit"),
+    (ResidualFiLMConfig, {"mode": "static", "controller_unit": "absolute"}, "controller_unit"),
     (ResidualFiLMConfig, {"emergency_stabilization": False, "explosion_threshold": 10.0}, "explosion_threshold"),
 ]
 
