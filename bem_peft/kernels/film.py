@@ -32,16 +32,11 @@ SMALLEST_RMS = 1e-6  # by which u is divided
 
 def token_rms(y: torch.Tensor) -> torch.Tensor:
     """Root mean square of each row of y (N, out), (N, 1), in y's dtype; of a norm that float16 may not hold."""
-    return (_token_norm(y) * y.shape[1] ** -0.5).to(y.dtype)
+    return (token_norm(y) * y.shape[1] ** -0.5).to(y.dtype)
 
 
 def token_norm(y: torch.Tensor) -> torch.Tensor:
-    """Euclidean norm of each row of y (N, out), (N, 1), in y's dtype; of float16, which may not hold it, in float32."""
-    norm = _token_norm(y)
-    return norm if y.dtype is torch.float16 else norm.to(y.dtype)
-
-
-def _token_norm(y: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm of each row of y (N, out), (N, 1), in float32 or wider: float16 may not hold it."""
     wide = torch.promote_types(y.dtype, torch.float32)
     return torch.linalg.vector_norm(y, dim=1, keepdim=True, dtype=wide)
 
@@ -95,8 +90,10 @@ def film_update(
     if beta_t is not None:
         units, is_product = c[:, : beta_t.shape[0]], has_each and (is_rms or c.shape[0] == y.shape[0])
         share = 1.0
-        if norm is not None and is_rms and is_product and norm.dtype is y.dtype:  # the product scales for nothing
-            units, share = units * norm, width**-0.5
+        if (
+            norm is not None and is_rms and is_product and y.dtype is not torch.float16
+        ):  # the product scales for nothing
+            units, share = units * norm.to(y.dtype), width**-0.5
         elif norm is not None and is_rms:
             units = units * (norm * width**-0.5).to(y.dtype)
         if is_product:
