@@ -6,6 +6,7 @@
 from typing import TYPE_CHECKING
 
 from bem_peft._version import __version__
+from bem_peft.budget import match as _match
 from bem_peft.budget.check import BudgetConstraints, BudgetValidator
 from bem_peft.budget.enforce import BudgetCallback, BudgetWarning, check_budget, write_report
 from bem_peft.budget.flops import FlopCount, count_flops
@@ -20,6 +21,7 @@ from bem_peft.kernels.backend import use_kernels
 from bem_peft.sites.find import Site, SiteError, SiteTable, find_sites
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import LearningRates, parameter_groups
+from bem_peft.tuners.adapter_spec import parse_adapter
 from bem_peft.tuners.calls.call_state import retrieval_quality, retrieval_scores
 from bem_peft.tuners.calls.loop import AdapterCallback, penalty_values, set_loss_scale
 from bem_peft.tuners.composite import CompositeConfig, CompositeModel
@@ -31,6 +33,8 @@ from bem_peft.tuners.pt2_rank_mask import DynamicRankMaskConfig, DynamicRankMask
 from bem_peft.tuners.pt3_kronecker import KroneckerConfig, KroneckerModel
 from bem_peft.tuners.pt4_film import ResidualFiLMConfig, ResidualFiLMModel
 from bem_peft.tuners.steps.brake import emergency_stabilize
+
+_match.parse_anchor = parse_adapter
 
 if TYPE_CHECKING:
     from bem_peft.evaluation.evaluator import ComprehensiveEvaluator

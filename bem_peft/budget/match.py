@@ -8,7 +8,7 @@ free sizes this is done on the last, for each choice of the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -17,10 +17,11 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from bem_peft.budget.check import check_positive
+from bem_peft.budget.check import adapted_copy, at_sites_of, check_positive
 from bem_peft.budget.site_cost import MATCHED, ModelCost
 from bem_peft.budget.sizes import Sizes, sizes_of
 
+parse_anchor: Callable[[str], PeftConfig] | None = None  # set by the package: budgets know no method
 FIRST = 256  # a size that fits no site from 1 to here fits none
 
 
@@ -76,7 +77,7 @@ class BudgetMatch:
 def match_budget(
     model: nn.Module,
     config: PeftConfig,
-    anchor: PeftConfig,
+    anchor: PeftConfig | str,
     *,
     free: Sequence[str] | Mapping[str, Sequence[int] | None] | None = None,
     match: Sequence[str] = MATCHED,
@@ -88,7 +89,8 @@ def match_budget(
     Args:
         model: the base model; its weights are not read, it may be on the meta device.
         config: everything but the free sizes stays as it is.
-        anchor: config of any PEFT method that adapts single modules.
+        anchor: config of any PEFT method that adapts single modules; or such a config in one line, "lora:r=8", which
+            stands at the sites of `config` where it names none.
         free: names of integer fields of `config`, or name -> the values to choose from (None: all that it accepts);
             None: the method's own sizes, and where these do not meet the anchor, what it can be folded
             by as well (`further_sizes`, PT3's `u_dim`).
@@ -103,6 +105,9 @@ def match_budget(
         TypeError: `config` or `anchor` is no PeftConfig.
         ValueError: an unknown field or quantity, or no value of the free sizes that the config accepts.
     """
+    if isinstance(anchor, str) and isinstance(config, PeftConfig):
+        assert parse_anchor is not None
+        anchor = at_sites_of(parse_anchor(anchor), lambda: adapted_copy(model, config))
     for name, given in (("config", config), ("anchor", anchor)):
         if not isinstance(given, PeftConfig):
             raise TypeError(f"`{name}` = {given!r}: must be a PeftConfig, as LoraConfig(r=8).")

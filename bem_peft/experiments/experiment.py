@@ -42,7 +42,7 @@ from bem_peft.experiments.sections import (
 from bem_peft.experiments.training_fields import check_training
 from bem_peft.experiments.yaml_document import changed_document
 from bem_peft.json_text import text_of
-from bem_peft.tuners.adapter_spec import config_class, unknown_method
+from bem_peft.tuners.adapter_spec import AdapterSpecError, config_class, parse_adapter, unknown_method
 
 
 class ExperimentError(ValueError):
@@ -62,7 +62,7 @@ class _Document:
     output_dir: str
     evaluation: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    budget: dict[str, Any] | None = None
+    budget: dict[str, Any] | str | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
 
 
@@ -94,7 +94,13 @@ def check_experiment(document: Mapping[str, Any], problems: Problems) -> Experim
     evaluation = fill(EvaluationSection, given.get("evaluation", {}), "evaluation", problems)
     adapter = adapter_config(given["adapter"], "adapter", problems) if "adapter" in given else None
     anchor = None
-    if budget is not None and isinstance(budget.anchor, dict):
+    if isinstance(document.get("budget"), str):  # one dial: sizes and rate by an anchor
+        budget = BudgetSection({}, match=None)
+        try:
+            anchor = parse_adapter(document["budget"])
+        except AdapterSpecError as error:
+            problems.append(f"budget: {error}")
+    elif budget is not None and isinstance(budget.anchor, dict):
         anchor = adapter_config(budget.anchor, "budget.anchor", problems)
     training = dict(given.get("training", {}))
     check_training(training, adapter, problems)
@@ -260,7 +266,7 @@ def _check_budget(budget: BudgetSection, adapter: PeftConfig | None, problems: P
     if adapter is None:
         return
     sizes = getattr(adapter, "size_fields", ())
-    for name in budget.match:
+    for name in budget.match or ():
         if name not in sizes and not hasattr(adapter, name):
             problems.append(f"budget.match: {name!r} is no field of {type(adapter).__name__}")
     if isinstance(budget.match, dict):

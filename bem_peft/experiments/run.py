@@ -31,6 +31,7 @@ from bem_peft.experiments.seed_folder import SECTIONS, begin, check_finished
 from bem_peft.experiments.seed_result import score_seed
 from bem_peft.json_text import read_json
 from bem_peft.training.checkpoints import last_complete_checkpoint
+from bem_peft.training.parameter_groups import LearningRates
 from bem_peft.training.trainer import PTTrainer, PTTrainingConfig
 from bem_peft.whole_file import prove_writable
 
@@ -81,15 +82,20 @@ def _run_seed(
     model = load_model(experiment.model)
     config = experiment.adapter
     anchor = experiment.anchor
-    if experiment.budget is not None and experiment.budget.match:
+    if experiment.budget is not None and (experiment.budget.match is None or experiment.budget.match):
         config = _matched(experiment, model, report)
+    options = dict(experiment.training)
+    if isinstance(experiment.document.get("budget"), str) and "learning_rate" not in options:
+        rates = LearningRates.suggest(model, config)
+        options["learning_rate"] = rates.learning_rate
+        report(f"learning rate {rates.source}")
     transformers.set_seed(seed)
     model = get_peft_model(model, config)
     budget: BudgetConstraints | None = None
     if experiment.budget is not None and anchor is not None:
         budget = budget_of(model, anchor, experiment.budget.quantities, experiment.budget.tolerance_ratio)
     defaults = {"save_total_limit": 2, "report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
-    options = {**defaults, **experiment.training}
+    options = {**defaults, **options}
     arguments = PTTrainingConfig(str(folder / "checkpoints"), seed=seed, **options)
     if experiment.budget is not None:
         arguments.budget_policy = experiment.budget.policy

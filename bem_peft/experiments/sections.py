@@ -45,8 +45,9 @@ class DataSection:
 @dataclass
 class BudgetSection:
     anchor: dict[str, Any]
-    # fields of the adapter that are chosen to meet the anchor; or field -> the values to choose from (null: any)
-    match: list[str] | dict[str, Any] = field(default_factory=list)
+    # fields of the adapter that are chosen to meet the anchor; or field -> the values to choose from (null: any); null:
+    # the method's own sizes
+    match: list[str] | dict[str, Any] | None = field(default_factory=list)
     quantities: list[str] = field(default_factory=lambda: ["params", "flops"])
     tolerance_ratio: float = 0.05
     policy: str = "raise"

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft import PeftConfig
 from torch import nn
 from transformers import TrainingArguments
 
 from bem_peft import field_checks as check
+from bem_peft.training.suggested_rates import suggested_rate
 from bem_peft.tuners.base.adapter import Adapter
 
 # 1 throughout is what short runs on real text ask for (benchmarks/learning_rates.py); the multipliers of the document
@@ -37,6 +39,7 @@ class LearningRates:
         variant_lr_multipliers: for "PT1" to "PT4", > 0; what is left out is 1.
         group_lr_multipliers: for the groups of a method: "projection", "controller", "mask", "factors", "gamma",
             "beta", or one method's alone as "PT3/factors"; > 0; what is left out is 1.
+        source: where the rate comes from; for people.
 
     Raises:
         ValueError, TypeError: a key that does not exist, or a value that is no positive number.
@@ -46,6 +49,20 @@ class LearningRates:
     weight_decay: float = 0.0
     variant_lr_multipliers: dict[str, float] = field(default_factory=lambda: dict(VARIANT_LR_MULTIPLIERS))
     group_lr_multipliers: dict[str, float] = field(default_factory=dict)
+    source: str = ""
+
+    @classmethod
+    def suggest(cls, model: nn.Module, config: PeftConfig) -> LearningRates:
+        """The rate that was best for the method where it was measured; `source` says where, and for which size.
+
+        Args:
+            model: the base model; its weights are not read.
+
+        Raises:
+            ValueError: no rate was measured for the method, or `model` is adapted already.
+        """
+        found = suggested_rate(model, config)
+        return cls(found.learning_rate, source=found.source)
 
     def __post_init__(self) -> None:
         check.check_number(self, "learning_rate", 0.0, exclusive=True)

@@ -178,3 +178,16 @@ def test_a_module_with_sizes_of_its_own_costs_what_they_cost(config: LoraConfig)
     with torch.device("meta"):
         found = ModelCost(build("llama"), config)(config)
     assert found["params"] == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_an_anchor_in_one_line_stands_at_the_sites_of_the_config() -> None:
+    model = build("llama")
+    config = ResidualFiLMConfig(gamma_dim=1, beta_dim=1)
+    written = match_budget(model, config, "lora:r=8")
+    whole = match_budget(model, config, LoraConfig(r=8, target_modules=BOTH))
+    assert written.sizes == whole.sizes
+    assert written.anchor == whole.anchor
+    named = match_budget(model, config, "lora:r=8,target_modules=[o_proj]")
+    assert named.anchor["params"] < written.anchor["params"]
+    with pytest.raises(ValueError, match=r"lorra.*did you mean 'lora'"):
+        match_budget(model, config, "lorra:r=8")

@@ -268,6 +268,28 @@ def test_a_run_trains_evaluates_and_says_where_it_comes_from(folder: Path, capsy
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_one_dial_sets_sizes_and_rate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {**document(folder), "budget": "lora:r=8", "adapter": {"method": "film", "task_type": "CAUSAL_LM"}}
+    given["seeds"] = [0]
+    del given["training"]["learning_rate"]
+    given["training"]["logging_steps"] = 1
+    (folder / "dial.yaml").write_text(yaml.safe_dump(given))
+    assert main(["run", str(folder / "dial.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert "learning rate 5.7e-03: the best of a search" in said
+    result = json.loads((folder / "runs" / "seed-0" / "result.json").read_text())
+    assert {line["quantity"]: line["verdict"] for line in result["budget"]} == {"params": "PASS", "flops": "PASS"}
+    assert max(line["learning_rate"] for line in result["curve"]) <= 8e-3 * 2**-0.5
+    given["training"]["learning_rate"], given["output_dir"] = 1e-3, str(folder / "other")
+    (folder / "dial.yaml").write_text(yaml.safe_dump(given))
+    assert main(["run", str(folder / "dial.yaml")]) == 0
+    assert "learning rate" not in capsys.readouterr().out
+    given["budget"] = "lorra:r=8"
+    (folder / "dial.yaml").write_text(yaml.safe_dump(given))
+    with pytest.raises(ExperimentError, match=r"budget: .*lorra"):
+        read_experiment(folder / "dial.yaml")
+
+
 def test_groups_are_not_split_and_every_seed_has_the_same_items(folder: Path) -> None:
     from bem_peft.experiments.items import read_items
 
