@@ -15,6 +15,7 @@ from bem_peft.budget.match import BudgetMatch, match_budget
 from bem_peft.budget.memory import MemoryCount, count_memory
 from bem_peft.budget.parameters import ParameterCount, count_parameters
 from bem_peft.budget.report import BudgetError, BudgetLine, BudgetReport
+from bem_peft.dial import choose_sizes
 from bem_peft.hub import push_to_hub
 from bem_peft.kept import kept_weights
 from bem_peft.kernels.backend import use_kernels
@@ -22,6 +23,7 @@ from bem_peft.sites.find import Site, SiteError, SiteTable, find_sites
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import LearningRates, parameter_groups
 from bem_peft.tuners.adapter_spec import parse_adapter
+from bem_peft.tuners.base import registry as _registry
 from bem_peft.tuners.calls.call_state import retrieval_quality, retrieval_scores
 from bem_peft.tuners.calls.loop import AdapterCallback, penalty_values, set_loss_scale
 from bem_peft.tuners.composite import CompositeConfig, CompositeModel
@@ -34,7 +36,7 @@ from bem_peft.tuners.pt3_kronecker import KroneckerConfig, KroneckerModel
 from bem_peft.tuners.pt4_film import ResidualFiLMConfig, ResidualFiLMModel
 from bem_peft.tuners.steps.brake import emergency_stabilize
 
-_match.parse_anchor = parse_adapter
+_match.parse_anchor, _registry.choose_sizes = parse_adapter, choose_sizes
 
 if TYPE_CHECKING:
     from bem_peft.evaluation.evaluator import ComprehensiveEvaluator

@@ -7,6 +7,7 @@ free sizes this is done on the last, for each choice of the others.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,9 +106,14 @@ def match_budget(
         TypeError: `config` or `anchor` is no PeftConfig.
         ValueError: an unknown field or quantity, or no value of the free sizes that the config accepts.
     """
-    if isinstance(anchor, str) and isinstance(config, PeftConfig):
+    if getattr(config, "budget", None) is not None:  # its sizes are chosen here
+        config = copy.copy(config)
+        config.budget = None
+    if isinstance(anchor, str):
         assert parse_anchor is not None
-        anchor = at_sites_of(parse_anchor(anchor), lambda: adapted_copy(model, config))
+        anchor, is_written = parse_anchor(anchor), True
+    else:
+        is_written = False
     for name, given in (("config", config), ("anchor", anchor)):
         if not isinstance(given, PeftConfig):
             raise TypeError(f"`{name}` = {given!r}: must be a PeftConfig, as LoraConfig(r=8).")
@@ -116,11 +122,15 @@ def match_budget(
     if not match or set(match) - set(MATCHED):
         raise ValueError(f"`match` = {list(match)}: must be a choice of {', '.join(MATCHED)}.")
     with torch.device("meta"):
-        target = ModelCost(model, anchor)(anchor)
+        fitting = config
         try:  # which sites it has does not depend on the sizes
             cost = ModelCost(model, config)
         except ValueError:  # its own sizes do not fit
-            cost = ModelCost(model, sizes.smallest())
+            fitting = sizes.smallest()
+            cost = ModelCost(model, fitting)
+        if is_written:
+            anchor = at_sites_of(anchor, lambda: adapted_copy(model, fitting))
+        target = ModelCost(model, anchor)(anchor)
     if cost.has_fixed_parts:
         raise ValueError(
             f"`config` = {type(config).__name__} with `target_parameters`: a size search knows adapters of modules, "

@@ -25,7 +25,7 @@ MEASURED: Mapping[str, tuple[str, int]] = {
     "BEM_RANK_MASK": ("pt2", 0),
     "BEM_KRONECKER": ("pt3", 1),
     "BEM_FILM": ("pt4", -1),
-    "BEM_COMPOSITE": ("composite", 1),
+    "BEM_COMPOSITE": ("composite", 0),
 }
 RANK = 8  # of the LoRA whose size they had
 

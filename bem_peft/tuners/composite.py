@@ -84,6 +84,7 @@ class CompositeConfig(AdapterConfig):
         fused_experts: str = "adapt",
         expert_sharing: str = "shared",
         scaling: float = 2.0,
+        budget: str | None = None,
         init_weights: bool = True,
     ) -> None:
         self.methods = [HeadGroupGatingConfig(), KroneckerConfig()] if methods is None else methods
@@ -95,7 +96,7 @@ class CompositeConfig(AdapterConfig):
         self.layers_to_transform, self.layers_pattern = layers_to_transform, layers_pattern
         self.rank_pattern, self.sites = {} if rank_pattern is None else rank_pattern, sites
         self.fused_experts, self.expert_sharing = fused_experts, expert_sharing
-        self.scaling, self.init_weights = scaling, init_weights
+        self.scaling, self.budget, self.init_weights = scaling, budget, init_weights
         self.__post_init__()
 
     def __post_init__(self) -> None:
@@ -112,6 +113,11 @@ class CompositeConfig(AdapterConfig):
         kinds = [config.method for config in self.methods]
         if len(set(kinds)) != len(kinds):
             raise check.field_error("methods", kinds, "must be different methods")
+        for config in self.methods:
+            if config.budget is not None:
+                raise check.field_error(
+                    "methods", config.budget, "`budget` of one of several methods", "set the composite's"
+                )
         for name in INHERITED:
             self._hand_down(name)
 

@@ -135,6 +135,7 @@ COMMON = {
     "sites": Sets(["mlp_down"], "shapes"),
     "fused_experts": Sets("skip", "shapes of experts"),
     "expert_sharing": Sets("each", "shapes of experts"),
+    "budget": Sets("lora:r=10", "shapes"),
     "init_weights": Sets(False, "fresh output"),
 }
 LOW_RANK = {

@@ -76,6 +76,13 @@ class AdapterConfig(PeftConfig):
         },
     )
     scaling: float = field(default=2.0, metadata={"help": "The factor s of the update; not divided by the rank."})
+    budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "An adapter in one line, 'lora:r=8': once the model is known, the method's sizes are chosen so "
+            "that it costs as much at the same sites, within 5 % of parameters and FLOPs."
+        },
+    )
     init_weights: bool = field(
         default=True,
         metadata={"help": "True: the fresh adapter is the identity. False: random output weights, for tests."},
@@ -133,6 +140,8 @@ class AdapterConfig(PeftConfig):
         check.check_choice(self, "expert_sharing", ("shared", "each", "factors"))
         check.check_number(self, "scaling", 0.0, exclusive=True)
         check.check_bool(self, "init_weights")
+        if not isinstance(self.budget, (str, type(None))):
+            raise TypeError(f"`budget` = {self.budget!r}: must be an adapter in one line, as 'lora:r=8', or None.")
         self._check_layers()
         self._check_sites()
         self._check_rank_pattern()
@@ -200,7 +209,7 @@ class AdapterConfig(PeftConfig):
 
     def _resized(self, changes: dict[str, Any]) -> AdapterConfig:
         """As `dataclasses.replace`, for a config whose other fields have been accepted: they may be without effect."""
-        changes = {**changes, "inference_mode": True}
+        changes = {**changes, "inference_mode": True, "budget": None}
         changed = dataclasses.replace(self, **changes)
         changed.inference_mode, changed.is_from_file = self.inference_mode, self.is_from_file
         return changed

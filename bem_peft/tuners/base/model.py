@@ -18,6 +18,7 @@ from torch import nn
 
 from bem_peft import upstream
 from bem_peft.kept import kept_weights
+from bem_peft.tuners.base import registry
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.base.adapter_config import AdapterConfig
 from bem_peft.tuners.base.expert_layer import AdapterExperts
@@ -26,7 +27,6 @@ from bem_peft.tuners.base.experts import detach
 from bem_peft.tuners.base.field_help import with_arguments
 from bem_peft.tuners.base.layer import AdapterLayer, AdapterLinear, of_method, projection_shape
 from bem_peft.tuners.base.plan import Part, check_plan, drop_base_prefix, found_targets, known_sites
-from bem_peft.tuners.base.registry import register
 from bem_peft.tuners.base.saved_keys import check_saved_keys
 from bem_peft.tuners.calls.attention_stats import restore_attention, use_exact_attention
 from bem_peft.tuners.calls.call_state import (
@@ -76,7 +76,7 @@ class AdapterModel(BaseTuner):
         cls.linear_cls = of_method(AdapterLinear, cls, "linear_cls", **shared)
         cls.experts_cls = of_method(AdapterExperts, cls, "experts_cls", **shared)
         with_arguments(config)
-        register(config.method, config, cls)
+        registry.register(config.method, config, cls)
 
     # which adapters a config asks for
 
@@ -97,6 +97,9 @@ class AdapterModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> AdapterConfig:
         drop_base_prefix(self.model, peft_config)
+        if peft_config.budget is not None and not peft_config.is_from_file:
+            assert registry.choose_sizes is not None
+            registry.choose_sizes(self.model, peft_config)
         for _, config in self.parts(peft_config):
             drop_base_prefix(self.model, config)
             if config.target_modules is None:

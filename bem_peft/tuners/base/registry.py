@@ -7,9 +7,12 @@ already a member of the `PeftType` enumeration. `extend_peft_type` adds the memb
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
+from typing import Any
 
 import peft
 from peft.utils import PeftType
+from torch import nn
 
 from bem_peft.upstream import require_supported
 
@@ -32,6 +35,8 @@ def extend_peft_type(name: str) -> PeftType:
 
 
 _own: list[str] = []
+# chooses the sizes of a config with a `budget`; set by the package, as counting stands above the tuners
+choose_sizes: Callable[[nn.Module, Any], None] | None = None
 
 
 def own_methods() -> tuple[str, ...]:

@@ -1,0 +1,31 @@
+"""One dial: `budget="lora:r=8"` of a config. Its sizes are chosen when the model is known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from bem_peft.budget.match import match_budget
+from bem_peft.tuners.base.adapter_config import AdapterConfig
+
+
+def choose_sizes(model: nn.Module, config: AdapterConfig) -> None:
+    """Give `config` the sizes that cost on `model` what the adapter `config.budget` costs at the same sites.
+
+    Raises:
+        ValueError: no sizes are within 5 % of it, or `model` is adapted already.
+    """
+    assert config.budget is not None
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"`budget` = {config.budget!r}: the model has an adapter already, and sizes are counted on the base alone; "
+            "choose them before, match_budget(base, config, budget).config, and add that."
+        )
+    match = match_budget(model, config, config.budget)
+    if not match.is_met:
+        raise ValueError(f"`budget` = {config.budget!r} is not met: {match}")
+    for field in dataclasses.fields(config):
+        if field.name != "budget":
+            setattr(config, field.name, getattr(match.config, field.name))
