@@ -1,38 +1,52 @@
-"""An exported adapter in the runtimes themselves, against transformers with the adapter as it was trained.
+"""An exported or merged adapter in the runtimes themselves, against transformers with the adapter as it was trained.
 
-    python benchmarks/runtimes.py CHECKPOINT --gguf BASE.gguf [--runtimes llama.cpp mlx] [--prompts 50] [--out FOLDER]
+    python benchmarks/runtimes.py CHECKPOINT [--converter convert_hf_to_gguf.py] [--gguf BASE.gguf] [--mlx]
+                                  [--prompts 50] [--out FOLDER]
 
-CHECKPOINT is SmolLM2-135M-Instruct's folder (examples/smollm2.py makes it of BASE.gguf, so that both hold the same
-numbers). Adapters: PT3 at W_down; PT2 with one mask a task at W_O and PT3 at W_down, of uneven ranks; each moved from
-its start at random. For each the largest and the mean difference of the logits over all tokens of the prompts, beside
-the same for the base without an adapter, which is what the runtime's own arithmetic (quantised activations, another
-order of sums) makes; the adapter's effect; and how many of ten greedy texts of 24 tokens are the same. Needs the
-packages llama-cpp-python, mlx and mlx-lm, as far as they are named. Rows are added to benchmarks/results/runtimes.csv.
+CHECKPOINT is SmolLM2-135M-Instruct's folder, which examples/smollm2.py makes of the packaged GGUF. Adapters, each moved
+from its start at random: PT3 at W_down; PT2 with one mask a task at W_O and PT3 at W_down, of uneven ranks; static PT4,
+which is no LoRA. Runtimes:
+
+- `--converter`, llama.cpp's own script (the source package of llama-cpp-python has it under vendor/): CHECKPOINT as a
+  float32 GGUF with the adapter as a GGUF LoRA, and the merged checkpoint as a GGUF of its own;
+- `--gguf`: a quantised base with the adapter as a GGUF LoRA (the packaged one differs from CHECKPOINT by bfloat16's
+  rounding too);
+- `--mlx`: MLX-LM with CHECKPOINT and the adapter in its layout.
+
+For each, over all tokens of the prompts: the mean and the largest difference of a logit and the mean KL divergence of
+the next token, beside the same for the base without an adapter, which is what the runtime's own arithmetic (quantised
+weights and activations, a key-value cache in 16 bits, another order of sums) makes; the adapter's effect; and how many
+of five greedy texts of 12 tokens are the same. Needs the packages llama-cpp-python, gguf, mlx and mlx-lm, as far as
+they are named. Rows are added to benchmarks/results/runtimes.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftConfig, get_peft_model
 from results_table import ROOT, ResultsTable, add_output
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bem_peft import CompositeConfig, DynamicRankMaskConfig, KroneckerConfig, export_lora
+from bem_peft import CompositeConfig, DynamicRankMaskConfig, KroneckerConfig, ResidualFiLMConfig, export_lora
 
 COLUMNS = (
-    "runtime", "version", "adapter", "prompts", "tokens", "base_mean", "base_largest", "mean", "largest", "effect_mean",
-    "effect_largest", "same_texts", "same_texts_base",
+    "runtime", "version", "base", "adapter", "as", "prompts", "tokens", "base_mean", "base_largest", "base_kl", "mean",
+    "largest", "kl", "effect_mean", "effect_largest", "effect_kl", "base_same_texts", "same_texts",
 )  # fmt: skip
-NEW_TOKENS, TEXTS = 24, 10
+NEW_TOKENS, TEXTS = 12, 5
 PT3 = {"u_dim": 16, "u_rank": 4, "v_rank": 7}
 ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
     "PT3": lambda: KroneckerConfig(**PT3, task_type="CAUSAL_LM"),
@@ -45,127 +59,159 @@ ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
         ],
         task_type="CAUSAL_LM",
     ),
+    "PT4 static": lambda: ResidualFiLMConfig(mode="static", max_beta=0.0, task_type="CAUSAL_LM"),
 }
-Runtime = Callable[[Path | None], tuple[Callable[[list[int]], torch.Tensor], Callable[[list[int]], list[int]]]]
+NO_LORA = ("PT4 static",)
+Ids = list[int]
+Logits = Callable[[Ids], torch.Tensor]  # token ids -> (tokens, vocabulary)
+Answers = tuple[list[torch.Tensor], list[Ids]]
 
 
-def greedy(logits_of: Callable[[list[int]], torch.Tensor], ids: list[int]) -> list[int]:
+def greedy(logits_of: Logits, ids: Ids) -> Ids:
     found = list(ids)
     for _ in range(NEW_TOKENS):
         found.append(int(logits_of(found)[-1].argmax()))
     return found[len(ids) :]
 
 
-def llama_cpp(gguf: Path) -> Runtime:
+def llama_cpp(gguf: Path, lora: Path | None = None) -> Logits:
     from llama_cpp import Llama
 
-    def load(adapter: Path | None) -> Any:
-        path = None if adapter is None else str(adapter / "adapter.gguf")
-        model = Llama(
-            str(gguf), lora_path=path, logits_all=True, n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False
-        )
+    path = None if lora is None else str(lora / "adapter.gguf")
+    model = Llama(str(gguf), lora_path=path, logits_all=True, n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
 
-        def logits_of(ids: list[int]) -> torch.Tensor:
-            model.reset()
-            model.eval(ids)
-            return torch.tensor(model.scores[: len(ids)])
+    def logits_of(ids: Ids) -> torch.Tensor:
+        model.reset()
+        model.eval(ids)
+        return torch.tensor(model.scores[: len(ids)])
 
-        return logits_of, lambda ids: greedy(logits_of, ids)
-
-    return load
+    return logits_of
 
 
-def mlx(checkpoint: Path, work: Path) -> Runtime:
+def mlx_lm(folder: Path, lora: Path | None = None) -> Logits:
     import mlx.core as mx
-    from mlx_lm import load as load_mlx
+    from mlx_lm import load
 
-    folder = work / "mlx-base"  # mlx_lm 0.32 reads the rotary base where transformers 4 wrote it
+    model, _ = load(str(folder), adapter_path=None if lora is None else str(lora))
+    model.set_dtype(mx.float32)
+    return lambda ids: torch.from_numpy(np.array(model(mx.array([ids]))[0]))
+
+
+def mlx_base(checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint as mlx_lm 0.32 reads it: with the rotary base where transformers 4 wrote it."""
     shutil.copytree(checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())
     config["rope_theta"] = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
-    def load(adapter: Path | None) -> Any:
-        model, _ = load_mlx(str(folder), adapter_path=None if adapter is None else str(adapter))
-        model.set_dtype(mx.float32)
 
-        def logits_of(ids: list[int]) -> torch.Tensor:
-            return torch.tensor(memoryview(model(mx.array([ids])))).squeeze(0)
+def converted(converter: Path, folder: Path, gguf: Path) -> Path:
+    """A float32 GGUF of a folder of transformers, by llama.cpp's script."""
+    command = [sys.executable, str(converter), str(folder), "--outfile", str(gguf), "--outtype", "f32"]
+    subprocess.run(command, check=True, capture_output=True)
+    return gguf
 
-        return logits_of, lambda ids: greedy(logits_of, ids)
 
-    return load
+def runs(args: argparse.Namespace, adapter: str, model: Any, bases: dict[str, Path], work: Path) -> Iterator[tuple]:
+    """(runtime, package, base, "LoRA" or "merged", what loads the base, what loads the adapted model)."""
+    if adapter not in NO_LORA:
+        for name, gguf in bases.items():
+            as_gguf, as_mlx = work / f"{adapter} gguf", work / f"{adapter} mlx"
+            if name == "mlx":
+                export_lora(model, as_mlx, format="mlx")
+                yield "MLX-LM", "mlx-lm", "checkpoint", "LoRA", mlx_lm, gguf, (gguf, as_mlx)
+            else:
+                export_lora(model, as_gguf, format="gguf")
+                yield "llama.cpp", "llama-cpp-python", name, "LoRA", llama_cpp, gguf, (gguf, as_gguf)
+    if args.converter is not None:
+        folder = work / f"{adapter} merged"
+        model.merge_and_unload().save_pretrained(folder)
+        AutoTokenizer.from_pretrained(args.checkpoint).save_pretrained(folder)
+        merged = converted(args.converter, folder, work / f"{adapter}.gguf")
+        yield "llama.cpp", "llama-cpp-python", "F32", "merged", llama_cpp, bases["F32"], (merged,)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--gguf", type=Path)
-    parser.add_argument("--runtimes", nargs="+", choices=["llama.cpp", "mlx"], default=["llama.cpp", "mlx"])
+    parser.add_argument("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
+    parser.add_argument("--gguf", type=Path, help="a base in GGUF")
+    parser.add_argument("--mlx", action="store_true")
     parser.add_argument("--prompts", type=int, default=50)
     add_output(parser)
     args = parser.parse_args()
-    if "llama.cpp" in args.runtimes and args.gguf is None:
-        parser.error("llama.cpp wants --gguf BASE.gguf")
+    torch.set_num_threads(1)
     table = ResultsTable(args.out, "runtimes.csv", COLUMNS)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     prompts = [tokenizer(f"Archaic: {text}\nModern:").input_ids for text in texts(args.prompts)]
-    rows = []
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
+        bases = {} if args.converter is None else {"F32": converted(args.converter, args.checkpoint, work / "f32.gguf")}
+        if args.gguf is not None:
+            bases[args.gguf.stem.rpartition(".")[2]] = args.gguf
+        if args.mlx:
+            bases["mlx"] = mlx_base(args.checkpoint, work / "mlx")
+        found: dict[str, Answers] = {}  # of the base without an adapter
         for adapter, config in ADAPTERS.items():
-            model: Any = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
-            torch.manual_seed(0)
-            model = get_peft_model(model, config()).eval()
-            with torch.no_grad():
-                for parameter in (p for p in model.parameters() if p.requires_grad):
-                    parameter.add_(torch.randn_like(parameter), alpha=0.02)
-
-            def ours(ids: list[int], model: Any = model) -> torch.Tensor:
-                with torch.no_grad():
-                    return model(input_ids=torch.tensor([ids])).logits[0]
-
+            model = moved(args.checkpoint, config())
             with model.disable_adapter():
-                base = [ours(ids) for ids in prompts]
-                base_texts = [greedy(ours, ids) for ids in prompts[:TEXTS]]
-            adapted, adapted_texts = [ours(ids) for ids in prompts], [greedy(ours, ids) for ids in prompts[:TEXTS]]
-            effect = differences(adapted, base)
-            for runtime in args.runtimes:
-                file_format = {"llama.cpp": "gguf", "mlx": "mlx"}[runtime]
-                folder = work / f"{adapter}-{file_format}"
-                export_lora(model, folder, format=file_format)
-                load = llama_cpp(args.gguf) if runtime == "llama.cpp" else mlx(args.checkpoint, work / adapter)
-                found = {}
-                for what, path, expected, texts_ in (
-                    ("base", None, base, base_texts), ("adapter", folder, adapted, adapted_texts),
-                ):  # fmt: skip
-                    logits_of, text_of = load(path)
-                    same = sum(text_of(ids) == text for ids, text in zip(prompts[:TEXTS], texts_, strict=True))
-                    found[what] = (*differences([logits_of(ids) for ids in prompts], expected), same)
-                package = {"llama.cpp": "llama-cpp-python", "mlx": "mlx-lm"}[runtime]
-                base_file = f", {args.gguf.stem}" if runtime == "llama.cpp" else ""
+                found["transformers"] = found.get("transformers") or answers(logits_by(model), prompts)
+            expected_base, expected = found["transformers"], answers(logits_by(model), prompts)
+            for runtime, package, base, form, load, plain, changed in runs(args, adapter, model, bases, work):
+                found[base] = found.get(base) or answers(load(plain), prompts)
+                adapted = answers(load(*changed), prompts)
                 values = (
-                    f"{runtime}{base_file}", f"{package} {version(package)}", adapter, len(prompts),
-                    sum(map(len, prompts)),
-                    *(f"{v:.2e}" for v in (*found["base"][:2], *found["adapter"][:2], *effect)), found["adapter"][2],
-                    found["base"][2],
+                    runtime, f"{package} {version(package)}", base, adapter, form, len(prompts), sum(map(len, prompts)),
+                    *differences(found[base][0], expected_base[0]), *differences(adapted[0], expected[0]),
+                    *differences(expected[0], expected_base[0]), same(found[base][1], expected_base[1]),
+                    same(adapted[1], expected[1]),
                 )  # fmt: skip
-                print(dict(zip(COLUMNS, values, strict=True)), flush=True)
-                rows.append(dict(zip(COLUMNS, values, strict=True)))
-    table.append(rows)
+                row = dict(zip(COLUMNS, values, strict=True))
+                print(row, flush=True)
+                table.append([row])
+
+
+def moved(checkpoint: Path, config: PeftConfig) -> Any:
+    """The checkpoint with an adapter that is no longer what it starts as."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return model
+
+
+def logits_by(model: Any) -> Logits:
+    def logits_of(ids: Ids) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([ids])).logits[0]
+
+    return logits_of
+
+
+def answers(logits_of: Logits, prompts: list[Ids]) -> Answers:
+    """The logits of all prompts, and the texts after the first ones."""
+    return [logits_of(ids) for ids in prompts], [greedy(logits_of, ids) for ids in prompts[:TEXTS]]
 
 
 def texts(count: int) -> list[str]:
-    import gzip
-
+    """The first verses of less than 60 characters."""
     with gzip.open(ROOT / "examples/data/archaic_modern.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line)["archaic"] for line, _ in zip(file, range(count), strict=False)]
+        verses = [json.loads(line)["archaic"] for line in file]
+    return [verse for verse in verses if len(verse) < 60][:count]
 
 
-def differences(a: list[torch.Tensor], b: list[torch.Tensor]) -> tuple[float, float]:
-    """The mean and the largest difference of a logit."""
-    each = [(x - y).abs() for x, y in zip(a, b, strict=True)]
-    return float(torch.cat([e.flatten() for e in each]).mean()), float(max(e.max() for e in each))
+def differences(a: list[torch.Tensor], b: list[torch.Tensor]) -> tuple[str, str, str]:
+    """Of a from b: the mean and the largest difference of a logit, and a token's mean KL divergence, from b to a."""
+    x, y = torch.cat(a).double(), torch.cat(b).double()
+    each = (x - y).abs()
+    log_x, log_y = x.log_softmax(-1), y.log_softmax(-1)
+    return f"{each.mean():.2e}", f"{each.max():.2e}", f"{(log_y.exp() * (log_y - log_x)).sum(-1).mean():.2e}"
+
+
+def same(a: list[Ids], b: list[Ids]) -> str:
+    return f"{sum(x == y for x, y in zip(a, b, strict=True))} of {len(a)}"
 
 
 if __name__ == "__main__":
