@@ -144,6 +144,32 @@ def quantization_backend(base_layer: nn.Module, model: nn.Module) -> Any:
     return _Backend() if is_quantised or type(weight).__module__.startswith("torchao.") else None
 
 
+def quantised_weight(base_layer: nn.Module, backend: Any) -> torch.Tensor:
+    """The weight of a quantised layer, dequantised by `backend`.
+
+    In its first forward pass in evaluation on a CPU with AVX512-BF16 bitsandbytes lays a 4-bit weight out anew, and
+    dequantises that as if it were laid out as before: it is first turned back, as it is whenever the layer is saved.
+
+    Raises:
+        ValueError: the installed bitsandbytes does not turn it back.
+    """
+    if _is_laid_out_anew(base_layer):
+        base_layer.state_dict()
+    if _is_laid_out_anew(base_layer):
+        raise ValueError(
+            "the 4-bit weight was laid out anew for the CPU by a forward pass in evaluation, and the installed "
+            "bitsandbytes does not turn that back, so that it cannot be read or merged into: pip install -U "
+            "bitsandbytes, merge before the first forward pass, or merge into the base loaded without quantisation."
+        )
+    weight: torch.Tensor = backend.get_base_weight(base_layer)
+    return weight
+
+
+def _is_laid_out_anew(base_layer: nn.Module) -> bool:
+    state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
 # saving and loading: peft asks the tuner since 0.21
 
 

@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from bem_peft import upstream
 from bem_peft.kernels.plain_call import is_plain_thread
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.calls.attention_stats import AttentionRows
@@ -84,7 +85,7 @@ class AdapterLayer(BaseTunerLayer):
     def base_weight(self) -> torch.Tensor:
         """The base layer's weight as (out, in), dequantised."""
         base, backend = self.get_base_layer(), self.quantization_backend
-        weight = base.weight.data if backend is None else backend.get_base_weight(base)
+        weight = base.weight.data if backend is None else upstream.quantised_weight(base, backend)
         return transpose(weight, self.fan_in_fan_out)
 
     def shape_at(self, name: str, num_heads: int | None) -> SiteShape:
