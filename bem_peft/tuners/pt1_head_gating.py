@@ -169,6 +169,13 @@ class HeadGroupGatingAdapter(RetrievalReader, LowRankAdapter):
         groups = resolve_head_groups(config, site)
         self.num_heads, self.ranks, self.num_groups = groups.heads, groups.ranks, len(groups.ranks)
         self.is_even, self.slots = len(set(groups.ranks)) == 1, groups.slots
+        if site.is_output is False and config.num_heads is None and not config.is_from_file:
+            name, width = site.name.rpartition(".")[2], site.in_features // self.num_groups
+            self.notice = (
+                f"PT1 at {name}, whose input is no heads side by side: each of its {self.num_groups} groups is {width} "
+                "neighbouring channels, and the gates read their energy. Leave `target_modules` out to adapt W_O, or "
+                f"give `num_heads` if {name} does read heads."
+            )
         self.temperature, self.gate_dropout = config.gate_temperature, config.gate_dropout
         self.decorrelation_strength = config.decorrelation_strength
         self.reads_attention_rows = config.attention_stats == "exact"

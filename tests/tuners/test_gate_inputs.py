@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 import bem_peft
-from bem_peft import HeadGroupGatingConfig
+from bem_peft import CompositeConfig, HeadGroupGatingConfig
 from bem_peft.tuners import pt1_head_gating
 from bem_peft.tuners.base.adapter import SiteShape
 from bem_peft.tuners.calls import attention_stats
@@ -258,3 +260,27 @@ def test_attention_outside_the_interface_is_refused() -> None:
     config = HeadGroupGatingConfig(attention_stats="exact", target_modules=["mamba.out_proj"], num_heads=4)
     with pytest.raises(ValueError, match=r"exact.*JambaMambaMixer"):
         get_peft_model(model, config)
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        (["q_proj"], {"q_proj"}),
+        (["o_proj", "down_proj"], {"down_proj"}),
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}),
+        (["o_proj"], set()),
+        (None, set()),
+    ],
+)
+def test_a_target_whose_input_is_no_heads_is_told_once_a_kind(targets: Any, told: set[str], tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = HeadGroupGatingConfig(target_modules=targets, num_groups=2)
+        model = get_peft_model(build("llama"), CompositeConfig([config], task_type="CAUSAL_LM"))
+    found = [str(w.message) for w in caught if "no heads side by side" in str(w.message)]
+    assert sorted(text.split()[2].strip(",") for text in found) == sorted(told)
+    assert all("each of its 2 groups is" in text and "`num_heads`" in text for text in found)
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(build("llama"), tmp_path)  # a warning would be an error here
+    named = HeadGroupGatingConfig(target_modules=targets, num_groups=2, num_heads=4)
+    get_peft_model(build("llama"), CompositeConfig([named], task_type="CAUSAL_LM"))

@@ -23,13 +23,17 @@ from bem_peft.tuners.steps.sharded import full_size
 
 @dataclass(frozen=True)
 class SiteShape:
-    """What an adapter may know of its site. `weight()` gives W (out, in), dequantised, and is called at most once."""
+    """What an adapter may know of its site. `weight()` gives W (out, in), dequantised, and is called at most once.
+
+    is_output: whether it is the W_O of a mixer; None: the model's structure is not known.
+    """
 
     name: str
     in_features: int
     out_features: int
     num_heads: int | None = None
     weight: Callable[[], torch.Tensor] | None = None
+    is_output: bool | None = None
 
 
 class Adapter(Formula):
@@ -51,6 +55,7 @@ class Adapter(Formula):
     reads_output: ClassVar[bool] = False  # y' depends on y otherwise than by y + update(x)
     moves_zero: bool = False  # y' of x = 0 and y = 0 is not 0
     reads_attention_rows: bool = False  # reads the exact attention rows of its site's heads
+    notice: str | None = None  # what a user is told once, when adapters of a new config are added
     is_mergeable: bool = False
     merge_refusal: str = (
         "its update depends on the token, so no weight equals it; use `export_lora` for an approximation"

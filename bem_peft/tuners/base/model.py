@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from torch import nn
 
 from bem_peft import upstream
 from bem_peft.kept import kept_weights
+from bem_peft.sites.find import ATTENTION_OUTPUT
 from bem_peft.tuners.base import registry
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.base.adapter_config import AdapterConfig
@@ -110,6 +112,7 @@ class AdapterModel(BaseTuner):
         """Build every adapter on the meta device, so that an error comes before any change."""
         table = known_sites(model)
         self.__dict__["_heads"] = {site.name: site.num_heads for site in table.sites}
+        self.__dict__["_outputs"] = {site.name for site in table.sites if site.role == ATTENTION_OUTPUT}
         self.__dict__["_experts"] = {site.name: site for site in table.experts}
         parts = [Part(*part, self.adapter_classes[part[0]][1]) for part in self.parts(peft_config)]
         containers, experts = tuple(self.adapter_classes), self.__dict__["_experts"].keys()
@@ -124,7 +127,9 @@ class AdapterModel(BaseTuner):
             in_features, out_features = experts.in_features, experts.out_features
         else:
             in_features, out_features = projection_shape(base)
-        site = SiteShape(name, in_features, out_features, self.__dict__["_heads"].get(name))
+        heads, outputs = self.__dict__["_heads"], self.__dict__["_outputs"]
+        is_output = name in outputs if heads else None
+        site = SiteShape(name, in_features, out_features, heads.get(name), is_output=is_output)
         adapter = self.adapter_classes[container][1](config.at(name), site, self.call)
         adapter.at_experts = experts is not None
         if experts is not None and experts.runs_all and adapter.moves_zero:
@@ -182,9 +187,12 @@ class AdapterModel(BaseTuner):
         self.__dict__["_name"] = adapter_name
         known = {m for m in model.modules() if isinstance(m, Adapter)}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for adapter in [m for m in model.modules() if isinstance(m, Adapter)]:
-            if adapter not in known:
-                adapter.on_added()
+        added = [m for m in model.modules() if isinstance(m, Adapter) and m not in known]
+        for adapter in added:
+            adapter.on_added()
+        for notice in dict.fromkeys(adapter.notice for adapter in added):
+            if notice is not None:
+                warnings.warn(notice, stacklevel=2)
         attach_call_state(model, self.call)
         self._tell_call_state(model)
         if "transformers.trainer" in sys.modules or self.call.is_penalised or self.call.is_watched:
