@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_
 from bem_peft import field_checks as check
 from bem_peft.tuners.base.adapter_config import AdapterConfig, default_of
 from bem_peft.tuners.base.model import AdapterModel
+from bem_peft.tuners.base.weighted import weighted_config
 from bem_peft.tuners.methods import METHODS
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingConfig
 from bem_peft.tuners.pt3_kronecker import KroneckerConfig
@@ -248,6 +249,14 @@ class CompositeModel(AdapterModel, config=CompositeConfig, adapters=PARTS):
         if isinstance(BaseTuner._check_target_module_exists(peft_config, key), _ExcludedModule):
             return _ExcludedModule()
         return next((found for config in peft_config.methods if (found := matches(config, key))), None)
+
+    def weighted_config(self, configs: list[Any], weights: list[float], sites: Any, **whole: Any) -> CompositeConfig:
+        methods = []
+        for container, own in sites.items():
+            given = [(dict(self.parts(config)).get(container), w) for config, w in zip(configs, weights, strict=True)]
+            parts, shares = zip(*((part, w) for part, w in given if part is not None), strict=True)
+            methods.append(weighted_config(PARTS[container][0], parts, shares, own))
+        return CompositeConfig(methods, **whole)
 
     def _part_matches(self, config: AdapterConfig, whole: AdapterConfig, key: str) -> bool:
         return bool(matches(config, key))

@@ -13,9 +13,9 @@ for the whole run; ours chooses them for each token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -128,7 +128,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         self.balance_strength = config.balance_strength
         self.is_penalised = self.reads_call = config.balance_strength > 0.0
         self.token_penalties = ("balance_strength",) if self.is_penalised and not self.is_task_mask else ()
-        self.is_mergeable = self.has_one_mask
+        self.is_mergeable = self.is_summable = self.has_one_mask
         if self.is_task_mask and self.has_value_gate:
             self.merge_refusal = "its value gate depends on the token; set `value_gate=False` with a task mask"
         self.A = nn.Parameter(torch.empty(rank, site.in_features))
@@ -257,6 +257,30 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         if self.hadamard:
             a, b = hadamard_transform(a), hadamard_transform(b.t()).t()
         return a * gate.to(a.dtype).unsqueeze(1), b
+
+    @staticmethod
+    def weighted_fields(configs: Sequence[Any], weights: Sequence[float]) -> dict[str, Any]:
+        return {"mask_scope": "task", "value_gate": False, "use_hadamard_path": False}
+
+    @staticmethod
+    def weighted_sizes(parts: Sequence[tuple[Any, float]]) -> dict[str, Any]:
+        """The ranks that the masks keep, all of them active."""
+        rank = sum(part.active_rank for part, _ in parts)
+        return {"total_rank": rank, "active_rank": rank}
+
+    def fill_weighted(self, parts: Sequence[tuple[Any, float]]) -> None:
+        """[w_i (s_i / s) B_i], [A_i], of the ranks that are kept, in the masks' basis."""
+        left, right = [], []
+        for part, weight in parts:
+            mask = (
+                torch.ones_like(part.B[0]) if part.is_whole else k_hot_mask(part.mask_weight.float(), part.active_rank)
+            )
+            a, b = part.lora_factors(mask)
+            left.append(b[:, mask > 0] * (weight * part.scaling / self.scaling))
+            right.append(a[mask > 0])
+        self.A.copy_(torch.cat(right))
+        self.B.copy_(torch.cat(left, dim=1))
+        self.mask_weight.zero_()
 
     def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self.is_mergeable:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -132,7 +132,7 @@ class KroneckerAdapter(LowRankAdapter):
 
     factors = ("B",)
     kernel, has_operator = "kronecker", True
-    is_mergeable = True
+    is_mergeable = is_summable = True
 
     def __init__(self, config: KroneckerConfig, site: SiteShape, call: CallState) -> None:
         super().__init__(config, site, call)
@@ -202,6 +202,36 @@ class KroneckerAdapter(LowRankAdapter):
         """A (R, in) and B (out, R) with s B A the update; exact."""
         return torch.kron(self.U.detach(), self.V.detach()), self.B.detach()
 
+    @staticmethod
+    def weighted_fields(configs: Sequence[Any], weights: Sequence[float]) -> dict[str, Any]:
+        return {"init_method": "random"}
+
+    @staticmethod
+    def weighted_sizes(parts: Sequence[tuple[Any, float]]) -> dict[str, Any]:
+        """Rows of U and of V of all of them, as far as there is room: the widths are a basis of any more."""
+        folds = {(part.U.shape[1], part.V.shape[1]) for part, _ in parts}
+        if len(folds) > 1:
+            raise ValueError(
+                f"PT3 at {parts[0][0].site_name} folds its input as {sorted(folds)} (`u_dim`, `v_dim`) in adapters "
+                "that are to be added up: no one PT3 is their sum; merge them one after the other, or export each as a "
+                "LoRA (`export_lora`)."
+            )
+        ((u_dim, v_dim),) = folds
+        u_rank, v_rank = (sum(getattr(part, n).shape[0] for part, _ in parts) for n in ("U", "V"))
+        return {"u_rank": min(u_rank, u_dim), "v_rank": min(v_rank, v_dim), "u_dim": u_dim, "v_dim": v_dim}
+
+    def fill_weighted(self, parts: Sequence[tuple[Any, float]]) -> None:
+        """B = sum_i w_i (s_i / s) B_i (C_i (x) D_i)  with  U_i = C_i U, V_i = D_i V."""
+        u_shares, v_shares = (
+            _common_rows(self.U, [p.U for p, _ in parts]),
+            _common_rows(self.V, [p.V for p, _ in parts]),
+        )
+        total = torch.zeros_like(self.B).view(-1, self.U.shape[0], self.V.shape[0])
+        for (part, weight), u, v in zip(parts, u_shares, v_shares, strict=True):
+            blocks = part.B.view(-1, part.U.shape[0], part.V.shape[0]) * (weight * part.scaling / self.scaling)
+            total += torch.einsum("ouv,ui,vj->oij", blocks, u, v)
+        self.B.copy_(total.flatten(1))
+
     def delta_weight(self) -> torch.Tensor:
         """s B (U (x) V), (out, in): built block by block from B's columns, never through U (x) V."""
         (u_rank, u_dim), (v_rank, v_dim) = self.U.shape, self.V.shape
@@ -214,6 +244,15 @@ class KroneckerAdapter(LowRankAdapter):
 
     def unmerge_from(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         return weight - self.delta_weight().to(weight), bias
+
+
+def _common_rows(rows: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Write rows that all `parts` (n_i, dim) are made of into `rows` (n, dim); C_i (n_i, n), each part C_i rows."""
+    if sum(part.shape[0] for part in parts) > rows.shape[0]:  # more than the width: its unit vectors
+        rows.copy_(torch.eye(rows.shape[1]))
+        return parts
+    rows.copy_(torch.cat(parts))
+    return list(torch.eye(rows.shape[0], device=rows.device, dtype=rows.dtype).split([len(part) for part in parts]))
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ Source: Perez et al., FiLM, 2018, arXiv:1709.07871 (eq. 2); theirs is unbounded 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -157,7 +157,7 @@ class ResidualFiLMAdapter(Braked, Adapter):
         self.mode, self.clamp_range, self.max_beta = config.mode, config.clamp_range, config.max_beta
         self.is_rms, self.is_relative = config.beta_unit == "rms", config.controller_unit == "rms"
         self.moves_zero = not self.is_rms and config.max_beta > 0
-        self.is_static = config.mode == "static"
+        self.is_static = self.is_summable = config.mode == "static"
         self.has_operator = config.mode == "channel"
         self.is_mergeable = self.is_static and (not self.is_rms or config.max_beta == 0.0)
         self.merge_refusal = "its factors depend on the token, so no weight equals it; mode='static' merges"
@@ -245,6 +245,38 @@ class ResidualFiLMAdapter(Braked, Adapter):
         factor, beta = (part.detach() for part in self.static_vectors())
         plain = (weight / factor.unsqueeze(1)).to(weight.dtype)
         return plain, None if bias is None else ((bias - beta) / factor).to(bias.dtype)
+
+    # sums, of static ones: gamma and beta add
+
+    @staticmethod
+    def weighted_fields(configs: Sequence[Any], weights: Sequence[float]) -> dict[str, Any]:
+        units = {config.beta_unit for config in configs if config.max_beta > 0}
+        clamp_range, max_beta = (
+            sum(abs(weight) * getattr(config, name) for config, weight in zip(configs, weights, strict=True))
+            for name in ("clamp_range", "max_beta")
+        )
+        if len(units) > 1 or clamp_range >= 1.0 or not clamp_range + max_beta:
+            why = (
+                f"beta counts in {sorted(units)} (`beta_unit`)"
+                if len(units) > 1
+                else f"|gamma| would be bounded by {clamp_range:g} (`clamp_range`), which must lie in (0, 1)"
+            )
+            raise ValueError(f"static PT4 adapters cannot be added up: {why}; choose other `weights` or adapters.")
+        beta_unit = {"beta_unit": units.pop()} if units else {}
+        return {"mode": "static", "clamp_range": clamp_range, "max_beta": max_beta, **beta_unit}
+
+    @staticmethod
+    def weighted_sizes(parts: Sequence[tuple[Any, float]]) -> dict[str, Any]:
+        return {}
+
+    def fill_weighted(self, parts: Sequence[tuple[Any, float]]) -> None:
+        vectors = [(part.static_vectors(), weight) for part, weight in parts]
+        for name, bound, index in (("gamma", self.clamp_range, 0), ("beta", self.max_beta, 1)):
+            if bound > 0:
+                share = sum(weight * (own[index] - (1.0 - index)) for own, weight in vectors) / bound
+                unbounded = share / (1.0 - share.abs()).clamp_min(torch.finfo(torch.float32).eps)
+                getattr(self, name).copy_((unbounded / self.scaling).unsqueeze(1))
+        self.keep_as_good()
 
 
 class ResidualFiLMModel(AdapterModel, config=ResidualFiLMConfig, adapter=ResidualFiLMAdapter):

@@ -7,7 +7,7 @@ A fresh adapter returns y. Its parameters are direct attributes, so that a saved
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -57,6 +57,7 @@ class Adapter(Formula):
     reads_attention_rows: bool = False  # reads the exact attention rows of its site's heads
     notice: str | None = None  # what a user is told once, when adapters of a new config are added
     is_mergeable: bool = False
+    is_summable: bool = False  # a weighted sum of its updates is an update of the method
     merge_refusal: str = (
         "its update depends on the token, so no weight equals it; use `export_lora` for an approximation"
     )
@@ -117,6 +118,22 @@ class Adapter(Formula):
     def unmerge_from(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The inverse of `merge_into`."""
         self.refuse_merge(bias is not None)
+        raise NotImplementedError
+
+    # sums (`weighted`), of methods that have `is_summable`
+
+    @staticmethod
+    def weighted_fields(configs: Sequence[Any], weights: Sequence[float]) -> dict[str, Any]:
+        """Fields of the sum's config, those of `weighted_sizes` left out. Raises ValueError where there are none."""
+        raise NotImplementedError
+
+    @staticmethod
+    def weighted_sizes(parts: Sequence[tuple[Any, float]]) -> dict[str, Any]:
+        """Fields of the sum's config that a site may have of its own. Raises ValueError where there are none."""
+        raise NotImplementedError
+
+    def fill_weighted(self, parts: Sequence[tuple[Any, float]]) -> None:
+        """Become  sum_i w_i update_i  of the adapters."""
         raise NotImplementedError
 
     # loading

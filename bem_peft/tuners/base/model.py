@@ -30,6 +30,7 @@ from bem_peft.tuners.base.field_help import with_arguments
 from bem_peft.tuners.base.layer import AdapterLayer, AdapterLinear, of_method, projection_shape
 from bem_peft.tuners.base.plan import Part, check_plan, drop_base_prefix, found_targets, known_sites
 from bem_peft.tuners.base.saved_keys import check_saved_keys
+from bem_peft.tuners.base.weighted import check_arguments, fill, sites_of, weighted_config
 from bem_peft.tuners.calls.attention_stats import restore_attention, use_exact_attention
 from bem_peft.tuners.calls.call_state import (
     CallState,
@@ -251,6 +252,37 @@ class AdapterModel(BaseTuner):
         detach_call_state(model, self.call)
         restore_attention(model)
         return model
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **options: Any,
+    ) -> None:
+        """Add `adapter_name`, frozen, whose update at every site is exactly  sum_i weights[i] * that of adapters[i].
+
+        Raises:
+            ValueError: a method's updates depend on the token, so that no adapter is their sum; the adapters' shapes do
+                not fit; another `combination_type` or further options of LoRA. Nothing is added then.
+        """
+        check_arguments(self.model, self.peft_config, adapters, weights, adapter_name, combination_type, options)
+        sites = sites_of(self.model, adapters, weights)
+        configs = [self.peft_config[name] for name in adapters]
+        whole = {name: getattr(configs[0], name) for name in ("task_type", "base_model_name_or_path", "revision")}
+        self.peft_config[adapter_name] = self.weighted_config(configs, weights, sites, **whole)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except ValueError:
+            del self.peft_config[adapter_name]
+            raise
+        fill(self.model, adapter_name, sites)
+
+    def weighted_config(self, configs: list[Any], weights: list[float], sites: Any, **whole: Any) -> AdapterConfig:
+        """The config of the sum of adapters with these configs at `sites`, container -> site -> adapters."""
+        ((container, (cls, _)),) = self.adapter_classes.items()
+        return weighted_config(cls, configs, weights, sites[container], **whole)
 
     # calls
 

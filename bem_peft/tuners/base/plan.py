@@ -211,6 +211,11 @@ def _check_name(name: str, key_parts: set[str]) -> None:
             f"adapter_name = {name!r}: a parameter or a module of the model is called so, and PEFT would leave it "
             f"out of the files of all other adapters; choose another name, {name}_adapter for instance."
         )
+    if hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"adapter_name = {name!r}: torch's modules have a method of that name; choose another name, "
+            f"{name}_adapter for instance."
+        )
 
 
 def some(names: Sequence[str]) -> str:
