@@ -21,7 +21,7 @@ from torch import nn
 
 from bem_peft.budget.fake_run import is_plain, mode_of
 from bem_peft.budget.flops import count_flops
-from bem_peft.budget.latency import compare_latency
+from bem_peft.budget.latency import compare_latency, why_inconclusive
 from bem_peft.budget.memory import count_memory
 from bem_peft.budget.parameters import count_parameters
 from bem_peft.budget.report import FAIL, PASS, BudgetLine, BudgetReport
@@ -168,6 +168,9 @@ class BudgetValidator:
             f"{found.ratio_high:.3f}], A/A [{found.noise_low:.3f}, {found.noise_high:.3f}], "
             f"anchor {found.anchor_ms:.1f} ms"
         )
+        if found.verdict == "INCONCLUSIVE":
+            bounds = found.ratio_low, found.ratio_high, found.noise_low, found.noise_high
+            how += f"; inconclusive: {why_inconclusive(*bounds, limits.tolerance_ratio)}"
         return BudgetLine("latency", "ratio", found.ratio, 1.0, found.ratio - 1, 1 / upper, upper, found.verdict, how)
 
     def validate_all(self, model: nn.Module) -> BudgetReport:

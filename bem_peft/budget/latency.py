@@ -69,6 +69,17 @@ def no_slower(low: float, high: float, noise_low: float, noise_high: float, tole
     return "FAIL" if low > upper else "INCONCLUSIVE"
 
 
+def why_inconclusive(low: float, high: float, noise_low: float, noise_high: float, tolerance_ratio: float) -> str:
+    """What left a verdict open, and what settles it."""
+    upper = 1.0 + tolerance_ratio
+    if not (1.0 / upper <= noise_low and noise_high <= upper):
+        return (
+            f"the anchor against itself reaches [{noise_low:.3f}, {noise_high:.3f}], further than the tolerance of "
+            f"{tolerance_ratio:.0%}: a quieter machine, or more runs"
+        )
+    return f"[{low:.3f}, {high:.3f}] lies on both sides of the tolerance of {tolerance_ratio:.0%}: more runs"
+
+
 def compare_latency(
     anchor: Callable[[], object], candidate: Callable[[], object], *, blocks: int = 50, tolerance_ratio: float = 0.05
 ) -> LatencyComparison:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bem_peft.budget.latency import why_inconclusive
 from bem_peft.evaluation.profiler import BASE, Profile, Workload, requests_per_minute
 from bem_peft.evaluation.report.markdown_table import markdown_table, plain
 from bem_peft.evaluation.results import SystemResult
@@ -15,6 +16,7 @@ from bem_peft.json_text import read_json
 from bem_peft.whole_file import write_whole
 
 VERSION = 1
+TOLERANCE_BEFORE = 0.05  # of a document that does not say it
 COLUMNS = (
     "system", "workload", "p50 ms", "p95 ms", "p99 ms", "tokens/s", "to base", "to anchor", "verdict", "requests/min",
     "peak MiB",
@@ -107,13 +109,19 @@ class ProfileDocument:
         hardware = self.provenance.get("hardware", {})
         machine = ", ".join([*hardware.get("accelerators", []), str(hardware.get("processor", ""))])
         settings = self.provenance.get("settings", {})
+        tolerance = float(settings.get("tolerance_ratio", TOLERANCE_BEFORE))
+        open_ones = "".join(
+            f" {p.system}, {p.workload.kind}, is inconclusive: "
+            f"{why_inconclusive(*p.ratio_to_anchor[1:], *p.noise, tolerance)}."
+            for p in self.profiles if p.verdict == "INCONCLUSIVE" and p.ratio_to_anchor is not None
+        )  # fmt: skip
         request = "" if self.request is None else (
             f" A request is {self.request[0]:,} tokens in and {self.request[1]:,} out, by the medians."
         )  # fmt: skip
         return (
             f"Every system in turn and back again, {self.profiles[0].runs} runs each; ratios are geometric means with "
             "90 % intervals, and PASS is surely no slower than the anchor by more than the tolerance. Noise floor "
-            f"(anchor against itself): {', '.join(floors)}.{request} "
+            f"(anchor against itself): {', '.join(floors)}.{open_ones}{request} "
             f"{settings.get('dtype', '')} on {settings.get('device', '')} ({machine})."
         )
 

@@ -105,6 +105,7 @@ def profile_results(
     settings = {
         "base": base, "dtype": str(model.dtype), "device": place, "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens, "batch": batch, "rounds": rounds,
+        "tolerance_ratio": tolerance_ratio,
         "adapters": {one.name: one.adapter for one in found},
     }  # fmt: skip
     profiler = PerformanceProfiler(

@@ -171,6 +171,7 @@ def test_latency_is_measured_against_the_anchor_s_model() -> None:
     line = BudgetValidator(limits).validate_latency(model, blocks=8)
     assert line.how.startswith("measured: 8 ABBA blocks")
     assert line.verdict in ("PASS", "FAIL", "INCONCLUSIVE")
+    assert ("; inconclusive: " in line.how) == (line.verdict == "INCONCLUSIVE")
     assert model.training
 
 

@@ -23,7 +23,7 @@ from bem_peft import (
 )
 from bem_peft.budget.check import adapted_copy
 from bem_peft.budget.flops import formulas
-from bem_peft.budget.latency import equivalence, interval
+from bem_peft.budget.latency import equivalence, interval, why_inconclusive
 from bem_peft.budget.memory import LiveBytes
 from bem_peft.budget.parameters import logical_size
 from tests.tiny_models import build, call, llama, tokens
@@ -294,6 +294,8 @@ def test_the_interval_of_a_ratio_equals_scipys() -> None:
 )
 def test_verdicts(low: float, high: float, noise: float, verdict: str) -> None:
     assert equivalence(low, high, 1 - noise, 1 + noise, 0.05) == verdict
+    why = why_inconclusive(low, high, 1 - noise, 1 + noise, 0.05)
+    assert ("the anchor against itself" in why) == (noise > 0.05)
 
 
 def test_latency_runs_interleaved_and_sees_a_drift_of_the_machine_as_none(monkeypatch: pytest.MonkeyPatch) -> None:

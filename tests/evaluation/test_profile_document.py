@@ -62,6 +62,26 @@ def test_a_document_is_read_as_it_was_written(tmp_path: Path) -> None:
         ProfileDocument.read(tmp_path / "y.json")
 
 
+def test_what_is_inconclusive_has_its_reason_wherever_it_stands(tmp_path: Path) -> None:
+    found = document()
+    wide = {"verdict": "INCONCLUSIVE", "ratio_to_anchor": (1.04, 1.01, 1.07)}
+    noisy = {"verdict": "INCONCLUSIVE", "noise": (0.8, 1.25)}
+    profiles = (*found.profiles, profile("wide", DECODE, 11.0, **wide), profile("noisy", PREFILL, 99.0, **noisy))
+    changed = ProfileDocument("anchor", profiles, found.provenance)
+    reasons = (
+        "wide, decode, is inconclusive: [1.010, 1.070] lies on both sides of the tolerance of 5%: more runs.",
+        "noisy, prefill, is inconclusive: the anchor against itself reaches [0.800, 1.250], further than the tolerance",
+    )
+    systems = read_results([write_run(tmp_path, "anchor", 0.0), write_run(tmp_path, "better", -0.1)])
+    write_files(
+        ComprehensiveEvaluator(systems, "anchor", stands_on="slice_b", profiles=changed).report(), tmp_path / "out"
+    )
+    page = (tmp_path / "out/report.html").read_text()
+    for text in (changed.to_text(), page):
+        assert all(reason in text for reason in reasons)
+    assert "inconclusive" not in found.how()
+
+
 def test_times_are_costs_and_stand_on_the_page(tmp_path: Path) -> None:
     systems = read_results([write_run(tmp_path, "anchor", 0.0), write_run(tmp_path, "better", -0.1)])
     report = ComprehensiveEvaluator(systems, "anchor", stands_on="slice_b", profiles=document()).report()
