@@ -16,7 +16,7 @@ from bem_peft.budget.memory import MemoryCount, count_memory
 from bem_peft.budget.parameters import ParameterCount, count_parameters
 from bem_peft.budget.report import BudgetError, BudgetLine, BudgetReport
 from bem_peft.dial import choose_sizes
-from bem_peft.hub import push_to_hub
+from bem_peft.hub import push_run, push_to_hub
 from bem_peft.kept import kept_weights
 from bem_peft.kernels.backend import use_kernels
 from bem_peft.sites.find import Site, SiteError, SiteTable, find_sites
@@ -109,6 +109,7 @@ __all__ = [
     "parameter_groups",
     "penalty_values",
     "probe",
+    "push_run",
     "push_to_hub",
     "retrieval_quality",
     "retrieval_scores",

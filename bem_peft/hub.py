@@ -1,4 +1,4 @@
-"""Push an adapter to the Hub with the card that tells how to load it.
+"""Push an adapter, or what `bem-peft run` left of it, to the Hub with the card that tells how to load it.
 
 `PeftModel.push_to_hub` works too, but transformers writes its blank card over PEFT's in a new repository, for every
 PEFT method; who finds the adapter then does not learn that it needs `import bem_peft`.
@@ -6,10 +6,21 @@ PEFT method; who finds the adapter then does not learn that it needs `import bem
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from peft import PeftModel
+
+from bem_peft.json_text import read_json
+
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+REPORT = ("report.html", "report.json", "report.md")
+# what a Trainer writes beside an adapter that is pickled, or no part of it
+LEFT_OUT = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.pkl", "checkpoint-*")
 
 
 def push_to_hub(
@@ -20,8 +31,12 @@ def push_to_hub(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str = "Upload adapter",
+    license: str | None = None,
 ) -> CommitInfo:
     """Create `repository` ("user/name") if it is not there, and push what `save_pretrained` writes.
+
+    Args:
+        license: of the adapter, for the card ("apache-2.0"; the Hub lists its names).
 
     Raises:
         TypeError: `model` is no PeftModel.
@@ -33,7 +48,91 @@ def push_to_hub(
     name = api.create_repo(repository, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
+        if license is not None:
+            _write_card(Path(folder) / CARD, {"license": license})
         pushed: CommitInfo = api.upload_folder(
             repo_id=name, folder_path=folder, revision=revision, commit_message=commit_message
         )
     return pushed
+
+
+def push_run(
+    folder: str | Path,
+    repository: str,
+    *,
+    seed: int | None = None,
+    report: str | Path | None = None,
+    base: str | None = None,
+    license: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload adapter and results",
+) -> CommitInfo:
+    """Push one seed's adapter of an experiment, the results of all its seeds and, with `report`, the report.
+
+    The repository then holds the adapter at its root, so that PEFT loads it, results/seed-N/result.json and
+    report/report.html, .json and .md. Checkpoints, pickled files and the items' texts (items.jsonl) stay here.
+
+    Args:
+        folder: what `bem-peft run` wrote. report: what `bem-peft compare --out` wrote.
+        seed: whose adapter; None: of the only one.
+        base: the base model's id on the Hub, where the adapter was trained from a local folder.
+
+    Raises:
+        ValueError: no finished seed, several and `seed` does not say which, no report in `report`, or a base that is a
+            local folder. Nothing is pushed then.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused; nothing is committed.
+    """
+    results = {int(path.parent.name[5:]): path for path in sorted(Path(folder).glob("seed-*/result.json"))}
+    if not results or (seed is None and len(results) > 1) or (seed is not None and seed not in results):
+        raise ValueError(f"`seed` = {seed}: {folder} has the finished seeds {sorted(results) or 'none'}; name one.")
+    adapter = results[next(iter(results)) if seed is None else seed].with_name("adapter")
+    missing = [name for name in (CONFIG, WEIGHTS) if not (adapter / name).is_file()]
+    if missing:
+        raise ValueError(f"{adapter} lacks {', '.join(missing)}: no adapter to push.")
+    known = base or str(read_json(adapter / CONFIG).get("base_model_name_or_path"))
+    if Path(known).is_dir():
+        raise ValueError(f"the base is {known}, a folder of this machine: give `base`, its id on the Hub.")
+    if report is not None and not (Path(report) / "report.json").is_file():
+        raise ValueError(f"`report` = {report}: no report.json there; `bem-peft compare ... --out DIR` writes it.")
+    api = HfApi(token=token)
+    name = api.create_repo(repository, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as temporary:
+        whole = Path(temporary) / "repository"
+        shutil.copytree(adapter, whole, ignore=LEFT_OUT)
+        if base is not None:
+            _name_base(whole, base)
+        given = {"license": license, "base_model": base}
+        _write_card(whole / CARD, {name: value for name, value in given.items() if value is not None})
+        for number, path in results.items():
+            target = whole / "results" / f"seed-{number}"
+            target.mkdir(parents=True)
+            shutil.copy(path, target)
+        if report is not None:
+            (whole / "report").mkdir()
+            for file in (Path(report) / name for name in REPORT if (Path(report) / name).is_file()):
+                shutil.copy(file, whole / "report")
+        pushed: CommitInfo = api.upload_folder(
+            repo_id=name, folder_path=whole, revision=revision, commit_message=commit_message
+        )
+    return pushed
+
+
+def _name_base(folder: Path, base: str) -> None:
+    """Put the base's id in the place of where it lay, in the config and in the card."""
+    config = read_json(folder / CONFIG)
+    before, config["base_model_name_or_path"] = config["base_model_name_or_path"], base
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    card = folder / CARD
+    if before and card.is_file():
+        card.write_text(card.read_text(encoding="utf-8").replace(str(before), base), encoding="utf-8")
+
+
+def _write_card(path: Path, metadata: Mapping[str, str]) -> None:
+    """Set fields of the card's metadata, where there is a card."""
+    if path.is_file() and metadata:
+        card = ModelCard.load(path)
+        for name, value in metadata.items():
+            setattr(card.data, name, value)
+        card.save(path)

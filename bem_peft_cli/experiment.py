@@ -1,4 +1,4 @@
-"""bem-peft validate and run: an experiment, checked or trained and evaluated."""
+"""bem-peft validate, run and push: an experiment, checked, trained and evaluated, and shared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `validate` and `run`."""
+    """Add `validate`, `run` and `push`."""
     validate = commands.add_parser("validate", help="check an experiment")
     run = commands.add_parser("run", help="train and evaluate an experiment")
     for command in (validate, run):
@@ -17,6 +17,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         )
     validate.set_defaults(run=_validate)
     run.set_defaults(run=_run)
+    push = commands.add_parser("push", help="share a run and its report on the Hub")
+    push.add_argument("folder", type=Path, help="what `bem-peft run` wrote")
+    push.add_argument("repository", help="USER/NAME; created where it is not there")
+    push.add_argument("--seed", type=int, help="whose adapter; default the only one's")
+    push.add_argument("--report", type=Path, metavar="DIR", help="what `bem-peft compare --out` wrote")
+    push.add_argument("--base", metavar="ID", help="of the base on the Hub, where it was loaded from a folder")
+    push.add_argument("--license", metavar="NAME", help="of the adapter, for the card: apache-2.0, mit ...")
+    push.add_argument("--private", action="store_true")
+    push.set_defaults(run=_push)
 
 
 def _validate(arguments: argparse.Namespace) -> int:
@@ -37,4 +46,15 @@ def _run(arguments: argparse.Namespace) -> int:
     experiment = read_experiment(arguments.file, arguments.set)
     results = run_experiment(experiment)
     print(f"results: {experiment.output_dir}/seed-*/result.json ({len(results)})")
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from bem_peft.hub import push_run
+
+    pushed = push_run(
+        arguments.folder, arguments.repository, seed=arguments.seed, report=arguments.report, base=arguments.base,
+        license=arguments.license, private=arguments.private or None,
+    )  # fmt: skip
+    print(f"pushed: {pushed.commit_url}")
     return 0

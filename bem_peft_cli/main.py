@@ -5,6 +5,7 @@ bem-peft budget MODEL CONFIG          what an adapter costs, against an anchor
 bem-peft match MODEL CONFIG           the sizes that cost what the anchor costs
 bem-peft validate FILE                all that is wrong with an experiment, before anything is loaded
 bem-peft run FILE                     train and evaluate an experiment, one adapter a seed
+bem-peft push FOLDER USER/NAME        a run's adapter, results and report to the Hub
 bem-peft evaluate ADAPTER             score a saved adapter item by item, for `compare`
 bem-peft profile RESULTS...           time adapters beside their base and the anchor, interleaved
 bem-peft compare RESULTS...           a report: paired differences, Pareto frontiers, budgets, verdicts
