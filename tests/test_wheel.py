@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,22 @@ from pathlib import Path
 
 import pytest
 
+from bem_peft import __version__
 from tests.wheel_contents import PACKAGES, ROOT, import_alone, missing
+
+
+def test_the_version_is_one_everywhere() -> None:
+    def first(pattern: str, name: str) -> tuple[str, ...]:
+        found = re.search(pattern, (ROOT / name).read_text(encoding="utf-8"), re.M)
+        assert found is not None, name
+        return found.groups()
+
+    version, date = first(r"^## (\d+\.\d+\.\d+) \((\d{4}-\d\d-\d\d)\)$", "CHANGELOG.md")
+    assert version == __version__
+    assert first(r"^version: (\S+)\ndate-released: (\S+)$", "CITATION.cff") == (version, date)
+    minor = version.rpartition(".")[0]
+    assert first(r"^### From \S+ to (\S+)$", "docs/upgrading.md") == (minor,)
+    assert (ROOT / "tests/saved_files" / version).is_dir(), "python -m tests.saved_files.make"
 
 
 @pytest.fixture(scope="module")
