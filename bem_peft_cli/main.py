@@ -9,7 +9,7 @@ bem-peft push FOLDER USER/NAME        a run's adapter, results and report to the
 bem-peft evaluate ADAPTER             score a saved adapter item by item, for `compare`
 bem-peft profile RESULTS...           time adapters beside their base and the anchor, interleaved
 bem-peft compare RESULTS...           a report: paired differences, Pareto frontiers, budgets, verdicts
-bem-peft trl {sft,dpo,grpo}           train with a script of TRL, its LoRA replaced by a config of --adapter
+bem-peft trl SCRIPT                   TRL's sft, dpo, grpo, kto or reward, its LoRA replaced by a config of --adapter
 """
 
 import argparse

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-SCRIPTS = ("sft", "dpo", "grpo")
+SCRIPTS = ("sft", "dpo", "grpo", "kto", "reward")
+TASKS = {"reward": "SEQ_CLS"}  # of the model that a script trains, where that is no CAUSAL_LM
 ASKED = "get_peft_config"  # where a script of TRL gets its config
 _GIVES_A_LORA = ("use_peft", "use_rslora", "use_dora")
 _NOT_GIVEN = object()
@@ -24,10 +25,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add `trl`."""
     command = commands.add_parser(
         "trl", help="train with a script of TRL", allow_abbrev=False,
-        usage="bem-peft trl {sft,dpo,grpo} --adapter SPEC [an argument of the script ...]",
+        usage="bem-peft trl {sft,dpo,grpo,kto,reward} --adapter SPEC [an argument of the script ...]",
         epilog="Every other argument goes to the script as it is, --config FILE too; `trl sft --help` lists them.",
     )  # fmt: skip
-    command.add_argument("script", choices=SCRIPTS, metavar="{sft,dpo,grpo}", help="script of TRL")
+    command.add_argument("script", choices=SCRIPTS, metavar="{sft,dpo,grpo,kto,reward}", help="script of TRL")
     command.add_argument(
         "--adapter", required=True, metavar="SPEC",
         help="METHOD:field=value,... (kronecker:u_rank=8) or the folder of an adapter, whose config is taken",
@@ -40,7 +41,7 @@ def _trl(arguments: argparse.Namespace) -> int:
 
     config = parse_adapter(arguments.adapter)
     config.inference_mode = False  # a saved config says True
-    config.task_type = config.task_type or "CAUSAL_LM"  # as TRL's LoraConfig
+    config.task_type = config.task_type or TASKS.get(arguments.script, "CAUSAL_LM")
     script = _script(arguments.script)
     sections = parsed_sections(script, arguments.script, arguments.more)
     _say_of_the_default_rate(sections)

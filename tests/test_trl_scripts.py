@@ -18,7 +18,7 @@ import torch
 import trl
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from bem_peft.tuners.adapter_spec import parse_adapter
 from bem_peft_cli import trl_scripts
@@ -36,6 +36,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "trl-lib/Capybara": {"messages": ASK + TELL},
     "trl-lib/ultrafeedback_binarized": {"chosen": ASK + TELL, "rejected": ASK + OTHER},
     "trl-lib/ultrafeedback-prompt": {"prompt": ASK},
+    "trl-lib/kto-mix-14k": {"prompt": ASK, "completion": TELL, "label": True},
 }
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -86,10 +87,19 @@ def test_a_line_of_the_page_trains_the_adapter_that_it_names(line: list[str], in
     said, out = parse_adapter(line[line.index("--adapter") + 1]), inside / line[line.index("--output_dir") + 1]
     saved = PeftConfig.from_pretrained(out)
     assert type(saved) is type(said)
+    assert (saved.modules_to_save is not None) == (line[1] == "reward")  # the head, by PEFT
+    said.modules_to_save = saved.modules_to_save
     for field in dataclasses.fields(said):
         if field.name not in ("task_type", "inference_mode", "target_modules", "base_model_name_or_path"):
             assert field.name.startswith("peft_") or getattr(saved, field.name) == getattr(said, field.name)
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(inside / NAME), out)
+    base_model = (
+        AutoModelForSequenceClassification.from_pretrained(inside / NAME, num_labels=1)
+        if line[1] == "reward"
+        else AutoModelForCausalLM.from_pretrained(inside / NAME)
+    )
+    loaded = PeftModel.from_pretrained(base_model, out)
+    auto_class = "AutoModelForSequenceClassification" if line[1] == "reward" else "AutoModelForCausalLM"
+    assert f"import {auto_class}\n" in (out / "README.md").read_text()
     assert loaded.active_peft_config.peft_type == said.peft_type
     tokens = torch.tensor([list(range(3, 40))])
     with torch.no_grad(), loaded.disable_adapter():

@@ -20,6 +20,11 @@ from bem_peft.tuners.base.registry import extend_peft_type
 
 MODEL_CARD_HEADING = "## Loading this adapter"
 MODEL_CARD_END = "<!-- end of the section written by bem_peft -->"
+AUTO_CLASSES = {  # by task type
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
 FRONT_MATTER = re.compile(r"\ufeff?---\r?\n.*?\r?\n---\r?\n+", re.S)
 
 
@@ -282,8 +287,9 @@ def add_loading_section(folder: str, config: AdapterConfig) -> None:
     metadata = FRONT_MATTER.match(text)
     head, rest = ("", text) if metadata is None else (metadata.group(), text[metadata.end() :])
     base = config.base_model_name_or_path or "the base model it was trained on"
-    is_seq2seq = getattr(config.task_type, "value", config.task_type) == "SEQ_2_SEQ_LM"
-    auto_class = "AutoModelForSeq2SeqLM" if is_seq2seq else "AutoModelForCausalLM"
+    task = getattr(config.task_type, "value", config.task_type)
+    auto_class = AUTO_CLASSES.get(str(task), "AutoModelForCausalLM")
+    labels = ", num_labels=NUMBER" if task in ("SEQ_CLS", "TOKEN_CLS") else ""
     section = (
         f"{MODEL_CARD_HEADING}\n\n"
         f"The adapter is of type `{config.method.upper()}`, on top of `{base}`. PEFT knows this type once the package "
@@ -294,7 +300,7 @@ def add_loading_section(folder: str, config: AdapterConfig) -> None:
         "import bem_peft  # registers the adapter type with PEFT\n"
         "from peft import PeftModel\n"
         f"from transformers import {auto_class}\n\n"
-        f'model = {auto_class}.from_pretrained("{base}")\n'
+        f'model = {auto_class}.from_pretrained("{base}"{labels})\n'
         'model = PeftModel.from_pretrained(model, "PATH_OR_ID_OF_THIS_ADAPTER")\n'
         f"```\n\n{MODEL_CARD_END}\n"
     )
