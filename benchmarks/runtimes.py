@@ -174,8 +174,8 @@ def main() -> None:
 
 def moved(checkpoint: Path, config: PeftConfig) -> Any:
     """The checkpoint with an adapter that is no longer what it starts as."""
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), config).eval()
     torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), config).eval()
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
