@@ -10,6 +10,7 @@ bem-peft evaluate ADAPTER             score a saved adapter item by item, for `c
 bem-peft profile RESULTS...           time adapters beside their base and the anchor, interleaved
 bem-peft compare RESULTS...           a report: paired differences, Pareto frontiers, budgets, verdicts
 bem-peft trl SCRIPT                   TRL's sft, dpo, grpo, kto or reward, its LoRA replaced by a config of --adapter
+bem-peft kernels                      what computes the methods here; with --build the C++ operators, proved right
 """
 
 import argparse
@@ -19,7 +20,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from bem_peft_cli import budget, experiment, results, sites, trl_scripts
+from bem_peft_cli import budget, experiment, kernels, results, sites, trl_scripts
 from bem_peft_cli.budget import NOT_MET
 
 _USER_ERROR = 2
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="bem-peft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for group in (sites, budget, experiment, results, trl_scripts):
+    for group in (sites, budget, experiment, results, trl_scripts, kernels):
         group.add_commands(commands)
     arguments, more = parser.parse_known_args(argv)
     if more and not getattr(arguments, "takes_more", False):

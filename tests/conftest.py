@@ -1,4 +1,8 @@
-"""Settings of every test: one thread (they run in parallel), no hub, Triton interpreted, no warnings of others."""
+"""Settings of every test: one thread (they run in parallel), no hub, Triton interpreted, no warnings of others.
+
+The methods run in their torch forms, on every machine: what `auto` takes depends on what was built and proved there. A
+test of another form chooses it (`use_kernels`), and every test starts with the torch forms, or with what
+BEM_PEFT_KERNELS says: `BEM_PEFT_KERNELS=cpp make test` runs all of them with the C++ operators."""
 
 from __future__ import annotations
 
@@ -9,10 +13,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # before anything imports Triton, whose own functions are made for the interpreter or for a GPU when they are imported
 os.environ["TRITON_INTERPRET"] = "1"
 
+KERNELS = os.environ.setdefault("BEM_PEFT_KERNELS", "torch")
+
 import pytest
 import torch
 
-import bem_peft  # noqa: F401  # registers the methods
+from bem_peft import use_kernels  # registers the methods
 
 torch.set_num_threads(1)
 
@@ -35,5 +41,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed_and_form() -> None:
     torch.manual_seed(0)
+    use_kernels(KERNELS)

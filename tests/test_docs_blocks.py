@@ -107,7 +107,7 @@ def test_the_blocks_of_a_page_run(page: str, hub: Path) -> None:
     try:
         assert run_blocks(page, hub)
     finally:
-        use_kernels("auto")
+        use_kernels("torch")
 
 
 @pytest.mark.filterwarnings("ignore")

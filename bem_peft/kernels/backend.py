@@ -1,6 +1,7 @@
 """Which form of the methods computes: chosen before the call, by BEM_PEFT_KERNELS or `use_kernels`.
 
-    auto     the torch forms, everywhere: no GPU has run the Triton kernels yet, and C++ wants a compiler
+    auto     on a CPU "cpp" where its library was proved right on this machine (`bem-peft kernels --build`), which is
+             never built unasked; else, and on every GPU, "torch": no GPU has run the Triton kernels yet
     torch    the torch forms: the specification of the others
     cpp      one C++ operator a site, for inference and training on a CPU; built on first use (`kernels.cpp`)
     triton   Triton's kernels on CUDA and ROCm, for training and inference; on a CPU in Triton's interpreter alone
@@ -12,6 +13,7 @@ states (`fits_operator`, `takes_triton`), never because something failed.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,25 +21,28 @@ from typing import Any
 
 import torch
 
-from bem_peft.kernels import cpp
+from bem_peft.kernels import cpp, cpp_library
 
 VARIABLE = "BEM_PEFT_KERNELS"
 CHOICES = ("auto", "torch", "cpp", "triton")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+logger = logging.getLogger(__name__)
 
 
 class _Chosen:
     """The choice as plain attributes, which cost nothing to read at each call."""
 
+    name = "auto"
     is_cpp = False
     is_triton = False
+    untold: str | None = None  # why `auto` does not take the C++ operators, until a call on a CPU has said it
 
 
 chosen = _Chosen()
 
 
 def use_kernels(name: str) -> None:
-    """Choose for this process; "cpp" builds the operators now, if they are not yet.
+    """Choose for this process; "cpp" builds the operators now, if they are not yet, "auto" looks again for proved ones.
 
     Raises:
         ValueError: an unknown name.
@@ -56,7 +61,32 @@ def _choose(name: str) -> None:
             f"{VARIABLE} = 'triton', and the package triton is not installed: pip install 'bem_peft[triton]' (Linux), "
             f"or choose {', '.join(CHOICES[:3])}."
         )
-    chosen.is_cpp, chosen.is_triton = name == "cpp", name == "triton"
+    chosen.name, chosen.is_cpp, chosen.is_triton, chosen.untold = name, name == "cpp", name == "triton", None
+    if name == "auto":
+        chosen.untold = _obstacle()
+        chosen.is_cpp = chosen.untold is None
+
+
+def _obstacle() -> str | None:
+    """Why the C++ operators cannot be taken unasked; None: they are loaded."""
+    found = cpp_library.standing()
+    if not found.is_proved:
+        return f"refused: {found.why}" if found.is_refused else found.why
+    try:
+        cpp.load_proved()
+    except cpp.BuildError as error:
+        return f"refused: {error}"
+    return None
+
+
+def tell() -> None:
+    """Say once that a CPU computes by the torch forms, and how to have the C++ operators."""
+    logger.warning(
+        "%s=auto takes the torch forms on this CPU, which are slower than the C++ operators: %s. To have those, run: "
+        "%s. To choose the torch forms, set %s=torch.",
+        VARIABLE, chosen.untold, cpp_library.COMMAND, VARIABLE,
+    )  # fmt: skip
+    chosen.untold = None
 
 
 def takes_triton(y: torch.Tensor, *weights: Any) -> bool:

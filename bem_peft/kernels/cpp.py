@@ -1,4 +1,4 @@
-"""The methods as one C++ operator a site, on a CPU; built by torch's own tools on first use.
+"""The methods as one C++ operator a site, on a CPU; built by torch's own tools.
 
 The torch forms in the methods' files are the specification (`tests/kernels`). An operator takes rows in float32 or
 bfloat16 and sums in float32.
@@ -10,19 +10,17 @@ Training (`film_train`): the masters come as they are, float32; they are rounded
 inside. The backward is one operator (`film_backward`) and gives float32 gradients; one that is differentiated again
 goes through the torch form of the adapter that called (`name_caller`).
 
-Building takes half a minute, a C++ compiler (g++ or clang++) and ninja, once; torch keeps the result in its folder of
-extensions (`TORCH_EXTENSIONS_DIR`). Who finds another process building waits for it, `WAIT_SECONDS` at most, and builds
-itself where that one is gone.
+Building takes half a minute, a C++ compiler (g++ or clang++) and ninja, once; the result stays in torch's folder of
+extensions (`cpp_library`). Who finds another process building waits for it, `WAIT_SECONDS` at most, and builds itself
+where that one is gone. A library that was proved right is loaded as it is, without a compiler.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import logging
 import os
-import platform
 import threading
 import time
 import weakref
@@ -34,14 +32,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.file_baton import FileBaton
 from torch.utils.flop_counter import register_flop_formula
 
+from bem_peft.kernels import cpp_library
 from bem_peft.kernels.cpp_counts import FAKES, FLOPS, LANES
 
-FOLDER = Path(__file__).with_name("csrc")
-SOURCES = sorted(FOLDER.glob("*.cpp"))
-CFLAGS = [
-    "-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
-    "-DAT_PER_OPERATOR_HEADERS",  # torch's headers without all of its operators, which take as long as the rest
-]  # fmt: skip
 WAIT_SECONDS = 600.0  # for another process that builds
 OWNED = b"bem_peft"
 logger = logging.getLogger(__name__)
@@ -64,6 +57,7 @@ class BuildError(RuntimeError):
 
 
 _building = threading.RLock()
+_proved: Any = None  # the module of a library that was proved right
 
 
 def build() -> Any:
@@ -74,6 +68,22 @@ def build() -> Any:
     """
     with _building:
         return _built()
+
+
+def load_proved() -> None:
+    """Load the library that was proved right here; `build` gives its operators from then on.
+
+    Raises:
+        BuildError: the system cannot load it.
+    """
+    global _proved
+    with _building:
+        if _proved is None and not _built.cache_info().currsize:
+            try:
+                _proved = cpp_library.load()
+            except ImportError as error:
+                raise BuildError(f"{cpp_library.library()} cannot be loaded: {error}") from error
+        _built()
 
 
 class _Baton(FileBaton):
@@ -130,18 +140,22 @@ class _Baton(FileBaton):
 
 
 def _load(may_retry: bool = True) -> Any:
+    if _proved is not None:
+        return _proved
     from torch.utils import cpp_extension
 
-    name = f"bem_peft_cpu_{processor_key()}_{source_key()}"
+    name, folder = cpp_library.name(), cpp_library.folder()
     # from torch 2.15 on the lock is the system's, which ends with the process that holds it
     original = getattr(cpp_extension, "FileBaton", None)
     if original is not None:
         cpp_extension.FileBaton = _Baton  # type: ignore[misc]
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         return cpp_extension.load(
             name=name,
-            sources=[str(source) for source in SOURCES],
-            extra_cflags=CFLAGS,
+            sources=[str(source) for source in cpp_library.sources()],
+            extra_cflags=cpp_library.CFLAGS,
+            build_directory=str(folder),
         )
     except (RuntimeError, ImportError, OSError) as error:
         cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(name, None)  # or torch never builds it again in this process
@@ -209,26 +223,6 @@ def _torch_gradients(
             "BEM_PEFT_KERNELS=torch."
         )
     return adapter.torch_gradients(is_training, inputs, gradient)
-
-
-def source_key() -> str:
-    """Eight hexadecimal digits of the operators' source and torch's version: each has a library of its own."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    for source in sorted(FOLDER.iterdir()):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:8]
-
-
-def processor_key() -> str:
-    """Eight hexadecimal digits of the processor's instruction set, which the library is compiled for."""
-    return hashlib.sha256(_instructions().encode()).hexdigest()[:8]
-
-
-def _instructions() -> str:
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text().splitlines() if listed.is_file() else []
-    flags = [line for line in lines if line.lower().startswith(("flags", "features"))]
-    return flags[0] if flags else f"{platform.machine()} {platform.processor()}"
 
 
 def padded(weight: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    use_kernels("auto")
+    use_kernels("torch")
 
 
 def adapted(config: str | PeftConfig) -> Any:

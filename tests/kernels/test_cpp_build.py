@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from bem_peft.kernels import cpp
+from bem_peft.kernels import cpp, cpp_library
 from tests.kernels.test_cpp_operators import pytestmark
 
 __all__ = ["pytestmark"]
@@ -35,15 +35,13 @@ def small_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     source = tmp_path / "source" / "operators.cpp"
     source.parent.mkdir()
     source.write_text(SMALL)
-    monkeypatch.setattr(cpp, "FOLDER", source.parent)
-    monkeypatch.setattr(cpp, "SOURCES", [source])
+    monkeypatch.setattr(cpp_library, "FOLDER", source.parent)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
     return source
 
 
 def lock_file() -> Path:
-    folder = cpp_extension._get_build_directory(f"bem_peft_cpu_{cpp.processor_key()}_{cpp.source_key()}", False)
-    lock = Path(folder) / "lock"
+    lock = cpp_library.folder() / "lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     return lock
 
@@ -89,8 +87,8 @@ def test_another_process_that_builds_is_waited_for(small_source: Path) -> None:
     timer = threading.Timer(0.5, lock.unlink)
     timer.start()
     code = (
-        "from pathlib import Path; from bem_peft.kernels import cpp;"
-        f"cpp.FOLDER = Path({str(small_source.parent)!r}); cpp.SOURCES = [Path({str(small_source)!r})];"
+        "from pathlib import Path; from bem_peft.kernels import cpp, cpp_library;"
+        f"cpp_library.FOLDER = Path({str(small_source.parent)!r});"
         "print(cpp._load().one())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -99,8 +97,8 @@ def test_another_process_that_builds_is_waited_for(small_source: Path) -> None:
 
 def test_processes_that_build_at_once(small_source: Path) -> None:
     code = (
-        "from pathlib import Path; from bem_peft.kernels import cpp;"
-        f"cpp.FOLDER = Path({str(small_source.parent)!r}); cpp.SOURCES = [Path({str(small_source)!r})];"
+        "from pathlib import Path; from bem_peft.kernels import cpp, cpp_library;"
+        f"cpp_library.FOLDER = Path({str(small_source.parent)!r});"
         "print(cpp._load().one())"
     )
     running = [
@@ -188,9 +186,19 @@ class Lock:
 
 def test_another_source_or_torch_has_a_library_of_its_own(small_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of extensions is shared by all environments of a home folder."""
-    keys = {cpp.source_key()}
+    names = {cpp_library.name()}
     small_source.write_text(SMALL + "// changed")
-    keys.add(cpp.source_key())
+    names.add(cpp_library.name())
     monkeypatch.setattr(torch, "__version__", "2.0.0")
-    keys.add(cpp.source_key())
-    assert len(keys) == 3
+    names.add(cpp_library.name())
+    monkeypatch.setattr(cpp_library, "CFLAGS", ["-O0"])
+    names.add(cpp_library.name())
+    assert len(names) == 4
+
+
+def test_the_library_is_named_after_the_processor_it_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compiled for the machine's own instructions; a home folder may be shared."""
+    mine = cpp_library.name()
+    assert mine == cpp_library.name()
+    monkeypatch.setattr(cpp_library, "_instructions", lambda: "sse2")
+    assert cpp_library.name() != mine

@@ -71,7 +71,7 @@ CASES: dict[str, tuple[type[Adapter], Any, tuple[int, ...]]] = {
 @pytest.fixture(autouse=True)
 def torch_form_after() -> Iterator[None]:
     yield
-    use_kernels("auto")
+    use_kernels("torch")
 
 
 def made(name: str, width: int, out: int) -> Adapter:

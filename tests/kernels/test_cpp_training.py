@@ -376,11 +376,3 @@ def test_dropout_reaches_the_operator() -> None:
         torch.manual_seed(3)
         results.append(adapter(x, y))
     torch.testing.assert_close(*results)
-
-
-def test_the_library_is_named_after_the_processor_it_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is compiled for the machine's own instructions; a home folder may be shared."""
-    mine = cpp.processor_key()
-    assert mine == cpp.processor_key()
-    monkeypatch.setattr(cpp, "_instructions", lambda: "sse2")
-    assert cpp.processor_key() != mine

@@ -38,7 +38,7 @@ SIZES = [*cases((1, 7), (5,), (1, 12)), *cases((33,), (65,), (3,))]
 @pytest.fixture(autouse=True)
 def torch_forms_after() -> Iterator[None]:
     yield
-    use_kernels("auto")
+    use_kernels("torch")
 
 
 def test_the_kernels_are_interpreted_here() -> None:

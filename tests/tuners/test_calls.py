@@ -35,7 +35,7 @@ def _as_before() -> Iterator[None]:
     sys.setswitchinterval(1e-4)  # threads change as often as they can
     yield
     sys.setswitchinterval(interval)
-    use_kernels("auto")
+    use_kernels("torch")
 
 
 def gated(architecture: str = "llama", **fields: Any) -> nn.Module:

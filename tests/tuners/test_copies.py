@@ -224,7 +224,7 @@ def test_replicas_compute_and_differentiate_as_the_model(kind: str, kernels: str
             if mine is not None:
                 torch.testing.assert_close(other, mine, rtol=1e-4, atol=1e-6)
     finally:
-        use_kernels("auto")
+        use_kernels("torch")
 
 
 def test_replicas_in_threads_read_their_own_calls() -> None:
@@ -318,7 +318,7 @@ def test_deleted_parameters_are_freed(kind: str, checkpointing: bool, kernels: s
         assert alive(second) == 0
         base(input_ids=IDS)
     finally:
-        use_kernels("auto")
+        use_kernels("torch")
 
 
 @pytest.mark.parametrize("kind", ["kronecker", "rank_mask_task", "film_static"])

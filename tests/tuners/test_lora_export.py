@@ -129,7 +129,7 @@ def test_the_report_is_what_the_file_does(method: str, architecture: str, kernel
     try:
         report = export_lora(model, tmp_path, calibration=iter(batches))
     finally:
-        use_kernels("auto")
+        use_kernels("torch")
     real, inputs = mask.bool(), {"input_ids": ids, "attention_mask": mask}
     whole = {"adapter": logits(model, **inputs), "exported": logits(loaded(architecture, tmp_path), **inputs)}
     with model.disable_adapter():

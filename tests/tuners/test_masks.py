@@ -25,7 +25,7 @@ FORMS = ["torch", "cpp", "triton"]
 @pytest.fixture(autouse=True)
 def torch_form_after() -> Iterator[None]:
     yield
-    use_kernels("auto")
+    use_kernels("torch")
 
 
 def adapter_of(width: int, spread: float | None = None) -> DynamicRankMaskAdapter:

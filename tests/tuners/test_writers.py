@@ -35,7 +35,7 @@ methods, forms = pytest.mark.parametrize("method", METHODS), pytest.mark.paramet
 @pytest.fixture(autouse=True)
 def _torch_form_after() -> Iterator[None]:
     yield
-    use_kernels("auto")
+    use_kernels("torch")
 
 
 def logits(model: nn.Module) -> torch.Tensor:

@@ -99,7 +99,7 @@ class Formula(Penalised, Watched):
             out: torch.Tensor | None = cpp.run_site(kept[SITE], self._parameters, x, y, may_overwrite)
             if out is not None:
                 return out
-        if self.has_operator and backend.chosen.is_cpp and self.is_plain_call(x, y):
+        if self.has_operator and backend.chosen.is_cpp and y.is_cpu and self.is_plain_call(x, y):
             if self.fits_operator(y):
                 packed = self.weights(y.dtype, PACKED)
                 if kept is not None and (y.dtype, PACKED, None) in kept:
@@ -109,6 +109,8 @@ class Formula(Penalised, Watched):
             if self.fits_training(y):
                 cpp.name_caller(self)
                 return self.training_operator(x.to(y.dtype).contiguous(), y.contiguous())
+        if not is_compiling() and backend.chosen.untold is not None and self.has_operator and y.is_cpu:
+            backend.tell()
         if y.device.type != "meta" and torch.is_autocast_enabled(y.device.type):  # meta knows no autocast
             with torch.autocast(y.device.type, enabled=False):
                 return self.in_torch(x, y)
