@@ -146,6 +146,7 @@ class KroneckerAdapter(LowRankAdapter):
         self.orthogonality_strength = config.orthogonality_strength
         self.diversity_strength = config.diversity_strength
         self.is_penalised = bool(self.orthogonality_strength or self.diversity_strength)
+        self.has_parameter_penalties = self.is_penalised
         self.U = nn.Parameter(torch.empty(config.u_rank, u_dim))
         self.V = nn.Parameter(torch.empty(config.v_rank, v_dim))
         self.v_rank = config.v_rank

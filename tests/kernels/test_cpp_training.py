@@ -20,6 +20,7 @@ from bem_peft import (
     HeadGroupGatingConfig,
     KroneckerConfig,
     ResidualFiLMConfig,
+    penalty_values,
     use_kernels,
 )
 from bem_peft.kernels import cpp
@@ -305,6 +306,42 @@ def test_a_model_trains_as_with_the_torch_forms(method: str, kind: str) -> None:
         assert not torch.equal(mine[name], dict(model.named_parameters())[name])
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.filterwarnings("ignore:`use_cache=True` is incompatible:UserWarning")
+def test_penalties_of_parameters_are_carried_beside_the_operator(checkpointing: bool) -> None:
+    """Each counts once a call, and reaches the gradient as with the torch form."""
+    config = KroneckerConfig(u_rank=3, v_rank=5, orthogonality_strength=0.5, diversity_strength=0.25)
+    gradients, losses, values, calls = [], [], [], []
+    for kernels, is_penalised in (("torch", True), ("cpp", True), ("cpp", False)):
+        use_kernels(kernels)
+        torch.manual_seed(0)
+        model = get_peft_model(build("llama"), config if is_penalised else METHODS["PT3"]).train()
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(torch.randn_like(parameter) * 0.3)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        for module in model.modules():
+            if isinstance(module, Adapter):
+                run = module.training_operator
+                module.training_operator = lambda *a, _f=run: (calls.append(kernels), _f(*a))[1]  # type: ignore[method-assign]  # noqa: B023
+        ids = torch.arange(3, 43).view(4, 10)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        values.append(penalty_values(model))
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert set(calls) == {"cpp"}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert values[1] == pytest.approx(values[0], rel=1e-6)
+    assert values[0]["penalty/total"] > 0.01
+    assert max(float((gradients[1][n] - g).abs().max()) for n, g in gradients[2].items()) > 0.01, "it is felt"
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_what_the_operators_do_not_know_takes_the_torch_form() -> None:
     site, call = SiteShape("s", 36, 8, 4), CallState()
     y = torch.zeros(1, 8)
@@ -327,9 +364,6 @@ def test_what_the_operators_do_not_know_takes_the_torch_form() -> None:
     ):
         assert not HeadGroupGatingAdapter(config, site, call).fits_training(y)
     assert not DynamicRankMaskAdapter(DynamicRankMaskConfig(balance_strength=0.1), site, call).fits_training(y)
-    assert not KroneckerAdapter(KroneckerConfig(u_rank=2, v_rank=2, diversity_strength=0.1), site, call).fits_training(
-        y
-    )
     assert KroneckerAdapter(KroneckerConfig(u_rank=2, v_rank=2, dropout=0.1), site, call).fits_training(y)
 
 

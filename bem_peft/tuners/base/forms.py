@@ -107,6 +107,8 @@ class Formula(Penalised, Watched):
                     kept[SITE] = cpp.make_site(self.kernel, self._parameters, packed, sizes)
                 return self.operator(x, y, *packed, overwrite=may_overwrite and y.is_contiguous())
             if self.fits_training(y):
+                if self.carries_penalties(y):
+                    y = self.carry_parameter_penalties(y)
                 cpp.name_caller(self)
                 return self.training_operator(x.to(y.dtype).contiguous(), y.contiguous())
         if not is_compiling() and backend.chosen.untold is not None and self.has_operator and y.is_cpu:
@@ -164,7 +166,9 @@ class Formula(Penalised, Watched):
         """Whether the C++ operator with a backward can take this call: gradients on a CPU, float32 masters."""
         if not (grad_enabled() and y.is_cpu and y.dtype in cpp.DTYPES and self.observer is None):
             return False
-        if torch.compiler.is_compiling() or self.carries_penalties(y) or not CPP_FORMS[self.kernel].fits_training(self):
+        if torch.compiler.is_compiling() or not CPP_FORMS[self.kernel].fits_training(self):
+            return False
+        if self.carries_penalties(y) and not self.has_parameter_penalties:
             return False
         return all(p.dtype is torch.float32 and p.is_contiguous() for p in self.held_masters() if p is not None)
 

@@ -18,6 +18,7 @@ class Penalised(nn.Module):
     call: CallState
     is_penalised = False
     token_penalties: tuple[str, ...] = ()  # penalties that are on and read tokens, by field name
+    has_parameter_penalties = False  # all of its penalties are of parameters: `carry_parameter_penalties` carries them
 
     def carries_penalties(self, y: torch.Tensor) -> bool:
         """Whether this call carries them: in training alone, and not where a budget is counted on fake tensors."""
