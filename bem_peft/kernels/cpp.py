@@ -206,6 +206,8 @@ def name_caller(adapter: Caller) -> None:
     if number is None:
         number = _numbers[adapter] = next(_next_number)
         _callers[number] = adapter
+    if _name_caller is None:  # the first adapter of this process, which came by pickle
+        build()
     _name_caller(number, adapter.training)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -382,6 +385,25 @@ def test_gradients_in_evaluation_are_those_of_the_torch_form(name: str) -> None:
         found.append([out, *(torch.zeros_like(w) if g is None else g for g, w in zip(gradients, wanted, strict=True))])
     for plain, mine in zip(*found, strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("call", ["train", "decode"])
+def test_an_adapter_that_came_by_pickle_finds_the_operators(call: str, tmp_path: Path) -> None:
+    """As in a process that was spawned: no adapter was made in it."""
+    (tmp_path / "adapter").write_bytes(pickle.dumps(made("PT3", 30, 40)))
+    code = (
+        "import pickle, sys, torch; from bem_peft import kept_weights; from bem_peft.kernels import cpp\n"
+        "adapter = pickle.load(open(sys.argv[1], 'rb')); x, y = torch.randn(6, 30), torch.randn(6, 40)\n"
+        "if sys.argv[2] == 'train':\n    adapter.train()(x, y).sum().backward()\n"
+        "else:\n    with torch.no_grad(), kept_weights(adapter):\n        adapter(x, y), adapter(x, y)\n"
+        "print(cpp._built.cache_info().currsize)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "adapter"), call], capture_output=True, text=True,
+        env={**os.environ, "BEM_PEFT_KERNELS": "cpp"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1"]
 
 
 @pytest.mark.parametrize("name", ["PT1", "PT2", "PT2 a task", "PT3", "PT4"])

@@ -104,6 +104,7 @@ class Formula(Penalised, Watched):
                 packed = self.weights(y.dtype, PACKED)
                 if kept is not None and (y.dtype, PACKED, None) in kept:
                     sizes = CPP_FORMS[self.kernel].sizes(self)
+                    cpp.build()
                     kept[SITE] = cpp.make_site(self.kernel, self._parameters, packed, sizes)
                 return self.operator(x, y, *packed, overwrite=may_overwrite and y.is_contiguous())
             if self.fits_training(y):
