@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from bem_peft.kernels import backend
+
 PACKAGES = (
     "bem_peft",
     "torch",
@@ -41,6 +43,7 @@ def provenance(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
         "git": git_state(Path.cwd()),
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
+        "kernels": backend.form(),
     }
 
 

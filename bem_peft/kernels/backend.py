@@ -111,6 +111,11 @@ def takes_triton(y: torch.Tensor, *weights: Any) -> bool:
     return True
 
 
+def form() -> str:
+    """What computes in this process, where it can: "cpp", "triton" or "torch"."""
+    return "cpp" if chosen.is_cpp else "triton" if chosen.is_triton else "torch"
+
+
 @contextmanager
 def torch_forms() -> Iterator[None]:
     """The torch forms inside the block, in every thread, whatever is chosen: to hold another form to them."""

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,7 @@ def test_a_run_trains_evaluates_and_says_where_it_comes_from(folder: Path, capsy
         assert source["settings"]["training"]["learning_rate"] == 0.01
         assert source["versions"]["torch"] == torch.__version__.partition("+")[0] or source["versions"]["torch"]
         assert source["hardware"]["logical_cpus"] >= 1
+        assert source["kernels"] == os.environ["BEM_PEFT_KERNELS"]
         assert len(source["settings_sha256"]) == 64
         assert {line["quantity"]: line["verdict"] for line in result["budget"]} == {"params": "PASS", "flops": "PASS"}
         items = [
