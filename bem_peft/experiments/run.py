@@ -105,7 +105,7 @@ def _run_seed(
         eval_dataset=prepared.evaluation.encoded,
         data_collator=DataCollatorForSeq2Seq(prepared.tokenizer, padding=True),
     )  # fmt: skip
-    last = last_complete_checkpoint(folder / "checkpoints")
+    last = last_complete_checkpoint(folder / "checkpoints", before_the_end=True)
     if last is not None:
         report(f"seed {seed}: goes on from {Path(last).name}")
     start = time.perf_counter()

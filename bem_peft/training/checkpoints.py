@@ -27,10 +27,13 @@ def is_complete(checkpoint: Path) -> bool:
     return isinstance(state, dict) and state.get("global_step") == _step(checkpoint)
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+def last_complete_checkpoint(output_dir: str | Path, *, before_the_end: bool = False) -> str | None:
     """The newest whole checkpoint of a Trainer's `output_dir`, or None; what a kill cut short is named in the log.
 
     A Trainer that goes on from it writes the unfinished ones again when it comes to their step.
+
+    Args:
+        before_the_end: pass over that of the last step, from which transformers' Trainer takes one step more.
     """
     folder = Path(output_dir)
     if not folder.is_dir():
@@ -38,6 +41,9 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     found = [path for path in folder.iterdir() if path.is_dir() and _step(path) is not None]
     for path in sorted(found, key=lambda path: _step(path) or 0, reverse=True):
         if is_complete(path):
+            state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+            if before_the_end and state["global_step"] >= state.get("max_steps", state["global_step"] + 1):
+                continue
             return str(path)
         logger.warning("%s was not written to its end and is passed over", path)
     return None

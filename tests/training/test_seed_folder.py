@@ -152,6 +152,28 @@ def test_a_run_that_was_stopped_goes_on_only_with_its_own_settings(
     assert (folder / "runs/seed-0/items.jsonl").read_bytes() == (whole / "seed-0/items.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("save_steps", [2, 4])
+def test_a_run_that_was_stopped_after_its_last_step_takes_no_more(
+    folder: Path, save_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' Trainer takes a step more where it goes on from the last; a constant rate makes it seen."""
+    given = document(folder)
+    given["training"] |= {"lr_scheduler_type": "constant", "save_steps": save_steps}
+    path, whole = write(folder, given), folder / "whole"
+    assert main(["run", str(path), "--set", f"output_dir={whole}", "--set", "seeds=[0]"]) == 0
+
+    def stop(*arguments: object, **options: object) -> None:
+        raise OSError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "score_items", stop)
+        assert main(["run", str(path), "--set", "seeds=[0]"]) == 2
+    assert main(["run", str(path), "--set", "seeds=[0]"]) == 0
+    file = "seed-0/adapter/adapter_model.safetensors"
+    assert (folder / "runs" / file).read_bytes() == (whole / file).read_bytes()
+    assert not (folder / "runs/seed-0/checkpoints/checkpoint-5").exists()
+
+
 KILLED = """
 import os, signal, sys
 from bem_peft.experiments import scoring, seed_folder
