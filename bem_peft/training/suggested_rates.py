@@ -24,7 +24,7 @@ MEASURED: Mapping[str, tuple[str, int]] = {
     "BEM_HEAD_GATING": ("pt1_o", 0),
     "BEM_RANK_MASK": ("pt2", 0),
     "BEM_KRONECKER": ("pt3", 1),
-    "BEM_FILM": ("pt4", -1),
+    "BEM_FILM": ("pt4", 2),
     "BEM_COMPOSITE": ("composite", 0),
 }
 RANK = 8  # of the LoRA whose size they had
