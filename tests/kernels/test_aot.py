@@ -20,7 +20,7 @@ if sys.platform.startswith("linux"):
 ROOT = Path(__file__).parents[2]
 KERNELS = {
     "_factor_gradient", "_factor_gradient 2", "_gate_gradients", "_gated_update", "_input_gradient", "_mask_gradients",
-    "_masked_update", "_modulate", "_modulate_backward", "_project", "_row_rms", "_unit_gradients", "_unit_sums",
+    "_masked_update", "_modulate", "_modulate_backward", "_project", "_row_units", "_unit_gradients", "_unit_sums",
     "_update",
 }  # fmt: skip
 
