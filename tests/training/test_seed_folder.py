@@ -120,12 +120,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_that_was_stopped_goes_on_only_with_its_own_settings(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write(folder, document(folder))
-    whole = folder / "whole"
-    assert main(["run", str(path), "--set", f"output_dir={whole}", "--set", "seeds=[0]"]) == 0
+def stop_before_scoring(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run seed 0 of the experiment to its last training step, and no further."""
 
     def stop(*arguments: object, **options: object) -> None:
         raise OSError("stopped")
@@ -133,6 +129,16 @@ def test_a_run_that_was_stopped_goes_on_only_with_its_own_settings(
     with monkeypatch.context() as patched:
         patched.setattr(scoring, "score_items", stop)
         assert main(["run", str(path), "--set", "seeds=[0]"]) == 2
+
+
+def test_a_run_that_was_stopped_goes_on_only_with_its_own_settings(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(folder, document(folder))
+    whole = folder / "whole"
+    assert main(["run", str(path), "--set", f"output_dir={whole}", "--set", "seeds=[0]"]) == 0
+
+    stop_before_scoring(path, monkeypatch)
     assert list((folder / "runs/seed-0/checkpoints").glob("checkpoint-*"))
     capsys.readouterr()
     for change, text in (
@@ -162,12 +168,7 @@ def test_a_run_that_was_stopped_after_its_last_step_takes_no_more(
     path, whole = write(folder, given), folder / "whole"
     assert main(["run", str(path), "--set", f"output_dir={whole}", "--set", "seeds=[0]"]) == 0
 
-    def stop(*arguments: object, **options: object) -> None:
-        raise OSError("stopped")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(scoring, "score_items", stop)
-        assert main(["run", str(path), "--set", "seeds=[0]"]) == 2
+    stop_before_scoring(path, monkeypatch)
     assert main(["run", str(path), "--set", "seeds=[0]"]) == 0
     file = "seed-0/adapter/adapter_model.safetensors"
     assert (folder / "runs" / file).read_bytes() == (whole / file).read_bytes()
