@@ -446,8 +446,9 @@ def is_own(name: str, method: str, sharing: str) -> bool:
     return sharing == "each" or name.rpartition(".")[2] in FACTORS[method]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("picked", [0, 64])
+@pytest.mark.parametrize(
+    ("picked", "implementation"), [*((64, name) for name in IMPLEMENTATIONS), (0, "batched_mm"), (0, "grouped_mm")]
+)
 @pytest.mark.parametrize("sharing", OWN)
 @pytest.mark.parametrize("method", CONFIGS)
 def test_equal_adapters_of_each_expert_are_the_shared_one(
@@ -681,8 +682,10 @@ def test_gates_at_experts_are_not_exported_and_probe_sees_the_experts(tmp_path: 
     assert bem_peft.probe(adapted(small("mixtral"), "kronecker").float()) == 2
 
 
-@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("sharing", ["shared", *OWN])
+@pytest.mark.parametrize(
+    ("sharing", "implementation"),
+    [("shared", "batched_mm"), ("shared", "grouped_mm"), ("each", "grouped_mm"), ("factors", "batched_mm")],
+)
 @pytest.mark.parametrize("method", CONFIGS)
 def test_an_adapter_compiles_to_one_graph(
     method: str, sharing: str, implementation: str, monkeypatch: pytest.MonkeyPatch
