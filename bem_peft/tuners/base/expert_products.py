@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-PICKED_ROWS = 64  # up to so many entries the matrices of each are picked
+PICKED_ROWS = 16  # up to so many the matrices of each row are picked, on a CPU, where copying them costs most
+PICKED_ELSEWHERE = 64
 ALIGNMENT = 16  # bytes, of the rows of grouped products
 
 
@@ -76,18 +77,25 @@ class ExpertMatrix:
         assert sizes == picked.shape
         return picked
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x (M, a) times each row's own. M is N, a multiple of N (so many rows of x for one), or 1 (one for all)."""
+    def product(self, x: torch.Tensor, added: torch.Tensor | None = None, alpha: float = 1.0) -> torch.Tensor:
+        """added (M, b) + alpha x times each row's own, x (M, a).
+
+        M is N, a multiple of N (so many rows of x for one), or 1 (one for all).
+        """
         rows = self.rows.ids.shape[0]
         if x.shape[0] < rows:
             x = x.expand(rows, -1)
         times = x.shape[0] // rows
         if not self.rows.is_few and takes_grouped(x):
-            return grouped_product(x, self.stack, self.rows.ends(times))
+            return _sum(added, grouped_product(x, self.stack, self.rows.ends(times)), alpha)
         if self.rows.is_few or torch.compiler.is_compiling():  # counting rows by values would break the graph
-            return torch.bmm(x.reshape(rows, times, -1), self.picked()).view(x.shape[0], -1)
-        parts = zip(x.split([times * count for count in self.rows.counts()]), self.stack.unbind(0), strict=True)
-        return torch.cat([torch.mm(part, own) for part, own in parts if part.shape[0]])
+            return _sum(added, torch.bmm(x.reshape(rows, times, -1), self.picked()).view(x.shape[0], -1), alpha)
+        counts = [times * count for count in self.rows.counts()]
+        parts, matrices = x.split(counts), self.stack.unbind(0)
+        if added is None:
+            return torch.cat([torch.mm(x, own) for x, own in zip(parts, matrices, strict=True) if x.shape[0]])
+        of_each = zip(added.split(counts), parts, matrices, strict=True)
+        return torch.cat([torch.addmm(y, x, own, alpha=alpha) for y, x, own in of_each if x.shape[0]])
 
 
 def takes_grouped(x: torch.Tensor) -> bool:
@@ -109,7 +117,7 @@ def grouped_product(x: torch.Tensor, stack: torch.Tensor, ends: torch.Tensor) ->
 
 
 def is_few(ids: torch.Tensor) -> bool:
-    return ids.shape[0] <= PICKED_ROWS
+    return ids.shape[0] <= (PICKED_ROWS if ids.device.type == "cpu" else PICKED_ELSEWHERE)
 
 
 def of_each(weights: Sequence[torch.Tensor], rows: ExpertRows) -> tuple[Any, ...]:
@@ -122,6 +130,10 @@ def each_rows(weight: torch.Tensor | ExpertMatrix) -> torch.Tensor:
     return weight.picked().squeeze(1) if isinstance(weight, ExpertMatrix) else weight
 
 
+def _sum(added: torch.Tensor | None, product: torch.Tensor, alpha: float) -> torch.Tensor:
+    return product if added is None else torch.add(added, product, alpha=alpha)
+
+
 def _mm(x: torch.Tensor, weight: ExpertMatrix) -> torch.Tensor:
     return weight.product(x)
 
@@ -132,7 +144,7 @@ def _addmm(
     """added + alpha x W; `added` (M, b), or (1, b) of each expert."""
     if isinstance(added, ExpertMatrix):
         added = each_rows(added)
-    return torch.add(added, weight.product(x), alpha=alpha)
+    return weight.product(x, added, alpha)
 
 
 def _linear(x: torch.Tensor, weight: ExpertMatrix) -> torch.Tensor:

@@ -116,12 +116,18 @@ def with_rows(adapter: AdapterT, ids: torch.Tensor) -> AdapterT:
     """The formula of `adapter` on rows of the experts `ids`, sorted unless they are few."""
     assert adapter.num_experts is not None
     held: dict[str, torch.Tensor] = {name: p for name, p in adapter._parameters.items() if p is not None}
-    # without gradients, and where nothing is kept, only the matrices that a row needs are derived
-    has_picked = (
-        is_few(ids) and not torch.is_grad_enabled() and (torch.compiler.is_compiling() or kept_of(adapter) is None)
-    )
-    if has_picked:
-        held.update({name: held[name][ids] for name in adapter.stacked})
+    experts, has_picked, used = adapter.num_experts, False, None
+    is_compiled = torch.compiler.is_compiling()
+    if not torch.is_grad_enabled() and (is_compiled or kept_of(adapter) is None):
+        # nothing is kept: only what rows need is derived, if that is clearly less than all
+        if is_few(ids):
+            has_picked, used = True, ids
+        elif ids.device.type == "cpu" and not is_compiled:
+            present, numbers = ids.unique_consecutive(return_inverse=True)
+            if 2 * present.shape[0] < experts:
+                experts, used, ids = present.shape[0], present, numbers
+    if used is not None:
+        held.update({name: held[name][used] for name in adapter.stacked})
     made = twin(adapter, None, held)
-    made.__dict__.update(rows=ExpertRows(ids, adapter.num_experts, has_picked))
+    made.__dict__.update(rows=ExpertRows(ids, experts, has_picked))
     return made

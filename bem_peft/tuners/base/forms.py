@@ -31,10 +31,10 @@ SITE = "site"  # what else a scope keeps: the operator of `kernels.cpp` for thes
 def transposed(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """B (..., out, r) -> (..., r, out) in `dtype`; laid out anew where it is kept (no gradient), else a view.
 
-    For the wide side only: a product with A^T is faster from A's own layout.
+    For the wide side only: a product with A^T is faster from A's own layout. A stack, of each expert's, stays a view.
     """
     turned = weight.to(dtype).mT
-    return turned if torch.is_grad_enabled() else turned.contiguous()
+    return turned if torch.is_grad_enabled() or turned.dim() == 3 else turned.contiguous()
 
 
 def widened(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
