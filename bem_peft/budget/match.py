@@ -109,11 +109,10 @@ def match_budget(
     if getattr(config, "budget", None) is not None:  # its sizes are chosen here
         config = copy.copy(config)
         config.budget = None
+    is_written = isinstance(anchor, str)
     if isinstance(anchor, str):
         assert parse_anchor is not None
-        anchor, is_written = parse_anchor(anchor), True
-    else:
-        is_written = False
+        anchor = parse_anchor(anchor)
     for name, given in (("config", config), ("anchor", anchor)):
         if not isinstance(given, PeftConfig):
             raise TypeError(f"`{name}` = {given!r}: must be a PeftConfig, as LoraConfig(r=8).")

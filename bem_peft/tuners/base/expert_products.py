@@ -142,9 +142,7 @@ def _addmm(
     added: torch.Tensor | ExpertMatrix, x: torch.Tensor, weight: ExpertMatrix, *, alpha: float = 1.0
 ) -> torch.Tensor:
     """added + alpha x W; `added` (M, b), or (1, b) of each expert."""
-    if isinstance(added, ExpertMatrix):
-        added = each_rows(added)
-    return weight.product(x, added, alpha)
+    return weight.product(x, each_rows(added), alpha)
 
 
 def _linear(x: torch.Tensor, weight: ExpertMatrix) -> torch.Tensor:
