@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-SCRIPTS = ("sft", "dpo", "grpo", "kto", "reward")
+SCRIPTS = ("sft", "dpo", "grpo", "rloo", "kto", "reward")
 TASKS = {"reward": "SEQ_CLS"}  # of the model that a script trains, where that is no CAUSAL_LM
 ASKED = "get_peft_config"  # where a script of TRL gets its config
 _GIVES_A_LORA = ("use_peft", "use_rslora", "use_dora")
@@ -25,10 +25,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add `trl`."""
     command = commands.add_parser(
         "trl", help="train with a script of TRL", allow_abbrev=False,
-        usage="bem-peft trl {sft,dpo,grpo,kto,reward} --adapter SPEC [an argument of the script ...]",
+        usage="bem-peft trl {sft,dpo,grpo,rloo,kto,reward} --adapter SPEC [an argument of the script ...]",
         epilog="Every other argument goes to the script as it is, --config FILE too; `trl sft --help` lists them.",
     )  # fmt: skip
-    command.add_argument("script", choices=SCRIPTS, metavar="{sft,dpo,grpo,kto,reward}", help="script of TRL")
+    command.add_argument("script", choices=SCRIPTS, metavar="{sft,dpo,grpo,rloo,kto,reward}", help="script of TRL")
     command.add_argument(
         "--adapter", required=True, metavar="SPEC",
         help="METHOD:field=value,... (kronecker:u_rank=8) or the folder of an adapter, whose config is taken",

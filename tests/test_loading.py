@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
@@ -240,3 +242,19 @@ def test_the_card_begins_with_what_must_be_installed_and_keeps_the_rest(
     (tmp_path / "README.md").write_text("No metadata.\n")
     config.save_pretrained(str(tmp_path))
     assert (tmp_path / "README.md").read_text().startswith("## Loading this adapter")
+
+
+def test_the_blank_card_that_peft_begins_with_goes_away_and_what_was_written_into_it_stays(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), KroneckerConfig(u_rank=2, v_rank=2))
+    for _ in range(2):  # PEFT writes its tags anew each time
+        model.save_pretrained(tmp_path)
+        card = ModelCard.load(tmp_path / "README.md")
+        assert "[More Information Needed]" not in card.text
+        assert re.fullmatch(r"## Loading this adapter\n.*-->\n+### Framework versions\n\n- PEFT \S+", card.text.strip(), re.S)
+        assert {"bem_peft", "bem_kronecker", "transformers"} < set(card.data.tags)
+        assert len(card.data.tags) == len(set(card.data.tags)) == 4
+    blank = ModelCard.from_template(ModelCardData()).text
+    written = blank.replace("## Uses\n", "## Uses\n\nVerses.\n")
+    (tmp_path / "README.md").write_text(written)
+    model.save_pretrained(tmp_path)
+    assert written.strip() in (tmp_path / "README.md").read_text()

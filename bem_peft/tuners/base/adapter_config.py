@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ AUTO_CLASSES = {  # by task type
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
 FRONT_MATTER = re.compile(r"\ufeff?---\r?\n.*?\r?\n---\r?\n+", re.S)
+TAGS_OF_PEFT = re.compile(r"^tags:\n(?=(?:- .*\n)*?- '?base_model:adapter:)", re.M)
 
 
 @dataclass
@@ -274,7 +276,10 @@ def default_of(config: AdapterConfig, name: str) -> Any:
 
 
 def add_loading_section(folder: str, config: AdapterConfig) -> None:
-    """Write how to load the adapter into its folder's model card, before all else; no card, nothing to do."""
+    """Write how to load the adapter into its folder's model card, before all else; no card, nothing to do.
+
+    The Hub's blank template, where PEFT began the card with it and nobody has written into it, goes away.
+    """
     from pathlib import Path
 
     card = Path(folder) / "README.md"
@@ -286,6 +291,8 @@ def add_loading_section(folder: str, config: AdapterConfig) -> None:
         text = before + after.partition(MODEL_CARD_END)[2].lstrip("\n")
     metadata = FRONT_MATTER.match(text)
     head, rest = ("", text) if metadata is None else (metadata.group(), text[metadata.end() :])
+    tags = [tag for tag in ("bem_peft", config.method.lower()) if f"- {tag}\n" not in head]
+    head = TAGS_OF_PEFT.sub(lambda found: found.group() + "".join(f"- {tag}\n" for tag in tags), head)
     base = config.base_model_name_or_path or "the base model it was trained on"
     task = getattr(config.task_type, "value", config.task_type)
     auto_class = AUTO_CLASSES.get(str(task), "AutoModelForCausalLM")
@@ -304,4 +311,11 @@ def add_loading_section(folder: str, config: AdapterConfig) -> None:
         'model = PeftModel.from_pretrained(model, "PATH_OR_ID_OF_THIS_ADAPTER")\n'
         f"```\n\n{MODEL_CARD_END}\n"
     )
-    card.write_text(f"{head}{section}\n{rest.lstrip()}", encoding="utf-8")
+    card.write_text(f"{head}{section}\n{rest.lstrip().removeprefix(_blank_card()).lstrip()}", encoding="utf-8")
+
+
+@functools.cache
+def _blank_card() -> str:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    return "\n".join(ModelCard.from_template(ModelCardData()).text.splitlines()).strip()
