@@ -3,9 +3,9 @@
     python tests/versions/run.py [--row NAME ...] [--whole] [--write]
 
 `make versions` runs every row, `make newest` the whole suite with the newest of everything. The part is PART below: the
-contract, the formulas, loading, the Trainers, budgets on a tiny model, the sites. `--write` puts the results into
-results.json beside this file and the table of docs/versions.md; a row that was not run keeps the result it had.
-Interpreters are those on PATH (or that uv finds or fetches).
+contract, the formulas, loading, the Trainers and TRL's scripts, budgets on a tiny model, the sites. `--write` puts the
+results into results.json beside this file and the table of docs/versions.md; a row that was not run keeps the result it
+had. Interpreters are those on PATH (or that uv finds or fetches).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ PART = (
     "tests/budget/test_measure.py",
     "tests/budget/test_enforce.py",
     "tests/budget/test_trl.py",
+    "tests/test_trl_scripts.py",
 )
 # fvcore's tracer fails on the base model alone with transformers 4.57, and the half precisions are those of the base:
 # `make test` and `make newest` run both
