@@ -37,6 +37,7 @@ from bem_peft.tuners.base.low_rank import LowRankAdapter, Update, root_of
 from bem_peft.tuners.base.model import AdapterModel
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.calls.penalty import mask_balance
+from bem_peft.tuners.calls.penalty_call import Sequences
 from bem_peft.tuners.mask_bounds import RankMasks
 from bem_peft.tuners.steps.sharded import whole
 
@@ -181,7 +182,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         logits, gate = self.control(z, *weights[2:])
         z = z.to(y.dtype)
         if self.carries_penalties(y):
-            y = self.penalise(y, "balance", self.balance_strength, self.imbalance(logits), once=self.is_task_mask)
+            y = self.carry_penalty(y, logits)
         if self.observer is not None:
             self.observer.append(k_hot_mask(logits.detach(), self.active_rank).expand(z.shape[0], -1))
         is_soft = self.training and torch.is_grad_enabled()
@@ -209,12 +210,18 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         mask = k_hot_mask(logits, self.active_rank)
         return (mask if gate is None else mask * (1.0 + gate)).expand(x.shape[0], -1)
 
-    def imbalance(self, logits: torch.Tensor) -> torch.Tensor:
-        """Squared deviation of each rank's use from k / R, for logits (N, R), or (1, R) of a task's mask; a scalar."""
-        mask = straight_through_k_hot(logits, self.active_rank, self.temperature)
+    def carry_penalty(self, y: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """y with the squared deviation of each rank's use from k / R, for logits (N, R), or (1, R) of a task's mask."""
         if self.is_task_mask:  # of an old file: its use is 0 or 1
-            return (mask - self.active_rank / mask.shape[1]).square().mean()
-        return mask_balance(mask, self.active_rank, self.sequences(mask.shape[0]))
+            mask = straight_through_k_hot(logits, self.active_rank, self.temperature)
+            value = (mask - self.active_rank / mask.shape[1]).square().mean()
+            return self.penalise(y, "balance", self.balance_strength, value, once=True)
+        owner = self if self.twin_of is None else self.twin_of
+        return owner.penalise_tokens(y, logits, self.expert if self.rows is None else self.rows.ids)
+
+    def penalise_rows(self, y: torch.Tensor, values: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        mask = straight_through_k_hot(values, self.active_rank, self.temperature)
+        return self.penalise(y, "balance", self.balance_strength, mask_balance(mask, self.active_rank, sequences))
 
     # caps: s B D A with D = diag(m (1 + tanh)); one D for all tokens, or any with k entries in [0, 2]
 

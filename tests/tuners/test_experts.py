@@ -26,9 +26,13 @@ from bem_peft import (
     count_parameters,
     find_sites,
 )
+from bem_peft.kernels.rank_mask import straight_through_k_hot
 from bem_peft.tuners.base import expert_products
 from bem_peft.tuners.base.expert_layer import AdapterExperts
+from bem_peft.tuners.base.expert_twins import twins
 from bem_peft.tuners.base.experts import ExpertWeight
+from bem_peft.tuners.calls.call_state import find_call_state
+from bem_peft.tuners.calls.routing import Routing
 from tests.contract.methods import randomize
 from tests.tiny_models import tokens
 
@@ -638,11 +642,93 @@ def test_penalties_of_parameters_count_once_for_each_expert(sharing: str, implem
         torch.testing.assert_close(gradients[1][name], gradient, rtol=near, atol=near)
 
 
+def rows_in_use(adapter: Any, layer: Any, kind: str, seen: tuple[Any, ...], real: torch.Tensor) -> torch.Tensor:
+    """The penalty by its definition: a loop over sequences, tokens and experts."""
+    hidden, choice = seen[:2]
+    total, batch = hidden.new_zeros(()), real.shape[0]
+    for b in range(batch):
+        pairs = [
+            (e, through_expert(layer.experts, kind, hidden[token], e)[0])
+            for token in range(hidden.shape[0])
+            for e in choice[token].tolist()
+            if token // real.shape[1] == b and real.flatten()[token]
+        ]
+        for group in range(EXPERTS if adapter.num_experts else 1):
+            mine = [(e, x) for e, x in pairs if e == group or not adapter.num_experts]
+            masks = []
+            for e, x in mine:
+                one = adapter if adapter.num_experts is None else twins(adapter)[e]
+                weights = one.derive(x.dtype)
+                logits = one.control(x.double() @ weights[0].double(), *weights[2:])[0]
+                masks.append(straight_through_k_hot(logits, one.active_rank, one.temperature))
+            if masks:
+                use = torch.cat(masks).mean(0)
+                deviation = (use - adapter.active_rank / use.shape[0]).square().mean()
+                total = total + deviation * len(mine) / len(pairs) / batch
+    return total
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("kind", "sharing"), [("mixtral", "shared"), ("gpt_oss", "shared"), ("mixtral", "each")])
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_a_penalty_of_tokens_counts_the_rows_of_each_sequence(
+    kind: str, sharing: str, implementation: str, is_checkpointed: bool
+) -> None:
+    """Its value, and the gradient: that of the loss and strength times the penalty as it is defined, written here."""
+    ids, strength, gradients = torch.randint(3, 60, (3, 6)), 0.3, []
+    real = torch.ones_like(ids)
+    real[1, :2] = 0
+    for carried in (0.0, strength):
+        base = small(kind).to(dtype_of(implementation))
+        base.set_experts_implementation(implementation)
+        model = adapted(base, "rank_mask", expert_sharing=sharing, balance_strength=carried).train()
+        layers = [m for m in model.modules() if isinstance(m, AdapterExperts)]
+        seen: dict[Any, Any] = {}
+        if is_checkpointed and carried:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.enable_input_require_grads()
+        hooks = [m.register_forward_pre_hook(seen.__setitem__) for m in layers]
+        loss = model(input_ids=ids, attention_mask=real, labels=ids.masked_fill(real == 0, -100)).loss
+        for hook in hooks:
+            hook.remove()
+        expected = [
+            rows_in_use(adapter, layer, kind, seen[layer], real)
+            for layer in layers
+            for adapter in layer.adapters_named("default")
+        ]
+        if carried:
+            mean = float(torch.stack(expected).detach().mean())
+            assert find_call_state(model).log.read()["penalty/balance"] == pytest.approx(mean, rel=1e-5)
+        else:
+            loss = loss + strength * torch.stack(expected).sum()
+        loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    near = 1e-10 if dtype_of(implementation) is torch.float64 else 3e-4
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=max(near, 1e-6), atol=max(near, 1e-8))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != "mixtral"])
+def test_every_implementation_counts_the_same_rows(kind: str) -> None:
+    """Three orders of the rows, one penalty: the eager loop of each family takes them as is known of it."""
+    ids, found = torch.randint(3, 60, (3, 6)), []
+    for implementation in IMPLEMENTATIONS:
+        base = small(kind).float()
+        base.set_experts_implementation(implementation)
+        model = adapted(base, "rank_mask", balance_strength=0.1).train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append(find_call_state(model).log.read()["penalty/balance"])
+    assert found[0] > 0
+    assert found == pytest.approx([found[0]] * 3, rel=1e-4)
+
+
 def test_what_there_is_no_expert_for_is_refused() -> None:
     with pytest.raises(ValueError, match="`expert_sharing` = 'each': no fused experts are adapted"):
         get_peft_model(dense(), CONFIGS["kronecker"](expert_sharing="each"))
-    with pytest.raises(ValueError, match=r"`balance_strength` at model.layers.0.mlp.experts: .* a router chose"):
-        each(small("mixtral"), "rank_mask", balance_strength=0.1)
+    with pytest.raises(ValueError, match=r"`balance_strength` at model.layers.0.feed_forward.experts: .* a router"):
+        adapted(small("llama4_text"), "rank_mask", balance_strength=0.1)
+    with pytest.raises(RuntimeError, match="the order of the rows of experts_implementation='sonicmoe' is not known"):
+        Routing(torch.zeros(2, 2), "sonicmoe").meet(0, "model.layers.0.mlp.experts")
 
 
 def exported_config(method: str, sharing: str) -> Any:

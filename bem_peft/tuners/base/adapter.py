@@ -49,7 +49,6 @@ class Adapter(Formula):
     retrieval: str = "none"  # what it reads of retrieval in a call: "quality", "scores" or "none"
     factors: ClassVar[tuple[str, ...]] = ()  # parameters that each expert has its own of, with expert_sharing="factors"
     at_experts: bool = False  # its rows are tokens that a router chose
-    num_experts: int | None = None  # of fused experts that have parameters of their own
     experts_per_token: int | None = None  # how many of them a token reaches; None: unknown
     stacked: tuple[str, ...] = ()  # those parameters, (experts, ...)
     reads_output: ClassVar[bool] = False  # y' depends on y otherwise than by y + update(x)

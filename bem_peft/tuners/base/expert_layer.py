@@ -19,6 +19,7 @@ from bem_peft.tuners.base.expert_twins import one_pass, twins
 from bem_peft.tuners.base.experts import attach
 from bem_peft.tuners.base.layer import AdapterLayer
 from bem_peft.tuners.calls.call_state import CallState
+from bem_peft.tuners.calls.routing import CHOICES, Routing
 from bem_peft.tuners.steps.brake import Braked
 
 
@@ -70,13 +71,30 @@ class AdapterExperts(nn.Module, AdapterLayer):
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         self.passes.append(None)
+        routing = self._routing(args, kwargs)
+        if routing is not None:
+            self.call.routing = routing
         try:
             if torch.compiler.is_compiling():
-                return self.base_layer(*args, **kwargs)
-            with one_pass():
-                return self.base_layer(*args, **kwargs)
+                out = self.base_layer(*args, **kwargs)
+            else:
+                with one_pass():
+                    out = self.base_layer(*args, **kwargs)
         finally:
+            if routing is not None:
+                self.call.routing = None
             self.passes.pop()
+        return out if routing is None else routing.carry(out)
+
+    def _routing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routing | None:
+        """Where an adapter that acts has a penalty of tokens: which experts they take."""
+        if not self.training or not self.call.is_penalised or self._disable_adapters or self.merged_adapters:
+            return None
+        if not any(a.token_penalties and a.carries_penalties(self.weight) for a in self._acting()):
+            return None
+        choice = args[1] if len(args) > 1 else next(kwargs[name] for name in CHOICES if name in kwargs)
+        config: Any = self.experts.config
+        return Routing(choice, config._experts_implementation or "eager")
 
     def changes_output(self) -> bool:
         """Whether an adapter acts in this call."""
@@ -101,7 +119,10 @@ class AdapterExperts(nn.Module, AdapterLayer):
             has_bias: whether y has the experts' bias already; else it is added after this, to y'.
         """
         bias = None if has_bias else self.bias
+        routing = self.call.routing
         for adapter in self._acting():
+            if routing is not None:
+                routing.meet(experts, self.site_name)
             own = None
             if bias is not None and adapter.reads_output:
                 own = bias[experts].to(y.dtype)

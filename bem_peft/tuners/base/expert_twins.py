@@ -44,7 +44,8 @@ def twin(adapter: AdapterT, expert: int | None, parameters: Mapping[str, torch.T
     made.__dict__.update(adapter.__dict__)
     made.__dict__.update(_parameters=dict(parameters), num_experts=None, stacked=(), has_operator=False)
     made.__dict__.update(twin_of=adapter, expert=expert)
-    made.__dict__.update(is_watched=False, is_penalised=False)  # both are the whole adapter's
+    # what is of the parameters alone is the whole adapter's
+    made.__dict__.update(is_watched=False, is_penalised=bool(adapter.token_penalties))
     if isinstance(adapter, Braked):  # so is the brake
         made.__dict__.update(flag_with_gradient=adapter.flag_with_gradient, last_good={})
     return made
@@ -108,6 +109,8 @@ def by_expert(adapter: Adapter, x: torch.Tensor, y: torch.Tensor, experts: Any) 
     if is_few(ids):
         return with_rows(adapter, ids).forward(x, y).view(shape)
     order = ids.argsort(stable=True)
+    if adapter.call.routing is not None:
+        adapter.call.routing.take(order)
     found = with_rows(adapter, ids[order]).forward(x[order], y[order])
     return torch.empty_like(found).index_copy(0, order, found).view(shape)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
@@ -15,6 +16,7 @@ from bem_peft.sites.find import MLP_DOWN, SiteError, SiteTable, find_sites, patt
 from bem_peft.tuners.base.adapter import Adapter
 from bem_peft.tuners.base.adapter_config import AdapterConfig
 from bem_peft.tuners.calls.attention_stats import require_interface
+from bem_peft.tuners.calls.routing import tells_tokens
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,9 @@ def _is_target(config: AdapterConfig, site: str) -> bool:
 
 def _check_place(adapter: Adapter, site: str, modules: dict[str, nn.Module]) -> None:
     """Raise ValueError where what the adapter reads cannot be had at its site."""
-    if adapter.token_penalties and "experts" in site.split("."):
+    module: Any = modules[site]
+    owner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if adapter.token_penalties and "experts" in site.split(".") and not tells_tokens(owner):
         raise ValueError(
             f"`{adapter.token_penalties[0]}` at {site}: its rows are tokens that a router chose, so "
             "that sequences and padding cannot be told; exclude the experts or set it to 0."

@@ -18,6 +18,7 @@ import torch
 
 from bem_peft.tuners.calls.attention_stats import AttentionRows
 from bem_peft.tuners.calls.penalty_call import PenaltyCall
+from bem_peft.tuners.calls.routing import Routing
 
 is_compiling = torch.compiler.is_compiling
 
@@ -101,6 +102,7 @@ class Frame:
 NOTHING = CallValues()
 _frames: ContextVar[dict[Any, Frame] | None] = ContextVar("bem_peft_calls", default=None)
 _leads: ContextVar[torch.Size] = ContextVar("bem_peft_lead", default=torch.Size())  # noqa: B039, it cannot change
+_routing: ContextVar[Routing | None] = ContextVar("bem_peft_routing", default=None)
 _rows: ContextVar[dict[Any, Any] | None] = ContextVar("bem_peft_attention_rows", default=None)
 
 
@@ -111,6 +113,7 @@ class CallFrames:
         self.traced: Frame | None = None  # the innermost one, for compiled regions
         self.is_read_compiled = False  # a compiled region reads `traced`
         self.traced_lead: torch.Size = torch.Size()
+        self.traced_routing: Routing | None = None
         self.threads: dict[int, int] = {}  # thread -> calls that run in it
 
     def frame(self) -> Frame | None:
@@ -213,6 +216,18 @@ class CallFrames:
             self.traced_lead = lead
         else:
             _leads.set(lead)
+
+    @property
+    def routing(self) -> Routing | None:
+        """The pass through fused experts that runs now, if a penalty there reads tokens."""
+        return self.traced_routing if is_compiling() else _routing.get()
+
+    @routing.setter
+    def routing(self, routing: Routing | None) -> None:
+        if is_compiling():
+            self.traced_routing = routing
+        else:
+            _routing.set(routing)
 
 
 class RowReader(Protocol):

@@ -51,7 +51,7 @@ class CallState(CallFrames):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or stored model starts without calls."""
-        fresh = ("traced", "is_read_compiled", "traced_lead", "threads", "loop", "log")
+        fresh = ("traced", "is_read_compiled", "traced_lead", "traced_routing", "threads", "loop", "log")
         return {name: value for name, value in self.__dict__.items() if name not in fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

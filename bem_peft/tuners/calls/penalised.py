@@ -18,6 +18,7 @@ class Penalised(nn.Module):
     call: CallState
     is_penalised = False
     token_penalties: tuple[str, ...] = ()  # penalties that are on and read tokens, by field name
+    num_experts: int | None = None  # of fused experts that have parameters of their own
     has_parameter_penalties = False  # all of its penalties are of parameters: `carry_parameter_penalties` carries them
 
     def carries_penalties(self, y: torch.Tensor) -> bool:
@@ -48,6 +49,23 @@ class Penalised(nn.Module):
             return y
         self.call.log.record(name, self.site_name, value, weighted)
         return carry(y, weighted, call, owner)
+
+    def penalise_tokens(
+        self, y: torch.Tensor, values: torch.Tensor, experts: int | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """y with the penalties that the rows' `values` (N, ...) give; at fused experts what leaves them carries these.
+
+        experts: whose parameters the rows met, where each expert has its own.
+        """
+        routing = self.call.routing
+        if routing is None:
+            return self.penalise_rows(y, values, self.sequences(values.shape[0]))
+        routing.add(self, values, experts)
+        return y
+
+    def penalise_rows(self, y: torch.Tensor, values: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        """y with the penalties of tokens, for `values` (N, ...) of rows that belong to `sequences`."""
+        raise NotImplementedError
 
     def sequences(self, tokens: int) -> Sequences:
         """The sequences that the site's rows belong to. Raises RuntimeError where the call does not tell them."""
