@@ -78,7 +78,7 @@ class Routing:
 
     def carry(self, out: torch.Tensor) -> torch.Tensor:
         """What leaves the experts, carrying the penalties of all rows."""
-        owners = []
+        owners: list[Penalised] = []
         for owner, *_ in self.found:
             if not any(owner is known for known in owners):
                 owners.append(owner)
