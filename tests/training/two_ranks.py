@@ -1,11 +1,13 @@
-"""A short training run on one process or two: torchrun --nproc_per_node N -m THIS FOLDER MODE KIND.
+"""Short training runs on one process or two: torchrun --nproc_per_node N -m THIS FOLDER MODE KIND [KIND ...].
 
-MODE: one, ddp, fsdp2, zero2, zero3. KIND: penalised, watched, experts. The adapter is saved to FOLDER/MODE-KIND.
+MODE: one, ddp, fsdp2, zero2, zero3. KIND: penalised, watched, experts, or a family of `tiny_experts`. The adapter is
+saved to FOLDER/MODE-KIND.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import os
 import sys
@@ -27,6 +29,7 @@ from bem_peft import (
     PTTrainingConfig,
     ResidualFiLMConfig,
 )
+from tests.tiny_experts import small
 from tests.tiny_models import build
 from tests.training.equalities import collate, penalised, rows
 
@@ -63,7 +66,18 @@ def on_experts() -> Any:
     return get_peft_model(build("qwen2_moe"), config).train()
 
 
+def on_family(kind: str) -> Any:
+    """Adapters at the fused experts of a family, with parameters that experts share and some that each has."""
+    config = CompositeConfig(
+        [KroneckerConfig(u_rank=3, v_rank=2), ResidualFiLMConfig(gamma_dim=2, beta_dim=2, sites=["mlp_down"])],
+        task_type="CAUSAL_LM", expert_sharing="factors",
+    )  # fmt: skip
+    return get_peft_model(small(kind), config).train()
+
+
 KINDS = {"penalised": penalised, "watched": watched, "experts": on_experts}
+FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3", "llama4_text", "nemotron_h")
+KINDS |= {kind: functools.partial(on_family, kind) for kind in FAMILIES}
 
 
 def let_accelerate_shard_on_cpus() -> None:
@@ -79,18 +93,18 @@ def let_accelerate_shard_on_cpus() -> None:
     AcceleratorState.__init__ = patched
 
 
-def main(folder: Path, mode: str, kind: str) -> None:
-    torch.set_num_threads(1)
+def train(folder: Path, mode: str, kind: str) -> None:
     out = folder / f"{mode}-{kind}"
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # a family by SGD: Adam turns the rounding of a gradient near 0 into a step
+    rate, optimizer = (0.5, "sgd") if kind in FAMILIES else (1e-2, "adamw_torch")
     arguments = PTTrainingConfig(
         str(out), max_steps=3, per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2,
-        learning_rate=1e-2, lr_scheduler_type="linear", use_cpu=True, report_to="none", disable_tqdm=True, seed=3,
-        dataloader_pin_memory=False, save_strategy="no", logging_steps=1, max_grad_norm=1.0, optim="adamw_torch",
+        learning_rate=rate, lr_scheduler_type="linear", use_cpu=True, report_to="none", disable_tqdm=True, seed=3,
+        dataloader_pin_memory=False, save_strategy="no", logging_steps=1, max_grad_norm=1.0, optim=optimizer,
         **options_of(mode),
     )  # fmt: skip
-    if mode == "fsdp2":
-        let_accelerate_shard_on_cpus()
+    torch.manual_seed(0)
     model = KINDS[kind]()
     trainer = PTTrainer(model, arguments, train_dataset=rows(8), data_collator=collate)
     trainer.train()
@@ -102,8 +116,17 @@ def main(folder: Path, mode: str, kind: str) -> None:
         distributed.barrier()
 
 
+def main(folder: Path, mode: str, kinds: list[str]) -> None:
+    torch.set_num_threads(1)
+    if mode == "fsdp2":
+        let_accelerate_shard_on_cpus()
+    for kind in kinds:
+        print("begins:", kind, flush=True)
+        train(folder, mode, kind)
+
+
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(200, exit=True)
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    faulthandler.dump_traceback_later(400, exit=True)
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
     sys.stdout.flush()
     os._exit(0)  # without the group's destructor, which can wait for a thread that waits for the GIL
