@@ -49,7 +49,7 @@ def _text_lines(table: SiteTable) -> Iterable[str]:
         reached = "?" if fused.experts_per_token is None else fused.experts_per_token
         shape = f"{fused.in_features} -> {fused.out_features}"
         mixer = f"{fused.num_experts} experts, {reached} a token"
-        key = ("mlp_down", f"{name_pattern(fused.name)} ({fused.parameter})", mixer, shape, "-")
+        key = (fused.role, f"{name_pattern(fused.name)} ({fused.parameter})", mixer, shape, "-")
         rows[key] = rows.get(key, 0) + 1
     cells = [("role", "name", "mixer", "in -> out", "heads", "count"), *((*key, str(n)) for key, n in rows.items())]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

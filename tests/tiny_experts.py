@@ -14,7 +14,11 @@ SIZES = {
     "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe", "deepseek_v3", "jamba", "nemotron_h")
-OF_THEIR_OWN = ("llama4_text", "longcat_flash")  # products of their own, whatever `experts_implementation` says
+OF_THEIR_OWN = (
+    "llama4_text",
+    "longcat_flash",
+    "jetmoe",
+)  # products of their own, whatever `experts_implementation` says
 
 
 def spread(model: nn.Module) -> nn.Module:
@@ -52,6 +56,7 @@ def small(kind: str, **changes: Any) -> nn.Module:
                 "moe_shared_expert_intermediate_size": 24, "moe_latent_size": None,
             },
         ),
+        "jetmoe": ("JetMoe", {"num_local_experts": EXPERTS, "kv_channels": 8, "intermediate_size": 24}),
         "longcat_flash": (
             "LongcatFlash",
             {

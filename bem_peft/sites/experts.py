@@ -1,4 +1,5 @@
-"""W_down of fused experts: the parameter of a block that holds it, its layout, how many experts a token reaches."""
+"""W_down (in JetMoe's attention W_O) of fused experts: the parameter of a block that holds it, its layout, how many
+experts a token reaches."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ PER_TOKEN = (
 
 @dataclass(frozen=True)
 class ExpertSite:
-    """W_down of all experts of a block in one parameter, (E, out, in), or (E, in, out) where `is_transposed`."""
+    """W_down or W_O of all experts of a block in one parameter, (E, out, in), or (E, in, out) if `is_transposed`."""
 
     name: str  # of the module that owns it
     parameter: str  # its name there
@@ -28,10 +29,11 @@ class ExpertSite:
     out_features: int
     is_transposed: bool
     experts_per_token: int | None = None  # as the config says; None: it does not
+    role: str = "mlp_down"  # or "attention_output": experts of an attention, each with a W_O
     runs_all: bool = False  # every token runs through all experts, its inputs zero where it is not routed to (Llama 4)
 
 
-def expert_site(model: nn.Module, block: Block, path: Path) -> ExpertSite | str:
+def expert_site(model: nn.Module, block: Block, path: Path, role: str) -> ExpertSite | str:
     """The site, or what stands in its way."""
     name = ".".join(block.path + path[:-1])
     owner = base_module(model.get_submodule(name))
@@ -44,6 +46,11 @@ def expert_site(model: nn.Module, block: Block, path: Path) -> ExpertSite | str:
         return "its experts are spread over processes (expert parallelism)"
     experts, rows, columns = weight.shape
     is_transposed = getattr(owner, "is_transposed", None)
+    if is_transposed is None and (getattr(owner, "output_size", None), getattr(owner, "input_size", None)) == (
+        rows,
+        columns,
+    ):
+        is_transposed = False  # as a module of parallel experts says itself
     if is_transposed is None:  # no class of transformers' experts interface: W_down writes the residual width
         if rows == columns or block.width not in (rows, columns):
             return f"its shape {tuple(weight.shape)} does not tell inputs from outputs"
@@ -54,7 +61,7 @@ def expert_site(model: nn.Module, block: Block, path: Path) -> ExpertSite | str:
     runs_all = len(inspect.signature(type(owner).forward).parameters) == 2  # self and the rows, no choice of experts
     return ExpertSite(
         name, path[-1], block.index, experts, in_features, out_features, bool(is_transposed),
-        experts if runs_all else reached, runs_all,
+        experts if runs_all else reached, role, runs_all,
     )  # fmt: skip
 
 

@@ -110,11 +110,15 @@ def find_sites(model: nn.Module) -> SiteTable:
     if problems:
         text = "; ".join(f"{problem} [{count} of {len(blocks)} blocks]" for problem, count in problems.items())
         raise SiteError(f"{type(model).__name__}: found {len(sites)} sites, but {text}. {advice}")
-    if not sites:
-        raise SiteError(f"{type(model).__name__}: found no site in {len(blocks)} blocks of an nn.ModuleList. {advice}")
-    found = {".".join(b.path + path): expert_site(model, b, path) for b in blocks for path in b.fused_experts}
+    found = {
+        ".".join(block.path + path): expert_site(model, block, path, _role_of_experts(path))
+        for block in blocks
+        for path in block.fused_experts
+    }
     experts = tuple(site for site in found.values() if isinstance(site, ExpertSite))
     obstacles = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+    if not sites and not experts:
+        raise SiteError(f"{type(model).__name__}: found no site in {len(blocks)} blocks of an nn.ModuleList. {advice}")
     return SiteTable(tuple(sites), len(blocks), tuple(fused), experts, obstacles)
 
 
@@ -163,7 +167,7 @@ def _sites_of_block(block: Block, model: nn.Module) -> list[Site]:
         raise SiteError(f"has no W_down among {_shapes(free)}")
     homes = {p.path[:depth] for p in free if p.path in downs for depth in range(len(p.path))}
     stray = [p for p in free if p.holder and p.holder not in homes and p.out_features == block.width]
-    if stray := [p for p in stray if "gate" not in p.name]:
+    if stray := [p for p in stray if not _is_mixer_input(p.name)]:
         raise SiteError(
             f"has projections to width {block.width} in modules that are no mixer and no MLP: {_shapes(stray)}"
         )
@@ -180,6 +184,10 @@ def _sites_of_block(block: Block, model: nn.Module) -> list[Site]:
         name, path = ".".join(block.path + p.path), ".".join(block.path)
         sites.append(Site(name, role, path, block.index, mixer, heads, p.in_features, p.out_features))
     return sites
+
+
+def _role_of_experts(path: Path) -> str:
+    return ATTENTION_OUTPUT if any(_ATTENTION.search(part) for part in path) else MLP_DOWN
 
 
 def _shapes(projections: list[Projection]) -> str:
@@ -202,6 +210,8 @@ def _mixers(block: Block) -> dict[Path, Projection]:
             candidates = [p for p in candidates if _OUTPUT.fullmatch(p.name)] or candidates
         if len(candidates) == 1:
             mixers[unit] = candidates[0]
+        elif not candidates and any(_is_below(path, unit) for path in block.fused_experts):
+            continue  # its W_O are experts (JetMoe)
         elif candidates or is_attention:
             where = ".".join(unit) or "itself"
             what = f"several, {_shapes(candidates)}" if candidates else f"none to width {block.width}"

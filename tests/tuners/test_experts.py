@@ -226,6 +226,34 @@ def test_where_every_token_runs_through_all_experts_it_meets_its_own_alone() -> 
         adapted(small("llama4_text"), "film", beta_unit="absolute")
 
 
+@pytest.mark.parametrize("method", ["rank_mask", "film"])
+def test_experts_of_an_attention_have_a_w_o_each(method: str) -> None:
+    """JetMoe: rows sorted by expert, each with its expert's W_O; against a loop over them, adapter and gradient."""
+    make = {
+        "rank_mask": lambda: DynamicRankMaskConfig(total_rank=8, active_rank=4, sites=["attention_output"]),
+        "film": lambda: ResidualFiLMConfig(gamma_dim=3, beta_dim=2, sites=["attention_output"]),
+    }
+    model = get_peft_model(small("jetmoe").double(), make[method]()).double().train()
+    randomize(model)
+    layers = [m for m in model.modules() if isinstance(m, AdapterExperts)]
+    assert [m.site_name for m in layers] == [f"model.layers.{i}.self_attention.experts.output_linear" for i in range(2)]
+    adapter = next(iter(layers[0].adapters_named("default")))
+    sizes, x = [2, 0, 3, 1], torch.randn(6, layers[0].in_features, dtype=torch.float64, requires_grad=True)
+    found = layers[0](x, sizes)
+    weights = layers[0].weight.detach()
+    rows = [adapter(part, part @ weights[e].T) for e, part in enumerate(x.split(sizes)) if len(part)]
+    torch.testing.assert_close(found, torch.cat(rows), rtol=1e-12, atol=1e-12)
+    trained = [x, *adapter.parameters()]
+    direction = torch.randn_like(found)
+    for one, other in zip(
+        torch.autograd.grad(found, trained, direction), torch.autograd.grad(torch.cat(rows), trained, direction),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="output_linear': holds experts, and HeadGroupGatingConfig reads heads"):
+        get_peft_model(small("jetmoe"), HeadGroupGatingConfig())
+
+
 def test_experts_that_cannot_be_adapted_say_why() -> None:
     """float8 holds no numbers that a product reads; processes that hold some of the experts would train them apart."""
     for change, reason in (
@@ -321,7 +349,7 @@ def test_what_cannot_be_adapted_is_refused_by_name() -> None:
     model = adapted(small("mixtral"), "kronecker")
     with pytest.raises(ValueError, match=r"`adapter_names` at model.layers.0.mlp.experts: .* a router chose"):
         model(ids, adapter_names=["default", "__base__"])
-    with pytest.raises(ValueError, match="HeadGroupGatingConfig adapts W_O"):
+    with pytest.raises(ValueError, match="HeadGroupGatingConfig reads heads"):
         get_peft_model(small("mixtral"), HeadGroupGatingConfig(target_modules=["experts"]))
     layer = model.base_model.model.model.layers[0].mlp.experts
     assert layer.experts.down_proj is layer.weight, "what everybody sees but a forward pass"

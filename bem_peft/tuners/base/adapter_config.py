@@ -238,7 +238,7 @@ class AdapterConfig(PeftConfig):
     def check_experts(self, name: str) -> None:
         """Raise ValueError where this method cannot stand at W_down of the fused experts `name`."""
         if MLP_DOWN not in self.roles:
-            raise check.field_error("target_modules", name, f"holds experts, and {type(self).__name__} adapts W_O")
+            raise check.field_error("target_modules", name, f"holds experts, and {type(self).__name__} reads heads")
 
     @property
     def limits_size(self) -> bool:

@@ -52,12 +52,14 @@ def found_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     """Names of the sites that `config` adapts by default. Raises SiteError where one could not be placed."""
     table = find_sites(model)
     roles = tuple(config.sites or config.roles)
-    experts = table.experts if MLP_DOWN in roles and config.fused_experts == "adapt" else ()
-    left = sorted(set(table.fused_experts) - {f"{site.name}.{site.parameter}" for site in experts})
-    if MLP_DOWN in roles and left and config.fused_experts != "skip":
-        advice = table.obstacles.get(left[0], "fused_experts='adapt', the default, adapts it")
+    experts = [site for site in table.experts if site.role in roles]
+    left = set(table.obstacles) if MLP_DOWN in roles else set()
+    if config.fused_experts != "adapt":
+        left, experts = left.union(f"{site.name}.{site.parameter}" for site in experts), []
+    if left and config.fused_experts != "skip":
+        advice = table.obstacles.get(min(left), "fused_experts='adapt', the default, adapts it")
         raise SiteError(
-            f"W_down of the experts is one parameter that no module of its own holds: {some(left)}; {advice}. "
+            f"W_down of the experts is one parameter that no module of its own holds: {some(sorted(left))}; {advice}. "
             "Set fused_experts='skip' to adapt the other sites, or name the modules in `target_modules`."
         )
     layers = config.layers_to_transform
@@ -192,7 +194,7 @@ def _check_choice_of_sites(model: nn.Module, config: AdapterConfig, names: list[
     if config.sites is not None:
         table = find_sites(model)
         wanted = {site.name for site in table.sites if site.role in config.sites}
-        wanted |= {site.name for site in table.experts if MLP_DOWN in config.sites}
+        wanted |= {site.name for site in table.experts if site.role in config.sites}
         others = sorted(set(names) - wanted)
         if others:
             raise ValueError(
