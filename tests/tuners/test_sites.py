@@ -1,18 +1,21 @@
 """Sites: the committed table of all model types, and proofs by forward passes that use none of the finder's names."""
 
+import copy
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
+from bem_peft import CompositeConfig, KroneckerConfig, ResidualFiLMConfig
 from bem_peft.sites.find import (
     ATTENTION_OUTPUT,
     MLP_DOWN,
@@ -26,6 +29,7 @@ from bem_peft.sites.find import (
 from bem_peft.sites.models import language_model_types
 from bem_peft.sites.table import merged_table, plain
 from bem_peft_cli.main import main
+from tests.tiny_models import build, llama
 
 TABLE = json.loads(Path(__file__).with_name("sites_table.json").read_text())
 INSTALLED = language_model_types()
@@ -263,6 +267,29 @@ def test_headless_and_classification_models_have_the_sites_of_the_language_model
     config = AutoConfig.for_model("llama", **TINY)
     assert [f"model.{name}" for name in find_sites(transformers.LlamaModel(config)).names()] == names
     assert find_sites(AutoModelForSequenceClassification.from_config(config)).names() == names
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: KroneckerConfig(u_rank=2, v_rank=2),
+        lambda: CompositeConfig([KroneckerConfig(u_rank=2, v_rank=2), ResidualFiLMConfig(gamma_dim=2, beta_dim=2)]),
+    ],
+)
+def test_a_config_that_was_used_finds_the_sites_of_the_next_model(config: Callable[[], PeftConfig]) -> None:
+    """A deeper one has more blocks; another family has other names. What the user named stays named."""
+    used = config()
+    for model in (llama(num_hidden_layers=1), llama(num_hidden_layers=3), build("gpt2")):
+        adapted, alone = get_peft_model(copy.deepcopy(model), used), get_peft_model(model, config())
+        assert [n for n, _ in adapted.named_parameters()] == [n for n, _ in alone.named_parameters()]
+    named = KroneckerConfig(u_rank=2, v_rank=2, target_modules=["model.layers.0.mlp.down_proj"])
+    for blocks in (1, 3):
+        model = get_peft_model(llama(num_hidden_layers=blocks), named)
+        assert model.targeted_module_names == ["model.layers.0.mlp.down_proj"]
+    used = KroneckerConfig(u_rank=2, v_rank=2)
+    get_peft_model(llama(num_hidden_layers=2), used)
+    used.target_modules.discard("model.layers.1.mlp.down_proj")
+    assert get_peft_model(llama(num_hidden_layers=2), used).targeted_module_names == ["model.layers.0.mlp.down_proj"]
 
 
 def test_role_selects_names() -> None:

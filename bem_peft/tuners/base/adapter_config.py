@@ -120,6 +120,7 @@ class AdapterConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.found_modules: frozenset[str] | None = None  # `target_modules` of the last model, where none are named
         # PEFT saves a config with `inference_mode`; adapters that exist load with fields that are refused in new ones
         self.is_from_file = bool(self.inference_mode)
         given = self.__dict__["peft_type"]
@@ -219,6 +220,7 @@ class AdapterConfig(PeftConfig):
         changes = {**changes, "inference_mode": True, "budget": None}
         changed = dataclasses.replace(self, **changes)
         changed.inference_mode, changed.is_from_file = self.inference_mode, self.is_from_file
+        changed.found_modules = self.found_modules
         return changed
 
     def with_sizes(self, **sizes: int) -> AdapterConfig:

@@ -105,8 +105,10 @@ class AdapterModel(BaseTuner):
             registry.choose_sizes(self.model, peft_config)
         for _, config in self.parts(peft_config):
             drop_base_prefix(self.model, config)
-            if config.target_modules is None:
+            if config.target_modules in (None, config.found_modules):  # found anew: a model may be another one
+                config.target_modules = None
                 config.target_modules = set(found_targets(self.model, config))
+                config.found_modules = frozenset(config.target_modules)
         return peft_config
 
     def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
