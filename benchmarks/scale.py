@@ -13,10 +13,10 @@ difference of two blocks and one; bytes are arithmetic:
 of P numbers of the base and A of the adapters on N GPUs. The base is in bfloat16 and frozen, the adapters are in
 float32 with Adam's two states, a GPU takes one sequence of `--tokens`, every block is checkpointed. That is FSDP2 with
 reshard_after_forward. ZeRO-3 in bfloat16 holds the same and moves the adapters in bfloat16, half of their part; it
-gathers embeddings and head once, and of a first block without an adapter at W_O half. What both add beside (buffers, prefetching) is theirs with any adapter. "step" is the
-larger of computing and sending, at `--tflops` and `--gigabytes` a second that are achieved, not advertised: it says who
-waits for whom, and is no forecast. "none" is the base with one trained number at each of LoRA's sites. Rows are added
-to benchmarks/results/scale.csv.
+gathers embeddings and head once, and of a first block without an adapter at W_O half. What both add beside (buffers,
+prefetching) is theirs with any adapter. "step" is the larger of computing and sending, at `--tflops` and `--gigabytes`
+a second that are achieved, not advertised: it says who waits for whom, and is no forecast. "none" is the base with one
+trained number at each of LoRA's sites. Rows are added to benchmarks/results/scale.csv.
 """
 
 from __future__ import annotations
