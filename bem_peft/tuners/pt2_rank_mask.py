@@ -156,7 +156,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """A^T, B^T; the control sqrt(R) [C^T W^T], (R, 2 R), or (R, R) of one of the two; a task mask's logits, (1, R).
 
-        A config has one of the last two at least.
+        A config has one of the last two at least. Mirrored: [A^T, -A^T], and the control without its factor.
         """
         a: torch.Tensor = self.A
         b: torch.Tensor = self.B
@@ -165,12 +165,15 @@ class DynamicRankMaskAdapter(LowRankAdapter):
             b = hadamard_transform(b.movedim(-1, 0)).movedim(0, -1)
         wide = choice_dtype(dtype, a.device)
         a = a.to(dtype)
-        weights = [(a if torch.is_grad_enabled() else a.to(wide)).mT, transposed(b, dtype)]
         control: list[torch.Tensor] = [self.C] if self.has_value_gate else []
         control += [] if self.is_task_mask else [self.mask_weight]
+        factor = rank_root(a)
+        if control and is_mirrored(a):
+            a, factor = torch.cat((a, -a)), 1.0
+        weights = [(a if torch.is_grad_enabled() else a.to(wide)).mT, transposed(b, dtype)]
         if control:
             both = torch.cat(control, dim=-2) if len(control) > 1 else control[0]
-            weights.append(transposed(both.to(wide) * rank_root(a), wide))
+            weights.append(transposed(both.to(wide) * factor, wide))
         if self.is_task_mask:
             weights.append(self.mask_weight.float().unsqueeze(-2))
         return tuple(weights)
@@ -178,26 +181,36 @@ class DynamicRankMaskAdapter(LowRankAdapter):
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         if self.dropout:
             x = self.drop(x)
-        z = choice_projection(x, weights[0])  # (N, R)
+        z = choice_projection(x, weights[0])  # (N, R), or [z, -z]
         logits, gate = self.control(z, *weights[2:])
+        scaling = self.scaling
+        if z.shape[1] > self.rank:
+            z = z[:, : self.rank]
+            if gate is not None:  # 1 + tanh(g) = 2 sigmoid(2 g), and softplus_backward is z sigmoid(2 g)
+                z, gate, scaling = torch.ops.aten.softplus_backward(z, gate, 2.0, 40.0), None, 2.0 * scaling
+        elif gate is not None:
+            gate = torch.tanh(gate)
         z = z.to(y.dtype)
         if self.carries_penalties(y):
             y = self.carry_penalty(y, logits)
         if self.observer is not None:
             self.observer.append(k_hot_mask(logits.detach(), self.active_rank).expand(z.shape[0], -1))
         is_soft = self.training and torch.is_grad_enabled()
-        choice = self.active_rank, self.scaling, self.temperature, is_soft
+        choice = self.active_rank, scaling, self.temperature, is_soft
         return masked_update(y, z, gate, logits, weights[1], *choice)
 
     def control(self, z: torch.Tensor, *control: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits W z/rms(z), (N, R), or (1, R) of a task's mask, float32, and tanh(C z/rms(z)), from z (N, R)."""
+        """Logits W z/rms(z), (N, R), or (1, R) of a task's mask, float32, and C z/rms(z), from z (N, R) or [z, -z]."""
         if self.is_task_mask:
             logits = each_rows(control[-1])
             if len(control) == 1:
                 return logits, None
-        unit = z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1e-20)
-        parts = torch.mm(unit, control[0]).split(z.shape[1], dim=1)
-        gate = torch.tanh(parts[0]) if self.has_value_gate else None
+        if z.shape[1] > self.rank:  # the mean of [z, -z] is 0, so that its layer norm is z / rms(z), in one operator
+            unit = torch.nn.functional.layer_norm(z, z.shape[1:], eps=1e-38)[:, : self.rank]
+        else:
+            unit = z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1e-20)
+        parts = torch.mm(unit, control[0]).split(self.rank, dim=1)
+        gate = parts[0] if self.has_value_gate else None
         if self.is_task_mask:
             return logits, gate
         return parts[-1].float(), gate  # rounded: what is equal but for its sum's order is a tie
@@ -208,7 +221,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         weights = self.derive(x.dtype)
         logits, gate = self.control(choice_projection(x, weights[0]), *weights[2:])
         mask = k_hot_mask(logits, self.active_rank)
-        return (mask if gate is None else mask * (1.0 + gate)).expand(x.shape[0], -1)
+        return (mask if gate is None else mask * (1.0 + torch.tanh(gate))).expand(x.shape[0], -1)
 
     def carry_penalty(self, y: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """y with the squared deviation of each rank's use from k / R, for logits (N, R), or (1, R) of a task's mask."""
@@ -298,6 +311,13 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         if not self.is_mergeable:
             return super().unmerge_from(weight, bias)
         return weight - (self.B.detach() @ self.masked_a() * self.scaling).to(weight), bias
+
+
+def is_mirrored(a: torch.Tensor) -> bool:
+    """Whether A is read as [A, -A], (2 R, in): in inference on a GPU, where launches are what a decoding step costs:
+    three fewer a site. Never for stacks, of each expert's.
+    """
+    return a.device.type != "cpu" and not torch.is_grad_enabled() and a.dim() == 2
 
 
 def rank_root(a: torch.Tensor) -> float:

@@ -11,6 +11,7 @@ from scipy.linalg import hadamard
 from torch import nn
 
 from bem_peft import DynamicRankMaskConfig, HeadGroupGatingConfig, KroneckerConfig, ResidualFiLMConfig
+from bem_peft.tuners import pt2_rank_mask
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.head_groups import resolve_groups
@@ -80,10 +81,14 @@ def test_groups_are_the_nearest_divisor(heads: int, wanted: int, found: int) -> 
     assert resolve_groups(heads, wanted, False, "site") == found
 
 
+@pytest.mark.parametrize("is_mirrored", [False, True])  # as on a GPU in inference
 @pytest.mark.parametrize("value_gate", [False, True])
 @pytest.mark.parametrize("use_hadamard", [False, True])
 @pytest.mark.parametrize("scope", ["token", "task"])
-def test_rank_mask_formula(value_gate: bool, use_hadamard: bool, scope: str) -> None:
+def test_rank_mask_formula(
+    value_gate: bool, use_hadamard: bool, scope: str, is_mirrored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pt2_rank_mask, "is_mirrored", lambda a: is_mirrored and not torch.is_grad_enabled())
     config = DynamicRankMaskConfig(
         total_rank=8,
         active_rank=3,
