@@ -31,8 +31,8 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "sites": {"sites"},
     "tuners": {"tuners", "kernels", "sites"},
-    "budget": {"budget"},  # serves every method, and knows none
-    "evaluation": {"evaluation", "budget"},  # likewise
+    "budget": {"budget", "kernels"},  # serves every method, and knows none; counts by the torch forms
+    "evaluation": {"evaluation", "budget"},  # knows no method either
     "training": {"training", "budget", "tuners", "kernels"},
     "integrations": {"integrations", "tuners"},  # plugins, imported by the trainers of others
     "experiments": {"experiments", "training", "evaluation", "budget", "tuners", "kernels", "sites"},

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from bem_peft.budget.fake_run import FakeRun, adapters_off, can_fake, mode_of, without_checkpointing
+from bem_peft.kernels import backend
 
 aten = torch.ops.aten
 Shape = Sequence[int]
@@ -203,10 +204,14 @@ def _inputs_take_gradients(model: nn.Module, wanted: list[torch.Tensor]) -> Iter
 def count_passes(
     forward: Callable[[], torch.Tensor], trainable: Sequence[torch.Tensor], mode: AbstractContextManager[object]
 ) -> tuple[int, int, dict[str, int]]:
-    """FLOPs of `forward()`, a tensor, of its gradient for `trainable` (read after it), and the uncounted operators."""
+    """FLOPs of `forward()`, a tensor, of its gradient for `trainable` (read after it), and the uncounted operators.
+
+    The formulas' FLOPs, by the torch forms, whatever form computes: a budget is the same on every machine.
+    """
     known = formulas()
     uncounted, counters = _Uncounted(known), []
     with ExitStack() as stack:
+        stack.enter_context(backend.torch_forms())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(mode)
         stack.enter_context(uncounted)

@@ -1,4 +1,4 @@
-"""How many operators a site launches in inference where launches are what it costs: counted on shapes, beside LoRA's."""
+"""How many operators a site launches in inference on a GPU, counted on shapes, beside LoRA's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "launches.py"
-MORE_THAN_LORA = {"PT1": 9, "PT2": 3, "PT3": 1, "PT4": 3}
+MORE_THAN_LORA = {"PT1": 9, "PT2": 3, "PT3": 1, "PT4": 7}  # in float32 and bfloat16
 
 
 def test_no_method_launches_more_than_it_is_said_to() -> None:
