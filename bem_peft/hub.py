@@ -101,8 +101,6 @@ def push_run(
     with tempfile.TemporaryDirectory() as temporary:
         whole = Path(temporary) / "repository"
         shutil.copytree(adapter, whole, ignore=LEFT_OUT)
-        if base is not None:
-            _name_base(whole, base)
         given = {"license": license, "base_model": base}
         _write_card(whole / CARD, {name: value for name, value in given.items() if value is not None})
         for number, path in results.items():
@@ -113,6 +111,9 @@ def push_run(
             (whole / "report").mkdir()
             for file in (Path(report) / name for name in REPORT if (Path(report) / name).is_file()):
                 shutil.copy(file, whole / "report")
+        if base is not None:
+            _name_base(whole, base)
+        _tell_of_results(whole / CARD, name, len(results), report is not None)
         pushed: CommitInfo = api.upload_folder(
             repo_id=name, folder_path=whole, revision=revision, commit_message=commit_message
         )
@@ -120,13 +121,23 @@ def push_run(
 
 
 def _name_base(folder: Path, base: str) -> None:
-    """Put the base's id in the place of where it lay, in the config and in the card."""
+    """Put the base's id in the place of where it lay, in the config, the card, the results and the report."""
     config = read_json(folder / CONFIG)
     before, config["base_model_name_or_path"] = config["base_model_name_or_path"], base
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    card = folder / CARD
-    if before and card.is_file():
-        card.write_text(card.read_text(encoding="utf-8").replace(str(before), base), encoding="utf-8")
+    for file in folder.rglob("*") if before else ():
+        if file.suffix in (".md", ".json", ".html") and file.name != CONFIG:
+            file.write_text(file.read_text(encoding="utf-8").replace(str(before), base), encoding="utf-8")
+
+
+def _tell_of_results(card: Path, repository: str, seeds: int, has_report: bool) -> None:
+    """The repository's own name, and what lies beside the adapter."""
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8").replace("PATH_OR_ID_OF_THIS_ADAPTER", repository)
+    lines = [f"- `results/`: what was measured, and with which settings, for {seeds} seed{'s' if seeds > 1 else ''}"]
+    lines += ["- `report/`: the comparison with other adapters"] if has_report else []
+    card.write_text(f"{text.rstrip()}\n\n## Beside the adapter\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _write_card(path: Path, metadata: Mapping[str, str]) -> None:

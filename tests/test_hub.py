@@ -57,7 +57,7 @@ def test_a_run_and_its_report_go_to_the_hub(tmp_path: Path) -> None:
     report = tmp_path / "report"
     report.mkdir()
     for name in ("report.html", "report.json", "report.md", "notes.txt"):
-        (report / name).write_text(name)
+        (report / name).write_text(f"{name} of {tmp_path}")
     done, hub = pushed(
         tmp_path, str(run), "tester/pt3", "--seed", "1", "--report", str(report), "--base", "someone/base", "--license",
         "apache-2.0", "--private",
@@ -74,7 +74,13 @@ def test_a_run_and_its_report_go_to_the_hub(tmp_path: Path) -> None:
     card = ModelCard(files["README.md"].decode())
     assert (card.data.license, card.data.base_model) == ("apache-2.0", "someone/base")
     assert card.text.lstrip().startswith("## Loading this adapter")
-    assert str(tmp_path) not in "".join(files[name].decode() for name in ("README.md", "adapter_config.json"))
+    texts = {name: data.decode() for name, data in files.items() if not name.endswith(".safetensors")}
+    assert [name for name, text in texts.items() if str(tmp_path) in text] == []
+    assert texts["report/report.md"] == "report.md of someone/base"
+    assert 'PeftModel.from_pretrained(model, "tester/pt3")' in card.text
+    assert (
+        "`results/`: what was measured, and with which settings, for 2 seeds\n- `report/`: the comparison" in card.text
+    )
     assert str(tmp_path) in (run / "seed-1/adapter/adapter_config.json").read_text(), "the run itself stays as it was"
     loaded = tmp_path / "loaded"
     loaded.mkdir()

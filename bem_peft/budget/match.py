@@ -69,10 +69,15 @@ class BudgetMatch:
             high = max(self.deviation_ratio, key=lambda name: self.deviation_ratio[name])
             low = min(self.deviation_ratio, key=lambda name: self.deviation_ratio[name])
             return (
-                f"{high} already lies above the anchor where {low} lies below it. Free another size, or "
-                f"match one alone (`match=[{high!r}]`; in an experiment `budget.quantities: [{high}]`)."
+                f"{high} already lies above the anchor where {low} lies below it. Let another size change as well "
+                f"(`free`; in an experiment `budget.match`), widen the tolerance (`tolerance_ratio`; "
+                f"`budget.tolerance_ratio: {self.worst + 0.005:.2f}`), or match one of them alone "
+                f"(`match=[{high!r}]`; `budget.quantities: [{high}]`): the other is then whatever it is."
             )
-        return "the next smaller and larger sizes lie farther away. Free another size, or widen the tolerance."
+        return (
+            "the next smaller and larger sizes lie farther away. Let another size change as well (`free`; in an "
+            "experiment `budget.match`), or widen the tolerance (`tolerance_ratio`; `budget.tolerance_ratio`)."
+        )
 
 
 def match_budget(

@@ -145,9 +145,9 @@ def _matched(experiment: Experiment, model: PreTrainedModel, report: Callable[[s
         model, experiment.adapter, anchor, free=budget.match, match=budget.quantities,
         tolerance_ratio=budget.tolerance_ratio,
     )  # fmt: skip
-    report(str(match))
     if not match.is_met and budget.policy == "raise":
-        raise ValueError(f"no sizes of budget.match = {budget.match} meet the anchor: {match}")
+        raise ValueError(f"no sizes meet the anchor: {match}")
+    report(str(match))
     return match.config
 
 

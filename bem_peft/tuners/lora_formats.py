@@ -126,6 +126,21 @@ def _write_peft(lora: LoraTensors, folder: Path) -> None:
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.contiguous().cpu()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(os.fspath(folder))
+    card = folder / "README.md"
+    if not card.exists():
+        card.write_text(_card(lora), encoding="utf-8")
+
+
+def _card(lora: LoraTensors) -> str:
+    """A model card; the Hub wants the base's id in it."""
+    base = lora.base_name or "the base model"
+    names = f"base_model: {json.dumps(lora.base_name)}\n" if lora.base_name else ""
+    return (
+        f"---\n{names}library_name: peft\ntags:\n- lora\n---\n\n"
+        f"A LoRA of `{base}`, which bem_peft wrote from an adapter of its own. PEFT loads it as any LoRA:\n\n"
+        "```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "
+        '"PATH_OR_ID_OF_THIS_ADAPTER")\n```\n'
+    )
 
 
 def _write_gguf(lora: LoraTensors, folder: Path) -> None:

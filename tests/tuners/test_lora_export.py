@@ -11,6 +11,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
@@ -65,6 +66,11 @@ def test_a_linear_method_is_exported_exactly(
     assert report.logits is not None
     assert report.logits.relative_error < (1e-5 if dtype is torch.float32 else 3e-2)
     assert_close(logits(loaded(architecture, tmp_path, dtype), **inputs), logits(model, **inputs))
+    card = tmp_path / "README.md"
+    assert {"lora"} <= set(ModelCard.load(card).data.tags)
+    card.write_text("words of one's own\n")
+    export_lora(model, tmp_path)
+    assert card.read_text() == "words of one's own\n"
 
 
 @pytest.mark.parametrize("method", GATED)
