@@ -12,8 +12,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command = commands.add_parser("kernels", help="print what computes the methods on this machine, and why")
     command.add_argument(
         "--build", action="store_true",
-        help="build the C++ operators (g++ or clang++, ninja; half a minute), compare them with the torch forms in "
-        "float64, and mark them as proved right on this machine, so that `auto` takes them",
+        help="build the C++ operators for this machine (g++ or clang++; half a minute), compare them with the torch "
+        "forms in float64, and mark them as proved right, so that `auto` takes them before those of a wheel",
     )  # fmt: skip
     command.set_defaults(run=_kernels)
 
@@ -27,46 +27,49 @@ def _kernels(arguments: argparse.Namespace) -> int:
 
 def _build() -> bool:
     """Whether the operators are proved right now; says what stands in the way."""
-    from bem_peft.kernels import cpp, cpp_library
-    from bem_peft.tuners.cpp_proof import deviations
+    from bem_peft.kernels import cpp_build, cpp_library
+    from bem_peft.tuners.cpp_proof import proof
 
     before = cpp_library.standing()
-    if before.is_refused:  # nothing of it is kept
+    path = cpp_library.library()
+    if before.is_refused and before.path == path:  # nothing of it is kept
         print(f"removed: {before.why}")
-        shutil.rmtree(before.path.parent)
+        shutil.rmtree(path.parent)
     cpp_library.remove_mark()
     try:
-        found = deviations()
-    except cpp.BuildError as error:
+        if not path.is_file():
+            cpp_build.build_here()
+        found = proof(path)
+    except cpp_build.BuildError as error:
         print(error)
         return False
-    broken = [one for one in found if not one.is_kept]
-    for one in broken:
-        print(
-            f"{one.case}, {one.dtype}, {one.tensor}: {one.error:.3g} from float64, allowed {one.allowed:.3g} "
-            f"(the torch form {one.torch_error:.3g})"
-        )
+    print("".join(f"{line}\n" for line in found.broken), end="")
     print(
-        f"{len(found)} outputs and gradients compared with float64; {len(broken)} beyond twice the torch forms' error"
+        f"{found.compared} outputs and gradients compared with float64; {len(found.broken)} beyond twice the torch "
+        "forms' error"
     )
-    if broken:
-        print("the C++ operators are not right on this machine: please report this; `auto` takes the torch forms")
+    if found.broken:
+        print("the C++ operators are not right on this machine: please report this; `auto` does not take them")
         return False
-    cpp_library.write_mark({"compared": len(found)})
+    cpp_library.write_mark({"compared": found.compared})
     return True
 
 
 def _lines() -> Iterable[str]:
     from importlib.util import find_spec
 
-    from bem_peft.kernels import cpp_library
+    from bem_peft.kernels import cpp, cpp_library
     from bem_peft.kernels.backend import VARIABLE, chosen
 
-    found = cpp_library.standing()
+    found, used = cpp_library.standing(), cpp.loaded()
     yield f"{VARIABLE} = {chosen.name}"
     yield f"auto on a CPU    {'cpp' if found.is_proved else 'torch'}"
     yield "auto on a GPU    torch: no GPU has proved the Triton kernels"
     yield f"cpp              {'refused: ' if found.is_refused else ''}{found.why}"
     if not found.is_proved:
         yield f"                 {cpp_library.COMMAND}"
+    elif chosen.name == "auto" and chosen.untold is not None:
+        yield f"                 not in use: {chosen.untold}"
+    if used is not None and used != found.path:
+        yield f"                 this process has loaded {used}"
     yield f"triton           {'installed' if find_spec('triton') else 'not installed'}"

@@ -46,7 +46,7 @@ def use_kernels(name: str) -> None:
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: "triton" where the package is not installed; "cpp" without a compiler or ninja.
+        RuntimeError: "triton" where the package is not installed; "cpp" without a compiler.
     """
     _choose(name)
     if chosen.is_cpp:

@@ -1,4 +1,4 @@
-"""The methods as one C++ operator a site, on a CPU; built by torch's own tools.
+"""The methods as one C++ operator a site, on a CPU.
 
 The torch forms in the methods' files are the specification (`tests/kernels`). An operator takes rows in float32 or
 bfloat16 and sums in float32.
@@ -8,223 +8,124 @@ form that writes into y (`film_`), for a y that nobody else holds.
 
 Training (`film_train`): the masters come as they are, float32; they are rounded to the dtype of the rows and folded
 inside. The backward is one operator (`film_backward`) and gives float32 gradients; one that is differentiated again
-goes through the torch form of the adapter that called (`name_caller`).
+goes through the torch form of the adapter that called (`cpp_operators`).
 
-Building takes half a minute, a C++ compiler (g++ or clang++) and ninja, once; the result stays in torch's folder of
-extensions (`cpp_library`). Who finds another process building waits for it, `WAIT_SECONDS` at most, and builds itself
-where that one is gone. A library that was proved right is loaded as it is, without a compiler.
+The library is a file that knows nothing of torch (`csrc`): built here by one call of a compiler (`cpp_build`), or
+carried by the wheel (`cpp_library`). What is loaded is tried before it is used (`cpp_self_test`).
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import logging
-import os
 import threading
-import time
-import weakref
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.file_baton import FileBaton
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from bem_peft.kernels import cpp_library
-from bem_peft.kernels.cpp_counts import FAKES, FLOPS, LANES
+from bem_peft.kernels import cpp_build, cpp_library, cpp_operators, cpp_self_test, cpp_threads
+from bem_peft.kernels.cpp_build import BuildError
+from bem_peft.kernels.cpp_counts import FLOPS, LANES
 
-WAIT_SECONDS = 600.0  # for another process that builds
-OWNED = b"bem_peft"
+DTYPES = (torch.float32, torch.bfloat16)
 logger = logging.getLogger(__name__)
-# set by `build`: make_site(kind, module._parameters, packed, options), and run_site(site, module._parameters, x, y,
-# may_overwrite), the operator without the dispatcher, or None where that is needed or a master has changed
+# set where a library is loaded: make_site(method, module._parameters, packed, options, dtype), and run_site(site,
+# module._parameters, x, y, may_overwrite), the operator without the dispatcher, or None where that is needed or a
+# master has changed
 make_site: Any = None
 run_site: Any = None
-_name_caller: Any = None  # name_caller(number, is_training), of the next training operator of this thread
-DTYPES = (torch.float32, torch.bfloat16)
+
+_loading = threading.RLock()
+_defined: torch.library.Library | None = None
+_path: Path | None = None
 
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-
-class BuildError(RuntimeError):
-    """The C++ operators could not be built or loaded."""
-
-
-_building = threading.RLock()
-_proved: Any = None  # the module of a library that was proved right
+def loaded() -> Path | None:
+    """The library that this process computes with, if it has loaded one."""
+    return _path
 
 
 def build() -> Any:
-    """The operators, `torch.ops.bem_peft_cpu`, built if they are not yet.
+    """The operators, `torch.ops.bem_peft_cpu`, of the library that was proved right, or that is built now if need be.
 
     Raises:
-        BuildError: no compiler or no ninja, the compiler's own error, or a lock that another build left behind.
+        BuildError: no compiler, the compiler's own error, or a library that cannot be loaded or fails its test.
     """
-    with _building:
-        return _built()
+    if _path is None:
+        with _loading:
+            if _path is None:
+                _load(_wanted())
+    return torch.ops.bem_peft_cpu
 
 
 def load_proved() -> None:
     """Load the library that was proved right here; `build` gives its operators from then on.
 
     Raises:
-        BuildError: the system cannot load it.
+        BuildError: the system cannot load it, or it fails its test.
     """
-    global _proved
-    with _building:
-        if _proved is None and not _built.cache_info().currsize:
-            try:
-                _proved = cpp_library.load()
-            except ImportError as error:
-                raise BuildError(f"{cpp_library.library()} cannot be loaded: {error}") from error
-        _built()
+    load(cpp_library.standing().path)
 
 
-class _Baton(FileBaton):
-    """torch's lock on a folder of extensions, which waits for ever where the process that took it was killed.
-
-    This one's file is locked as well, by the system, for as long as its process lives; `OWNED` in it says so.
-    """
-
-    def try_acquire(self) -> bool:
-        try:
-            file = os.open(self.lock_file_path, os.O_CREAT | os.O_EXCL | os.O_RDWR)
-        except FileExistsError:
-            return False
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            os.write(file, OWNED)
-        self.fd = file  # type: ignore[assignment]
-        return True
-
-    def wait(self) -> None:
-        end = time.monotonic() + WAIT_SECONDS
-        logger.warning(
-            "waiting for another process to build the C++ operators (%s), %g s at most", self.lock_file_path,
-            WAIT_SECONDS,
-        )  # fmt: skip
-        while Path(self.lock_file_path).exists():
-            if self._remove_where_its_process_is_gone():
-                return
-            if time.monotonic() > end:
-                raise BuildError(
-                    f"waited {WAIT_SECONDS:g} s for another process to build the C++ operators: its lock "
-                    f"{self.lock_file_path} is still there. If no other process is building now, one was killed while "
-                    f"it did: delete that file and start again; or choose BEM_PEFT_KERNELS=torch."
-                )
-            time.sleep(self.wait_seconds)
-
-    def _remove_where_its_process_is_gone(self) -> bool:
-        if fcntl is None:
-            return False
-        try:
-            file = os.open(self.lock_file_path, os.O_RDWR)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_dead = os.read(file, len(OWNED)) == OWNED
-            if is_dead and os.path.samestat(os.fstat(file), os.stat(self.lock_file_path)):
-                os.remove(self.lock_file_path)
-            return is_dead
-        except (BlockingIOError, FileNotFoundError):
-            return False
-        finally:
-            os.close(file)
+def load(path: Path) -> None:
+    """Compute with this library, unless this process has one. Raises BuildError as `load_proved` does."""
+    with _loading:
+        if _path is None:
+            _load(path)
 
 
-def _load(may_retry: bool = True) -> Any:
-    if _proved is not None:
-        return _proved
-    from torch.utils import cpp_extension
+def _wanted() -> Path:
+    """What is asked for by name, proved right or not."""
+    found = cpp_library.standing()
+    if found.is_proved:
+        return found.path
+    here = cpp_library.library()
+    if found.is_refused or not here.is_file():
+        refused = f" ({found.why} is refused)" if found.is_refused else ""
+        compiler = " ".join(cpp_build.compiler())
+        logger.warning("building the C++ operators with %s%s, half a minute, once: %s", compiler, refused, here)
+        cpp_build.build_here()
+    return here
 
-    name, folder = cpp_library.name(), cpp_library.folder()
-    # from torch 2.15 on the lock is the system's, which ends with the process that holds it
-    original = getattr(cpp_extension, "FileBaton", None)
-    if original is not None:
-        cpp_extension.FileBaton = _Baton  # type: ignore[misc]
+
+def _load(path: Path) -> None:
+    global make_site, run_site, _defined, _path
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return cpp_extension.load(
-            name=name,
-            sources=[str(source) for source in cpp_library.sources()],
-            extra_cflags=cpp_library.CFLAGS,
-            build_directory=str(folder),
-        )
-    except (RuntimeError, ImportError, OSError) as error:
-        cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(name, None)  # or torch never builds it again in this process
-        if isinstance(error, BuildError):
-            raise
-        if not (isinstance(error, ImportError) and may_retry):
-            raise BuildError(
-                f"the C++ operators could not be built: {error}\nThey need a C++ compiler (g++ or clang++), ninja, the "
-                "headers of Python, and a folder to write to (TORCH_EXTENSIONS_DIR); or choose BEM_PEFT_KERNELS=torch."
-            ) from error
-    finally:
-        if original is not None:
-            cpp_extension.FileBaton = original  # type: ignore[misc]
-    return _load(may_retry=False)  # the process that was waited for has built nothing
-
-
-@functools.cache
-def _built() -> Any:
-    module = _load()
-    global make_site, run_site, _name_caller
-    make_site, run_site, _name_caller = module.site, module.run, module.name_caller
-    module.set_torch_form(_torch_gradients)
+        module = cpp_library.load(path)
+        functions = torch._C
+        known = (torch.Tensor, torch.nn.Parameter, torch.empty_like, torch.get_num_threads, forward_ad)
+        dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.bool)
+        watchers = (
+            torch.is_grad_enabled, functions._functorch.peek_interpreter_stack, functions._get_tracing_state,
+            functions._len_torch_function_stack, functions._len_torch_dispatch_stack,
+            functions._autograd._profiler_enabled,
+        )  # fmt: skip
+        module.setup(cpp_threads.addresses(), known + dtypes, watchers)
+    except (ImportError, cpp_threads.ThreadsError) as error:
+        raise BuildError(f"{path} cannot be loaded: {error}") from error
+    defined = cpp_operators.define(module.run)
+    try:
+        wrong = cpp_self_test.wrong_operators()
+    except RuntimeError as error:
+        wrong = [str(error)]
+    if wrong:
+        defined._destroy()
+        raise BuildError(f"{path} fails its test against the torch forms: {', '.join(wrong)}")
     for name, formula in FLOPS.items():
-        torch.library.register_fake(f"bem_peft_cpu::{name}", FAKES[name])
         register_flop_formula(getattr(torch.ops.bem_peft_cpu, name))(formula)
-    return torch.ops.bem_peft_cpu
+    make_site, run_site, _defined, _path = module.site, module.run_site, defined, path
 
 
-class Caller(Protocol):
-    """An adapter, as far as a training operator knows it."""
-
-    training: bool
-
-    def torch_gradients(
-        self, is_training: bool, inputs: list[torch.Tensor | None], gradient: torch.Tensor
-    ) -> list[torch.Tensor | None]: ...
-
-
-_callers: weakref.WeakValueDictionary[int, Caller] = weakref.WeakValueDictionary()
-_numbers: weakref.WeakKeyDictionary[Caller, int] = weakref.WeakKeyDictionary()
-_next_number = itertools.count(1)
-
-
-def name_caller(adapter: Caller) -> None:
-    """Say whose training operator runs next in this thread: its `torch_gradients` is asked where the operator's
-    backward is differentiated again."""
-    number = _numbers.get(adapter)
-    if number is None:
-        number = _numbers[adapter] = next(_next_number)
-        _callers[number] = adapter
-    if _name_caller is None:  # the first adapter of this process, which came by pickle
-        build()
-    _name_caller(number, adapter.training)
-
-
-def _torch_gradients(
-    number: int, is_training: bool, inputs: list[torch.Tensor | None], gradient: torch.Tensor
-) -> list[torch.Tensor | None] | None:
-    """The gradients of inputs (x, y, masters) by the torch form; None: the operator knows this gradient."""
-    if type(gradient) is FakeTensor and not torch.is_grad_enabled():
-        return None
-    adapter = _callers.get(number)
-    if adapter is None:
-        raise RuntimeError(
-            "a C++ operator by itself has no second derivative (create_graph=True) and no vmap of its backward; its "
-            "adapter has, as long as the model is alive: keep it until the gradients are computed, or choose "
-            "BEM_PEFT_KERNELS=torch."
-        )
-    return adapter.torch_gradients(is_training, inputs, gradient)
+def train(
+    adapter: cpp_operators.Caller, name: str, x: torch.Tensor, y: torch.Tensor,
+    masters: Sequence[torch.Tensor | None], options: tuple[Any, ...],
+) -> torch.Tensor:  # fmt: skip
+    """y' by a training operator; autograd knows it, and asks the adapter where its backward is differentiated again."""
+    build()
+    return cpp_operators.trained(adapter, name, x, y, masters, options)
 
 
 def padded(weight: torch.Tensor) -> torch.Tensor:

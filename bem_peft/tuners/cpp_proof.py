@@ -1,16 +1,22 @@
 """The C++ operators against the torch forms in float64: output and every gradient of each method, at odd sizes.
 
 An operator may be at most twice as far from float64 as the torch form is in its own dtype, and some units in the last
-place of the largest number where that is exact by chance. `bem-peft kernels --build` asks this once; `tests/kernels`
-hold the operators to formulas that are written out once more, at many more sizes.
+place of the largest number where that is exact by chance. `bem-peft kernels --build` asks this once, in a process of
+its own (`proof`), and `make wheel` of each library; `tests/kernels` hold the operators to formulas that are written out
+once more, at many more sizes.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +68,36 @@ class Deviation:
     @property
     def is_kept(self) -> bool:
         return self.error <= self.allowed  # NaN is not
+
+    def __str__(self) -> str:
+        return (
+            f"{self.case}, {self.dtype}, {self.tensor}: {self.error:.3g} from float64, allowed {self.allowed:.3g} "
+            f"(the torch form {self.torch_error:.3g})"
+        )
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How many outputs and gradients were compared, and which are too far from float64."""
+
+    compared: int
+    broken: list[str]
+
+
+def proof(library: Path) -> Proof:
+    """Compare the operators of a library with the torch forms, in a process of its own.
+
+    Raises:
+        BuildError: the library cannot be loaded, or its process ended otherwise.
+    """
+    environment = {**os.environ, "BEM_PEFT_KERNELS": "torch"}
+    command = [sys.executable, "-W", "ignore", "-m", "bem_peft.tuners.cpp_proof", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    lines = done.stdout.splitlines()
+    if done.returncode != 0 or not lines:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise cpp.BuildError(f"the proof of {library} ended with {done.returncode}: {last}")
+    return Proof(**json.loads(lines[-1]))
 
 
 class _Wide(TorchFunctionMode):
@@ -158,3 +194,13 @@ def _compared(
         own, error = (float((part[name].double() - reference).abs().max()) for part in (plain, found))
         largest, is_float32 = float(reference.abs().max()), found[name].dtype is torch.float32
         yield Deviation(case, dtype, name, own, error, largest, is_float32)
+
+
+def _main() -> None:
+    cpp.load(Path(sys.argv[1]))
+    found = deviations()
+    print(json.dumps({"compared": len(found), "broken": [str(one) for one in found if not one.is_kept]}))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,4 +1,4 @@
-"""Building the operators: what stands in the way is named, and two processes that build at once both end well."""
+"""Building the operators: what stands in the way is named, and processes that build at once all end well."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.utils import cpp_extension
 
-from bem_peft.kernels import cpp, cpp_library
+from bem_peft.kernels import cpp, cpp_build, cpp_library
+from bem_peft.tuners.cpp_proof import proof
 from tests.kernels.test_cpp_operators import pytestmark
 
 __all__ = ["pytestmark"]
@@ -23,9 +23,7 @@ SMALL = """
 static PyObject* one(PyObject*, PyObject*) { return PyLong_FromLong(1); }
 static PyMethodDef methods[] = {{"one", one, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "small", nullptr, -1, methods};
-#define NAME_(name) PyInit_##name
-#define NAME(name) NAME_(name)
-PyMODINIT_FUNC NAME(TORCH_EXTENSION_NAME)(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit_bem_peft_cpu(void) { return PyModule_Create(&module); }
 """
 
 
@@ -40,100 +38,77 @@ def small_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return source
 
 
-def lock_file() -> Path:
-    lock = cpp_library.folder() / "lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    return lock
+def built() -> Any:
+    return cpp_library.load(cpp_build.build_here())
 
 
-def test_a_lock_that_was_left_over_is_named_after_a_while(small_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock = lock_file()
-    lock.touch()
-    monkeypatch.setattr(cpp, "WAIT_SECONDS", 0.3)
-    if not hasattr(cpp_extension, "FileBaton"):  # torch 2.15: the system's lock, which nobody holds
-        assert cpp._load().one() == 1
-        return
-    with pytest.raises(cpp.BuildError, match=r"waited 0.3 s .*/lock is still there.* delete that file") as caught:
-        cpp._load()
-    assert str(lock) in str(caught.value)
-    lock.unlink()
-    assert cpp._load().one() == 1, "and then it builds"
-
-
-def test_a_process_that_was_killed_while_it_built_is_not_waited_for(small_source: Path) -> None:
-    lock = lock_file()
-    code = (
-        "import os, signal, sys; from bem_peft.kernels import cpp;"
-        f"assert cpp._Baton({str(lock)!r}).try_acquire(); print('taken', flush=True); sys.stdin.read()"
+def in_a_process(source: Path, code: str = "print(cpp_library.load(cpp_build.build_here()).one())") -> Any:
+    whole = (
+        "from pathlib import Path; from bem_peft.kernels import cpp_build, cpp_library;"
+        f"cpp_library.FOLDER = Path({str(source.parent)!r});{code}"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "taken\n"
-    baton = cpp._Baton(str(lock))
-    assert not baton.try_acquire()
-    assert not baton._remove_where_its_process_is_gone(), "it builds still"
-    holder.kill()
-    holder.communicate()
-    assert lock.exists()
-    assert cpp._load().one() == 1
-    assert not lock.exists()
-
-
-def test_another_process_that_builds_is_waited_for(small_source: Path) -> None:
-    """A lock that goes away, and what it left is loaded."""
-    assert cpp._load().one() == 1
-    lock = lock_file()
-    lock.touch()
-    timer = threading.Timer(0.5, lock.unlink)
-    timer.start()
-    code = (
-        "from pathlib import Path; from bem_peft.kernels import cpp, cpp_library;"
-        f"cpp_library.FOLDER = Path({str(small_source.parent)!r});"
-        "print(cpp._load().one())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["1"], done.stderr
+    return subprocess.Popen([sys.executable, "-c", whole], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_processes_that_build_at_once(small_source: Path) -> None:
-    code = (
-        "from pathlib import Path; from bem_peft.kernels import cpp, cpp_library;"
-        f"cpp_library.FOLDER = Path({str(small_source.parent)!r});"
-        "print(cpp._load().one())"
-    )
-    running = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    for process in running:
+    for process in [in_a_process(small_source) for _ in range(3)]:
         out, err = process.communicate(timeout=300)
         assert out.split() == ["1"], err
-    assert not lock_file().exists() or not hasattr(cpp_extension, "FileBaton")
+    assert [file.name for file in cpp_library.folder().iterdir()] == ["bem_peft_cpu.abi3.so"]
+
+
+def test_a_process_that_was_killed_while_it_built_stands_in_nobodys_way(
+    small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, started = tmp_path / "slow", tmp_path / "started"
+    slow.write_text(f"#!/bin/sh\ntouch {started}\nexec sleep 600\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
+    process = in_a_process(small_source)
+    while not started.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    assert not cpp_library.library().exists()
+    process.kill()
+    process.communicate()
+    monkeypatch.delenv("CXX")
+    assert built().one() == 1
 
 
 def test_the_compilers_own_error_is_told_and_it_can_be_tried_again(small_source: Path) -> None:
     small_source.write_text("#error nothing is meant here")
     for _ in range(2):
         with pytest.raises(cpp.BuildError, match=r"(?s)nothing is meant here.*They need a C\+\+ compiler.*=torch"):
-            cpp._load()
-        assert not lock_file().exists() or not hasattr(cpp_extension, "FileBaton")
+            built()
+        assert list(cpp_library.folder().iterdir()) == []
+    small_source.write_text(SMALL)
+    assert built().one() == 1
 
 
-def test_what_another_process_failed_at_is_built_here(small_source: Path) -> None:
-    """The lock goes away, and there is nothing to load."""
-    lock = lock_file()
-    lock.touch()
-    threading.Timer(0.3, lock.unlink).start()
-    assert cpp._load().one() == 1
+def test_what_was_built_before_stays_where_a_build_fails(small_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = cpp_build.build_here()
+    before = path.read_bytes()
+    with pytest.raises(cpp.BuildError):
+        cpp_build.compile_library(path, cpp_build.compiler(), ["-DPyMODINIT_FUNC=nothing"])
+    assert path.read_bytes() == before
 
 
-def test_a_missing_ninja_is_told(small_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> Any:
-        raise RuntimeError("Ninja is required to load C++ extensions")
+def test_a_missing_compiler_is_told(small_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(
+        cpp.BuildError, match=r"(?s)there is no c\+\+ or g\+\+ or clang\+\+\..*They need a C\+\+ compiler"
+    ):
+        built()
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    with pytest.raises(cpp.BuildError, match=r"there is no no-such-compiler\."):
+        built()
 
-    monkeypatch.setattr(cpp_extension, "verify_ninja_availability", missing)
-    with pytest.raises(cpp.BuildError, match=r"(?s)Ninja is required.*They need a C\+\+ compiler .*ninja"):
-        cpp._load()
+
+def test_cxx_is_a_command_with_options(small_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_source.write_text(SMALL.replace("PyLong_FromLong(1)", "PyLong_FromLong(ONE)"))
+    monkeypatch.setenv("CXX", f"{cpp_build.compiler()[0]} -DONE=1")
+    assert built().one() == 1
 
 
 def test_a_folder_that_cannot_be_written_is_told(
@@ -142,58 +117,42 @@ def test_a_folder_that_cannot_be_written_is_told(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
     with pytest.raises(cpp.BuildError, match=r"(?s)Not a directory.*a folder to write to"):
-        cpp._load()
+        cpp_build.compile_library(cpp_library.library(), cpp_build.compiler(), [])
+
+
+def test_a_system_that_is_not_offered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "offered on Linux, and from source on macOS, not on" in cpp_library.standing().why
+    with pytest.raises(cpp.BuildError, match=r"could not be built: the C.. operators are offered on Linux"):
+        cpp_build.compiler()
 
 
 def test_threads_that_build_at_once_build_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def load() -> Any:
+    def load(path: Path) -> None:
         calls.append(1)
         time.sleep(0.2)
-        raise cpp.BuildError("no")
+        monkeypatch.setattr(cpp, "_path", path)
 
-    def build() -> None:
-        with pytest.raises(cpp.BuildError):
-            cpp.build()
-
-    monkeypatch.setattr(cpp, "_built", load)
-    monkeypatch.setattr(cpp, "_building", spy := Lock())
-    threads = [threading.Thread(target=build) for _ in range(3)]
+    monkeypatch.setattr(cpp, "_path", None)
+    monkeypatch.setattr(cpp, "_wanted", lambda: Path("library"))
+    monkeypatch.setattr(cpp, "_load", load)
+    threads = [threading.Thread(target=cpp.build) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(calls) == 3
-    assert spy.most == 1
+    assert calls == [1]
 
 
-class Lock:
-    """A lock that counts who is inside."""
-
-    def __init__(self) -> None:
-        self.lock, self.inside, self.most = threading.RLock(), 0, 0
-
-    def __enter__(self) -> None:
-        self.lock.acquire()
-        self.inside += 1
-        self.most = max(self.most, self.inside)
-
-    def __exit__(self, *_: Any) -> None:
-        self.inside -= 1
-        self.lock.release()
-
-
-def test_another_source_or_torch_has_a_library_of_its_own(small_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of extensions is shared by all environments of a home folder."""
+def test_another_source_or_option_has_a_library_of_its_own(small_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {cpp_library.name()}
     small_source.write_text(SMALL + "// changed")
     names.add(cpp_library.name())
-    monkeypatch.setattr(torch, "__version__", "2.0.0")
-    names.add(cpp_library.name())
     monkeypatch.setattr(cpp_library, "CFLAGS", ["-O0"])
     names.add(cpp_library.name())
-    assert len(names) == 4
+    assert len(names) == 3
 
 
 def test_the_library_is_named_after_the_processor_it_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,3 +161,60 @@ def test_the_library_is_named_after_the_processor_it_was_built_for(monkeypatch: 
     assert mine == cpp_library.name()
     monkeypatch.setattr(cpp_library, "_instructions", lambda: "sse2")
     assert cpp_library.name() != mine
+
+
+def test_cpp_builds_at_first_use_and_says_so(
+    small_source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = cpp._wanted()
+    assert path == cpp_library.library()
+    assert path.is_file()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("building the C++ operators with ")
+    caplog.clear()
+    assert cpp._wanted() == path
+    assert not caplog.records, "and not again"
+
+
+# libraries that compute wrongly
+
+# what they break -> file, right and wrong text
+FAULTS = {
+    "kronecker_train, film_backward, rank_mask_backward": (
+        ("kronecker.cpp", "= scaling * one[j];", "= 1.01f * scaling * one[j];"),
+        ("film.cpp", "of_sum * pd[at] * share", "1.1f * of_sum * pd[at] * share"),
+        ("rank_mask.cpp", "soft * (1.0f - soft)", "soft * (1.1f - soft)"),
+    ),
+    "head_gating in torch.float32": (  # the last row of each thread
+        ("threads.h", "work.f(first, std::min(work.end, first + part));",
+         "work.f(first, std::min(work.end, first + part) - 1);"),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FAULTS)
+def wrong(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """What faults break, and a library with them."""
+    folder = tmp_path_factory.mktemp("wrong")
+    for source in cpp_library.FOLDER.iterdir():
+        (folder / source.name).write_bytes(source.read_bytes())
+    for name, right, fault in FAULTS[request.param]:
+        text = (folder / name).read_text(encoding="utf-8")
+        assert text.count(right) == 1, right
+        (folder / name).write_text(text.replace(right, fault), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpp_library, "FOLDER", folder)
+        path = folder / "built" / "bem_peft_cpu.abi3.so"
+        cpp_build.compile_library(path, cpp_build.compiler(), ["-O0"])
+        yield request.param, path
+
+
+def test_a_library_that_computes_wrongly_fails_its_first_use_and_its_proof(
+    wrong: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, path = wrong
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with pytest.raises(cpp.BuildError, match=r"the proof of .* ended with 1: .* fails its test against") as caught:
+        proof(path)
+    for operator in broken.split(", "):
+        assert operator in str(caught.value)

@@ -32,10 +32,7 @@ from bem_peft.tuners.pt3_kronecker import KroneckerAdapter
 from bem_peft.tuners.pt4_film import ResidualFiLMAdapter
 from tests.tiny_models import build
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")) or not shutil.which("ninja"),
-    reason="needs a C++ compiler and ninja",
-)
+pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 
 # name -> (class, config, input widths that fit)
 CASES: dict[str, tuple[type[Adapter], Any, tuple[int, ...]]] = {
@@ -298,7 +295,7 @@ def test_what_an_operator_does_not_know_takes_the_torch_form() -> None:
 def test_wrong_shapes_and_choices_are_named() -> None:
     operators = cpp.build()
     x, y = torch.zeros(2, 6), torch.zeros(2, 4)
-    with pytest.raises(RuntimeError, match=r"u must be a contiguous Float \(1, 3\), is Double"):
+    with pytest.raises(RuntimeError, match=r"u must be float32 \(1, 3\), is float64 \(1, 3\)"):
         operators.kronecker(x, y, torch.zeros(1, 3).double(), torch.zeros(2, 16), torch.zeros(1, 4), 1, 1.0)
     with pytest.raises(RuntimeError, match="u and v do not fit x"):
         operators.kronecker(x, y, torch.zeros(1, 2), torch.zeros(2, 16), torch.zeros(1, 4), 1, 1.0)

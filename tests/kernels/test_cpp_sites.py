@@ -184,5 +184,7 @@ def test_a_site_keeps_nothing_alive_but_its_masters() -> None:
 
 def test_a_site_that_does_not_fit_its_operator_is_named() -> None:
     adapter, _, _ = ready("PT3")
-    with pytest.raises(RuntimeError, match="unknown kind film with 1 weights and 0 options"):
-        cpp.make_site("film", adapter._parameters, (torch.zeros(1),), ())
+    with pytest.raises(RuntimeError, match="a site of film with 1 weights and 0 options does not fit"):
+        cpp.make_site("film", adapter._parameters, (torch.zeros(1),), (), torch.float32)
+    with pytest.raises(RuntimeError, match="no operator is named fly"):
+        cpp.make_site("fly", adapter._parameters, (), (), torch.float32)

@@ -187,6 +187,8 @@ def test_torchs_own_checks() -> None:
     backward: dict[str, Any] = {}
 
     class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        only_counts = True  # or the backward takes the torch form
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func._schema.name.endswith("_backward"):
                 backward[func] = args
@@ -204,19 +206,20 @@ def test_torchs_own_checks() -> None:
     for operator, args in backward.items():
         with torch.no_grad():
             torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
-    with pytest.raises(RuntimeError, match=r"B must be contiguous float32 with 4 x 2 numbers, is Double"):
+    with pytest.raises(RuntimeError, match=r"B must be float32 with 4 x 2 numbers, is float64"):
         operators.kronecker_train(*calls["kronecker_train"][:4], torch.randn(4, 2).double(), 1.0)
-    with pytest.raises(RuntimeError, match="must be contiguous, of one dtype, and have the same rows"):
+    with pytest.raises(RuntimeError, match="must have the same rows and one dtype"):
         operators.kronecker_train(x.double(), *calls["kronecker_train"][1:])
 
 
 def test_a_second_derivative_of_an_operator_without_an_adapter_is_refused() -> None:
+    x, y, u = torch.randn(6, 12, requires_grad=True), torch.randn(6, 8), torch.randn(2, 3)
+    out = cpp.build().kronecker_train(x, y, u, torch.randn(2, 4), torch.randn(8, 4), 1.0)[0]
+    with pytest.raises(RuntimeError, match=r"has no second derivative.*BEM_PEFT_KERNELS=torch"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
     for name in ("PT1", "PT2", "PT3", "PT4"):
         adapter = made(name, CASES[name][2][0], 40).train()
         x, y = torch.randn(6, adapter.in_features, requires_grad=True), torch.randn(6, 40)
-        out = adapter.training_operator(x, y)
-        with pytest.raises(RuntimeError, match=r"has no second derivative.*BEM_PEFT_KERNELS=torch"):
-            torch.autograd.grad(out.sum(), x, create_graph=True)
         use_kernels("cpp")
         out = adapter.eval()(x, y)
         del adapter
@@ -396,14 +399,14 @@ def test_an_adapter_that_came_by_pickle_finds_the_operators(call: str, tmp_path:
         "adapter = pickle.load(open(sys.argv[1], 'rb')); x, y = torch.randn(6, 30), torch.randn(6, 40)\n"
         "if sys.argv[2] == 'train':\n    adapter.train()(x, y).sum().backward()\n"
         "else:\n    with torch.no_grad(), kept_weights(adapter):\n        adapter(x, y), adapter(x, y)\n"
-        "print(cpp._built.cache_info().currsize)"
+        "print(cpp.loaded() is not None)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "adapter"), call], capture_output=True, text=True,
         env={**os.environ, "BEM_PEFT_KERNELS": "cpp"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["1"]
+    assert done.stdout.split() == ["True"]
 
 
 @pytest.mark.parametrize("name", ["PT1", "PT2", "PT2 a task", "PT3", "PT4"])

@@ -1,4 +1,5 @@
-"""What `auto` takes: the C++ operators where their library was proved right on this machine, else the torch forms."""
+"""What `auto` takes: the C++ operators of a library that was proved right here, or that the wheel carries; else the
+torch forms."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from bem_peft import KroneckerConfig, use_kernels
-from bem_peft.kernels import backend, cpp, cpp_library
+from bem_peft.kernels import backend, cpp, cpp_build, cpp_library
 from bem_peft.tuners import cpp_proof
 from bem_peft.tuners.base.adapter import SiteShape
 from bem_peft.tuners.calls.call_state import CallState
@@ -37,16 +38,29 @@ def form_after() -> Iterator[None]:
 @pytest.fixture
 def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The library that the tests build once, in a folder of extensions of this test's own, without a mark."""
-    cpp.build()
-    there, name = cpp_library.folder(), cpp_library.name()
-    folder = tmp_path / "extensions" / name
+    if not cpp_library.library().is_file():
+        cpp_build.build_here()
+    there, folder = cpp_library.library(), tmp_path / "extensions" / cpp_library.name()
     folder.mkdir(parents=True)
-    for file in there.iterdir():
-        if file.name not in (cpp_library.MARK, "lock"):
-            shutil.copy2(file, folder)
+    shutil.copy2(there, folder)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder.parent))
     assert cpp_library.folder() == folder
     return cpp_library.library()
+
+
+@pytest.fixture
+def carried(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same as what a wheel carries for this processor, and nothing that was built here."""
+    folder = tmp_path / "libraries"
+    folder.mkdir()
+    (instructions, *_) = cpp_library.fitting_sets()
+    path = folder / f"bem_peft_cpu.{instructions}.abi3.so"
+    built.rename(path)
+    entry = {"sha256": cpp_library.sha256(path), "proof": "122 compared"}
+    manifest = {"sources": cpp_library.sources_digest(), "libraries": {instructions: entry}}
+    (folder / cpp_library.MANIFEST).write_text(json.dumps(manifest))
+    monkeypatch.setattr(cpp_library, "LIBRARIES", folder)
+    return path
 
 
 def outcome(adapter: KroneckerAdapter, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -86,7 +100,6 @@ def changed_mark(built: Path, **parts: Any) -> None:
 
 
 FAULTS: dict[str, tuple[Any, str]] = {
-    "another torch": (lambda built: changed_mark(built, torch="2.7.0"), r"torch = '2\.7\.0', here it is '2\."),
     "another source": (lambda built: changed_mark(built, sources="0" * 64), "sources = '0000"),
     "another processor": (lambda built: changed_mark(built, processor="1"), "processor = '1'"),
     "another release": (lambda built: changed_mark(built, bem_peft="0.0.1"), r"bem_peft = '0\.0\.1'"),
@@ -139,24 +152,37 @@ def test_building_again_mends_a_damaged_library(
     built: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpp_library.write_mark({})
+    whole = built.read_bytes()
     built.write_bytes(b"no library")
-    monkeypatch.setattr(cpp_proof, "deviations", list)  # which would build anew, for minutes
-    monkeypatch.setattr(cpp_library, "write_mark", lambda proof: None)
+
+    def build_here() -> Path:
+        assert not built.parent.exists(), "nothing of it is kept"
+        built.parent.mkdir()
+        built.write_bytes(whole)
+        return built
+
+    monkeypatch.setattr(cpp_build, "build_here", build_here)
+    monkeypatch.setattr(cpp_proof, "proof", lambda path: cpp_proof.Proof(122, []))
     assert main(["kernels", "--build"]) == 0
     assert "removed: " in capsys.readouterr().out
-    assert not built.exists()
+    assert cpp_library.standing().is_proved
 
 
+@pytest.mark.parametrize("ends", ["broken", "raises"])
 def test_operators_that_are_wrong_get_no_mark_and_lose_the_one_they_had(
-    built: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ends: str, built: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def proof(path: Path) -> cpp_proof.Proof:
+        if ends == "raises":
+            raise cpp.BuildError("the proof ended with -4")
+        return cpp_proof.Proof(122, ["PT3, torch.float32, output: 1 from float64"])
+
     cpp_library.write_mark({})
-    right = KroneckerAdapter.training_operator
-    monkeypatch.setattr(KroneckerAdapter, "training_operator", lambda self, x, y: right(self, x, y * 1.001))
+    monkeypatch.setattr(cpp_proof, "proof", proof)
     assert main(["kernels", "--build"]) == 1
     out = capsys.readouterr().out
-    assert "PT3, torch.float32, output: " in out
-    assert "not right on this machine" in out
+    assert ("PT3, torch.float32, output: " if ends == "broken" else "ended with -4") in out
+    assert ("not right on this machine" in out) == (ends == "broken")
     assert not cpp_library.standing().is_proved
 
 
@@ -170,6 +196,7 @@ def test_the_proof_sees_a_wrong_gradient_of_every_method(monkeypatch: pytest.Mon
         def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
             return gradients[0] * 1.05
 
+    cpp.build()
     found = cpp_proof.deviations()
     assert len(found) > 100
     assert all(one.is_kept for one in found)
@@ -184,6 +211,7 @@ def test_a_library_that_is_not_there_is_named_once_on_a_cpu_with_the_command(
     tmp_path: Path, adapter: KroneckerAdapter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(cpp_library, "LIBRARIES", tmp_path / "none")
     use_kernels("auto")
     with caplog.at_level(logging.WARNING, logger="bem_peft"):
         with torch.no_grad():
@@ -192,31 +220,106 @@ def test_a_library_that_is_not_there_is_named_once_on_a_cpu_with_the_command(
         for _ in range(2):
             assert outcome(adapter, monkeypatch) == "torch"
     (record,) = caplog.records
-    assert "they are not built for this torch, Python and processor. To have those, run: bem-peft kernels --build" in (
-        record.getMessage()
+    assert (
+        "they are not built for this processor, and this installation carries none (a wheel for Linux does). To have "
+        "those, run: bem-peft kernels --build" in record.getMessage()
     )
     assert list(tmp_path.iterdir()) == [], "nothing is built unasked"
 
 
+def chosen_in_a_process(libraries: Path | None = None) -> str:
+    """Whether a fresh process without a compiler takes the operators, and what of, or why not."""
+    code = "import torch, sys; from pathlib import Path; from bem_peft.kernels import cpp_library\n"
+    if libraries is not None:
+        code += f"cpp_library.LIBRARIES = Path({str(libraries)!r})\n"
+    code += "from bem_peft.kernels import backend, cpp; backend.use_kernels('auto')\n"
+    code += "print(backend.chosen.is_cpp, cpp.loaded(), backend.chosen.untold)"
+    environment = {**os.environ, "BEM_PEFT_KERNELS": "auto", "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    return done.stdout
+
+
 def test_a_fresh_process_loads_a_proved_library_without_a_compiler(built: Path) -> None:
     cpp_library.write_mark({})
-    code = (
-        "import bem_peft, sys; from bem_peft.kernels import backend;"
-        "print(backend.chosen.is_cpp, 'torch.utils.cpp_extension' in sys.modules)"
-    )
-    environment = {**os.environ, "BEM_PEFT_KERNELS": "auto", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split() == ["True", "False"]
+    assert chosen_in_a_process() == f"True {built} None\n"
 
 
 def test_a_library_that_the_system_cannot_load_is_refused(built: Path) -> None:
     built.write_bytes(b"no library")
     cpp_library.write_mark({})
-    code = (
-        "import torch, logging, bem_peft; from bem_peft.kernels import backend;"
-        "print(backend.chosen.is_cpp, backend.chosen.untold)"
-    )
-    environment = {**os.environ, "BEM_PEFT_KERNELS": "auto", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.startswith("False refused: ")
-    assert "cannot be loaded" in done.stdout
+    said = chosen_in_a_process()
+    assert said.startswith("False None refused: ")
+    assert "cannot be loaded" in said
+
+
+# what a wheel carries
+
+
+def test_what_a_wheel_carries_is_taken_at_once(carried: Path) -> None:
+    assert chosen_in_a_process(carried.parent) == f"True {carried} None\n"
+
+
+def test_a_library_that_was_built_and_proved_here_comes_before_the_wheels(
+    carried: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cpp_library.standing().path == carried
+    assert main(["kernels"]) == 0
+    assert f"the wheel's for {carried.name.split('.')[1]}, 122 compared: {carried}" in capsys.readouterr().out
+    here = cpp_library.library()
+    shutil.copy2(carried, here)
+    assert cpp_library.standing().path == carried, "not where it was not proved right"
+    cpp_library.write_mark({})
+    assert cpp_library.standing().path == here
+    changed_mark(here, sha256=None)
+    found = cpp_library.standing()
+    assert found.is_refused, "and what is wrong here is not passed over"
+    assert found.path == here
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "not the file that the wheel was made with"),
+        (lambda path: path.unlink(), "not the file that the wheel was made with"),
+        (lambda path: path.with_name("manifest.json").write_text("{}"), "the wheel's manifest is broken: 'libraries'"),
+        (lambda path: path.with_name("manifest.json").write_text("["), "the wheel's manifest is broken"),
+        (
+            lambda path: path.with_name("manifest.json").write_text(
+                path.with_name("manifest.json").read_text().replace('"sources": "', '"sources": "0')
+            ),
+            "of other sources",
+        ),
+    ],
+)
+def test_a_wheels_library_that_is_not_as_it_was_made_is_refused(damage: Any, text: str, carried: Path) -> None:
+    damage(carried)
+    found = cpp_library.standing()
+    assert found.is_refused
+    assert not found.is_proved
+    assert text in found.why
+
+
+@pytest.mark.parametrize(
+    ("flags", "sets"),
+    [
+        ("flags : sse2 avx fma", []),
+        ("flags : avx2 bmi1 bmi2 f16c fma abm movbe", ["x86-64-v3"]),
+        (
+            "flags : avx2 bmi1 bmi2 f16c fma abm movbe avx512f avx512bw avx512cd avx512dq avx512vl",
+            ["x86-64-v4", "x86-64-v3"],
+        ),
+        ("flags : avx2 bmi1 bmi2 f16c fma abm movbe avx512f", ["x86-64-v3"]),
+        ("Features : fp asimd evtstrm", ["aarch64"]),
+    ],
+)
+def test_the_processor_says_which_library_fits(
+    flags: str, sets: list[str], carried: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpp_library, "_instructions", lambda: flags)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert cpp_library.fitting_sets() == sets
+    if not sets:
+        why = cpp_library.standing().why
+        assert "those of the wheel want instructions that are not here (" in why

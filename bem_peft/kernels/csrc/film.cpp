@@ -1,7 +1,6 @@
 // PT4: y' = y (1 + gamma) + beta rho, gamma and beta from c = tanh(W x / r + b); r = rms(y) or 1, rho likewise
 
 #include "gradients.h"
-#include "site.h"
 
 #include <atomic>
 
@@ -26,17 +25,20 @@ float root_mean_square(const T* line, int64_t width) {
 constexpr float kSmallestRms = 1e-6f;  // that W x is divided by
 
 // c = tanh(x w / r + bias); g = c[:gamma_dim]; z = c[:beta_dim] (rms(y))
-Tensor film(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& w, const Tensor& bias, const Tensor& gamma,
-            const Tensor& beta, bool is_relative, bool is_rms) {
-  const int64_t in = x.size(-1), width = y.size(-1), units = w.size(0), padded = bias.size(1);
-  const int64_t gamma_dim = gamma.size(0), beta_dim = beta.size(0);
+void film(const View& x, const View& y, const View& w, const View& bias, const View& gamma, const View& beta,
+          bool is_relative, bool is_rms, const View& out) {
+  check_rows(x, y);
+  const int64_t in = x.columns, width = y.columns, units = w.rows, padded = bias.columns;
+  const int64_t gamma_dim = gamma.rows, beta_dim = beta.rows;
   const float* p_bias = weight<float>(bias, 1, padded, "bias");
-  TORCH_CHECK(padded % kLanes == 0 && units <= padded && gamma_dim <= units && beta_dim <= units, "units do not fit");
-  return for_dtype(x, y, overwrite, [&](auto px, auto py, auto po) {
-    using T = std::remove_pointer_t<decltype(po)>;
+  check(padded % kLanes == 0 && units <= padded && gamma_dim <= units && beta_dim <= units, "units do not fit");
+  for_type(y, [&](auto zero) {
+    using T = decltype(zero);
+    const T *px = x.as<T>(), *py = y.as<T>();
+    T* po = result<T>(out, y.count(), "y'");
     const T *pw = weight<T>(w, units, in, "w"), *pg = weight<T>(gamma, gamma_dim, width, "gamma");
     const T* pt = weight<T>(beta, beta_dim, width, "beta");
-    over_rows(rows_of(y), [&](int64_t row, auto count) {
+    over_rows(y.rows, [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
       thread_local std::vector<float> scratch;
       scratch.assign(2 * ROWS * padded, 0.0f);
@@ -59,10 +61,10 @@ Tensor film(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& w, c
 
 // G^T (units, out), a row of coefficients bounded as a whole: bound s w / (1 + s |w|_1), rounded to T
 template <typename T>
-Floats bounded(const Maybe& weight, int64_t width, float scaling, float bound) {
-  if (!weight.has_value()) return {};
-  const int64_t units = weight->size(1);
-  const float* w = master(*weight, width, units, "gamma or beta");
+Floats bounded(const View& weight, int64_t width, float scaling, float bound) {
+  const int64_t units = weight.columns;
+  if (!weight.is_there()) return {};
+  const float* w = master(weight, width, units, "gamma or beta");
   const float eps = std::is_same_v<T, float> ? 0x1p-23f : 0x1p-7f;
   const float kept = bound * (1.0f - 2.0f * eps);
   Floats out(units * width);
@@ -78,13 +80,12 @@ Floats bounded(const Maybe& weight, int64_t width, float scaling, float bound) {
 
 // gradient of w (out, units) from that of G^T (units, out)
 template <typename T>
-Tensor bounded_backward(const Floats& gradient, const Tensor& weight, float scaling, float bound) {
-  const int64_t width = weight.size(0), units = weight.size(1);
-  const float* w = weight.const_data_ptr<float>();
+void bounded_backward(const Floats& gradient, const View& weight, float scaling, float bound, const View& to) {
+  const int64_t width = weight.rows, units = weight.columns;
+  const float* w = weight.as<float>();
   const float eps = std::is_same_v<T, float> ? 0x1p-23f : 0x1p-7f;
   const float kept = bound * (1.0f - 2.0f * eps);
-  Tensor out = at::empty({width, units}, at::kFloat);
-  float* p = out.mutable_data_ptr<float>();
+  float* p = result<float>(to, width * units, "a gradient");
   for (int64_t i = 0; i < width; ++i) {
     float total = 1.0f, shared = 0.0f;
     for (int64_t u = 0; u < units; ++u) {
@@ -99,7 +100,6 @@ Tensor bounded_backward(const Floats& gradient, const Tensor& weight, float scal
       p[i * units + u] = factor * (gradient[u * width + i] - sign * along);
     }
   }
-  return out;
 }
 
 template <typename T>
@@ -117,18 +117,16 @@ bool is_within(const T* values, int64_t count, float bound) {
 }
 
 // y', c and, where that is not 1, W x / r, both (N, units padded), and rms(y) (N), empty where nothing reads it
-std::tuple<Tensor, Tensor, Tensor, Tensor> film_forward(
-    const Tensor& x, const Tensor& y, const Tensor& w, const Tensor& bias, const Maybe& gamma, const Maybe& beta,
-    double scaling, double clamp_range, double max_beta, bool is_relative, bool is_rms, const Maybe& unstable,
-    double threshold) {
+void film_train(const View& x, const View& y, const View& w, const View& bias, const View& gamma, const View& beta,
+                double scaling, double clamp_range, double max_beta, bool is_relative, bool is_rms, const View& unstable,
+                double threshold, const View& out, const View& c, const View& read, const View& rms) {
   check_rows(x, y);
-  const int64_t in = x.size(-1), width = y.size(-1), rows = rows_of(y), units = w.size(0), padded = whole_vectors(units);
-  const int64_t gamma_dim = gamma.has_value() ? gamma->size(1) : 0, beta_dim = beta.has_value() ? beta->size(1) : 0;
-  TORCH_CHECK(gamma_dim <= units && beta_dim <= units, "gamma and beta read at most the ", units, " units");
-  Tensor out = at::empty_like(y), c = at::zeros({rows, padded}, at::kFloat);
-  const bool scales_beta = is_rms && beta_dim > 0;
-  Tensor rms = at::empty({is_relative || scales_beta ? rows : 0}, at::kFloat);
-  Tensor read = at::zeros({is_relative ? rows : 0, padded}, at::kFloat);
+  const int64_t in = x.columns, width = y.columns, rows = y.rows, units = w.rows, padded = whole_vectors(units);
+  const int64_t gamma_dim = gamma.columns, beta_dim = beta.columns;
+  check(gamma_dim <= units && beta_dim <= units, "gamma and beta read at most the ", units, " units");
+  const bool scales_beta = is_rms && beta_dim > 0, has_rms = is_relative || scales_beta;
+  float *pc = result<float>(c, rows * padded, "c"), *pr = result<float>(rms, has_rms ? rows : 0, "rms(y)");
+  float* pd = result<float>(read, is_relative ? rows * padded : 0, "W x / r");
   for_type(y, [&](auto zero) {
     using T = decltype(zero);
     const float* from = master(w, units, in, "controller_weight");
@@ -136,19 +134,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> film_forward(
     round_to_type<T>(pw);
     round_to_type<T>(pb);
     const Floats pg = bounded<T>(gamma, width, scaling, clamp_range), pt = bounded<T>(beta, width, scaling, max_beta);
-    const T *px = x.const_data_ptr<T>(), *py = y.const_data_ptr<T>();
-    T* po = out.mutable_data_ptr<T>();
-    float *pc = c.mutable_data_ptr<float>(), *pr = rms.mutable_data_ptr<float>(), *pd = read.mutable_data_ptr<float>();
+    const T *px = x.as<T>(), *py = y.as<T>();
+    T* po = result<T>(out, y.count(), "y'");
     std::atomic<bool> is_sound{true};
     over_rows(rows, [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
       thread_local Floats scratch;
       scratch.resize(ROWS * padded);
       float *mine = pc + row * padded, *z = scratch.data();
+      std::fill_n(mine, ROWS * padded, 0.0f);
       dots<ROWS>(px + row * in, in, in, pw.data(), units, mine, padded);
       for (int i = 0; i < ROWS; ++i) {
         float factor = 1.0f, share = 1.0f;
-        if (rms.numel() > 0) {
+        if (has_rms) {
           const float found = pr[row + i] = root_mean_square(py + (row + i) * width, width);
           if (scales_beta) factor = found;
           if (is_relative) share = 1.0f / std::max(found, kSmallestRms);
@@ -163,33 +161,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> film_forward(
       }
       up<ROWS>(Rows<T, float>{py + row * width, po + row * width, width, z, beta_dim, padded, pt.data(), mine, gamma_dim,
                               padded, pg.data()});
-      if (unstable.has_value() && !is_within(po + row * width, ROWS * width, static_cast<float>(threshold)))
+      if (unstable.is_there() && !is_within(po + row * width, ROWS * width, static_cast<float>(threshold)))
         is_sound.store(false, std::memory_order_relaxed);
     });
-    if (!is_sound.load()) unstable->fill_(true);
+    if (!is_sound.load()) *result<bool>(unstable, 1, "unstable") = true;
   });
-  return {out, c, read, rms};
 }
 
 // gradients of x, y, w, bias, gamma, beta
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> film_backward(
-    const Tensor& given, const Tensor& x, const Tensor& y, const Tensor& w, const Maybe& gamma, const Maybe& beta,
-    const Tensor& c, const Tensor& read, const Tensor& rms, double scaling, double clamp_range, double max_beta, bool is_rms,
-    bool needs_x) {
-  const Tensor gradient = given.contiguous();
-  const int64_t in = x.size(-1), width = y.size(-1), rows = rows_of(y), units = w.size(0), padded = c.size(1);
-  const int64_t gamma_dim = gamma.has_value() ? gamma->size(1) : 0, beta_dim = beta.has_value() ? beta->size(1) : 0;
-  Tensor gx = needs_x ? at::empty_like(x) : Tensor(), gy = at::empty_like(y), gw, gbias, ggamma, gbeta;
+void film_backward(const View& gradient, const View& x, const View& y, const View& w, const View& gamma, const View& beta,
+                   const View& c, const View& read, const View& rms, double scaling, double clamp_range, double max_beta,
+                   bool is_rms, bool needs_x, const View& gx, const View& gy, const View& gw, const View& gbias,
+                   const View& ggamma, const View& gbeta) {
+  check_rows(x, y);
+  check_rows(gradient, y);
+  const int64_t in = x.columns, width = y.columns, rows = y.rows, units = w.rows, padded = c.columns;
+  const int64_t gamma_dim = gamma.columns, beta_dim = beta.columns;
+  const float *pc = master(c, rows, padded, "c"), *pr = rms.as<float>(), *pd = read.as<float>();
+  const bool is_relative = read.count() > 0, has_rms = rms.count() > 0, scales_beta = is_rms && beta_dim > 0;
   for_type(y, [&](auto zero) {
     using T = decltype(zero);
     const float* from = master(w, units, in, "controller_weight");
     Floats pw(from, from + units * in);
     round_to_type<T>(pw);
     const Floats pg = bounded<T>(gamma, width, scaling, clamp_range), pt = bounded<T>(beta, width, scaling, max_beta);
-    const T *px = x.const_data_ptr<T>(), *py = y.const_data_ptr<T>(), *p = gradient.const_data_ptr<T>();
-    T *pgx = needs_x ? gx.mutable_data_ptr<T>() : nullptr, *pgy = gy.mutable_data_ptr<T>();
-    const float *pc = c.const_data_ptr<float>(), *pr = rms.const_data_ptr<float>(), *pd = read.const_data_ptr<float>();
-    const bool is_relative = read.numel() > 0, scales_beta = is_rms && beta_dim > 0;
+    const T *px = x.as<T>(), *py = y.as<T>(), *p = gradient.as<T>();
+    T *pgx = needs_x ? result<T>(gx, x.count(), "a gradient") : nullptr, *pgy = result<T>(gy, y.count(), "a gradient");
     // gradients of W x, and of the argument of tanh, which is the same where r is 1
     Floats before(rows * padded, 0.0f), inner(is_relative ? rows * padded : 0, 0.0f);
     Floats units_of_beta(beta_dim > 0 ? rows * padded : 0, 0.0f);
@@ -209,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> film_backward(
       }
       dots<ROWS>(p + row * width, width, width, pt.data(), beta_dim, of_beta, padded);
       for (int i = 0; i < ROWS; ++i) {
-        const float found = rms.numel() > 0 ? pr[row + i] : 1.0f, factor = scales_beta ? found : 1.0f;
+        const float found = has_rms ? pr[row + i] : 1.0f, factor = scales_beta ? found : 1.0f;
         const float share = is_relative ? 1.0f / std::max(found, kSmallestRms) : 1.0f;
         const float* mine = pc + (row + i) * padded;
         float of_rms = 0.0f;
@@ -227,73 +224,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> film_backward(
             if (found > kSmallestRms) of_rms -= of_sum * pd[at] * share;
           }
         }
-        k[i] = rms.numel() > 0 && found > 0.0f ? of_rms / (found * static_cast<float>(width)) : 0.0f;
+        k[i] = has_rms && found > 0.0f ? of_rms / (found * static_cast<float>(width)) : 0.0f;
       }
       up<ROWS>(Rows<T, float>{p + row * width, pgy + row * width, width, nullptr, 0, 0, nullptr, pc + row * padded,
                               gamma_dim, padded, pg.data(), py + row * width, k});
       if (needs_x)
         up<ROWS>(Rows<T, float>{nullptr, pgx + row * in, in, &before[row * padded], units, padded, pw.data()});
     });
-    gw = as_tensor(sum_over_rows(before.data(), padded, units, px, rows, in), {units, in});
-    gbias = as_tensor(column_sums(is_relative ? inner : before, rows, padded, units), {units});
+    copy(sum_over_rows(before.data(), padded, units, px, rows, in), gw);
+    copy(column_sums(is_relative ? inner : before, rows, padded, units), gbias);
     if (gamma_dim > 0)
-      ggamma = bounded_backward<T>(sum_over_rows(pc, padded, gamma_dim, p, rows, width, py), *gamma, scaling, clamp_range);
+      bounded_backward<T>(sum_over_rows(pc, padded, gamma_dim, p, rows, width, py), gamma, scaling, clamp_range, ggamma);
     if (beta_dim > 0)
-      gbeta = bounded_backward<T>(sum_over_rows(units_of_beta.data(), padded, beta_dim, p, rows, width), *beta, scaling, max_beta);
+      bounded_backward<T>(sum_over_rows(units_of_beta.data(), padded, beta_dim, p, rows, width), beta, scaling, max_beta,
+                          gbeta);
   });
-  return {gx, gy, gw, gbias, ggamma, gbeta};
 }
 
-Tensors film_gradients(Context* ctx, const Tensor& gradient) {
-  const Tensors saved = kept(ctx);
-  const Tensors inputs{saved[0], saved[1], saved[2], saved[3], saved[4], saved[5]};
-  if (Tensors found = by_torch_form(ctx, inputs, gradient); !found.empty()) return found;
-  static const auto op = operation<decltype(film_backward)>("bem_peft_cpu::film_backward");
-  auto [gx, gy, gw, gbias, ggamma, gbeta] = op.call(
-      gradient, saved[0], saved[1], saved[2], or_none(saved[4]), or_none(saved[5]), saved[6], saved[7], saved[8],
-      kept(ctx, "scaling").toDouble(), kept(ctx, "clamp_range").toDouble(), kept(ctx, "max_beta").toDouble(),
-      kept(ctx, "is_rms").toBool(), needs_x(ctx));
-  return {gx, gy, gw, gbias, ggamma, gbeta};
-}
-
-// what the dispatcher calls where a gradient is asked for; the coefficients that are kept are of no use outside
-std::tuple<Tensor, Tensor, Tensor, Tensor> film_autograd(
-    const Tensor& x, const Tensor& y, const Tensor& w, const Tensor& bias, const Maybe& gamma, const Maybe& beta,
-    double scaling, double clamp_range, double max_beta, bool is_relative, bool is_rms, const Maybe& unstable,
-    double threshold) {
-  const auto forward = [&](Context* ctx) {
-    static const auto op = operation<decltype(film_forward)>("bem_peft_cpu::film_train");
-    auto [out, c, read, rms] = op.call(
-        x, y, w, bias, gamma, beta, scaling, clamp_range, max_beta, is_relative, is_rms, unstable, threshold);
-    keep(ctx, {x, y, w, bias, or_nothing(gamma), or_nothing(beta), c, read, rms});
-    keep(ctx, "scaling", scaling);
-    keep(ctx, "clamp_range", clamp_range);
-    keep(ctx, "max_beta", max_beta);
-    keep(ctx, "is_rms", is_rms);
-    return out;
-  };
-  return {differentiable({x, y, w, bias, gamma, beta}, forward, film_gradients), at::empty({0}), at::empty({0}), at::empty({0})};
-}
-
-[[maybe_unused]] const SiteKind& site_kind = add_site_kind<film>("film", /*wide=*/0);
+[[maybe_unused]] const bool is_added = add_operator<film>("film") && add_operator<film_train>("film_train") &&
+                                       add_operator<film_backward>("film_backward");
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
-  define_inference(m, "film", "Tensor w, Tensor bias, Tensor gamma, Tensor beta, bool is_relative, bool is_rms");
-  m.def("film_train(Tensor x, Tensor y, Tensor w, Tensor bias, Tensor? gamma, Tensor? beta, float scaling, "
-        "float clamp_range, float max_beta, bool is_relative, bool is_rms, Tensor(a!)? unstable, float threshold) "
-        "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("film_backward(Tensor gradient, Tensor x, Tensor y, Tensor w, Tensor? gamma, Tensor? beta, Tensor c, Tensor read, "
-        "Tensor rms, float scaling, float clamp_range, float max_beta, bool is_rms, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(bem_peft_cpu, CPU, m) {
-  implement_inference<film>(m, "film");
-  m.impl("film_train", film_forward);
-  m.impl("film_backward", film_backward);
-}
-
-TORCH_LIBRARY_IMPL(bem_peft_cpu, AutogradCPU, m) {
-  m.impl("film_train", film_autograd);
-}

@@ -3,29 +3,14 @@
 // They read the masters (float32, as they are saved) and round them to the dtype of the rows, so that nothing in Python
 // folds a weight. Kept for the backward: the inputs and a few float32 coefficients a token; gates, masks and what stands
 // between the factors are computed again. Gradients of weights sum over 64 rows at a time, in an order that does not
-// depend on the number of threads. A backward that is differentiated again, or whose gradient is no plain tensor, goes
-// through the torch form (`by_torch_form`).
+// depend on the number of threads.
 
 #pragma once
 
-#include <torch/library.h>
-
 #include "rows.h"
-
-#include <array>
-#include <functional>
-#include <optional>
-#include <tuple>
-
-namespace torch::autograd {
-struct AutogradContext;
-}
 
 namespace bem {
 
-using at::Tensor;
-typedef std::vector<Tensor> Tensors;
-typedef std::optional<Tensor> Maybe;
 typedef std::vector<float> Floats;
 
 constexpr int64_t kChunk = 64;
@@ -33,22 +18,29 @@ constexpr int64_t kChunk = 64;
 inline int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 inline void round_to(const float*, float*, int64_t) {}
-inline void round_to(const at::BFloat16*, float* values, int64_t count) {
-  at::BFloat16 rounded[kLanes];
+inline void round_to(const bfloat16*, float* values, int64_t count) {
+  bfloat16 rounded[kLanes];
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     store(rounded, load(values + i));
     store(values + i, load(rounded));
   }
-  for (; i < count; ++i) values[i] = static_cast<float>(static_cast<at::BFloat16>(values[i]));
+  for (; i < count; ++i) values[i] = static_cast<float>(static_cast<bfloat16>(values[i]));
 }
 template <typename T>
 void round_to_type(Floats& values) { round_to(static_cast<const T*>(nullptr), values.data(), values.size()); }
 
-inline const float* master(const Tensor& w, int64_t rows, int64_t columns, const char* name) {
-  TORCH_CHECK(w.scalar_type() == at::kFloat && w.is_contiguous() && w.numel() == rows * columns, name,
-              " must be contiguous float32 with ", rows, " x ", columns, " numbers, is ", w.scalar_type(), " ", w.sizes());
-  return w.const_data_ptr<float>();
+inline const float* master(const View& w, int64_t rows, int64_t columns, const char* name) {
+  check(w.type == Type::float32 && w.count() == rows * columns, name, " must be float32 with ", rows, " x ", columns,
+        " numbers, is ", w);
+  return w.as<float>();
+}
+
+// where a result of `count` numbers goes
+template <typename T>
+T* result(const View& to, int64_t count, const char* name) {
+  check(to.type == type_of<T>() && to.count() == count, "no room for ", name, ": ", to);
+  return to.as<T>();
 }
 
 // (rows, columns) -> (rows, stride), zeros in the new columns
@@ -67,19 +59,15 @@ inline Floats turned(const float* w, int64_t rows, int64_t columns, int64_t stri
   return out;
 }
 
-// (rows, columns) as a tensor (columns, rows)
-inline Tensor turned_back(const Floats& w, int64_t rows, int64_t columns) {
-  Tensor out = at::empty({columns, rows}, at::kFloat);
-  float* p = out.mutable_data_ptr<float>();
+// (rows, columns) -> `to` (columns, rows)
+inline void turn_back(const Floats& w, int64_t rows, int64_t columns, const View& to) {
+  float* p = result<float>(to, rows * columns, "a gradient");
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; ++j) p[j * rows + i] = w[i * columns + j];
-  return out;
 }
 
-inline Tensor as_tensor(const Floats& w, at::IntArrayRef sizes) {
-  Tensor out = at::empty(sizes, at::kFloat);
-  std::copy(w.begin(), w.end(), out.mutable_data_ptr<float>());
-  return out;
+inline void copy(const Floats& w, const View& to) {
+  std::copy(w.begin(), w.end(), result<float>(to, static_cast<int64_t>(w.size()), "a gradient"));
 }
 
 // sum (RANKS, VECTORS) over `rows` rows of z (rows, z_stride) times x (rows, width), and times `times` if it is there
@@ -106,7 +94,7 @@ Floats sum_over_rows(const float* z, int64_t z_stride, int64_t ranks, const T* x
   constexpr int kWide = 2;
   const int64_t step = kWide * kLanes, blocks = (width + step - 1) / step;
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, rows * ranks));
-  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t start = 0; start < rows; start += kChunk) {
       const int64_t count = std::min(kChunk, rows - start);
       const float* z0 = z + start * z_stride;
@@ -156,59 +144,5 @@ inline Floats column_sums(const Floats& z, int64_t rows, int64_t z_stride, int64
   }
   return found;
 }
-
-// f(T()) for the dtype of y
-template <typename F>
-void for_type(const Tensor& y, const F& f) {
-  if (y.scalar_type() == at::kFloat) {
-    f(float());
-  } else {
-    TORCH_CHECK(y.scalar_type() == at::kBFloat16, "y must be float32 or bfloat16, is ", y.scalar_type());
-    f(at::BFloat16());
-  }
-}
-
-inline void check_rows(const Tensor& x, const Tensor& y) {
-  TORCH_CHECK(x.scalar_type() == y.scalar_type() && x.is_contiguous() && y.is_contiguous() && x.dim() > 0 && y.dim() > 0 &&
-                  x.numel() / std::max<int64_t>(1, x.size(-1)) == rows_of(y),
-              "x ", x.scalar_type(), " ", x.sizes(), " and y ", y.scalar_type(), " ", y.sizes(),
-              " must be contiguous, of one dtype, and have the same rows");
-}
-
-// ---- autograd
-//
-// One torch::autograd::Function (operators.cpp) stands for all methods: to the compiler, one costs as much as a method's
-// maths.
-
-typedef torch::autograd::AutogradContext Context;
-
-// The operator of that name, called through the dispatcher.
-template <typename Signature>
-auto operation(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-// What a call keeps for its backward: tensors, all at once, and options by name.
-void keep(Context* ctx, Tensors tensors);
-void keep(Context* ctx, const char* name, const c10::IValue& option);
-Tensors kept(Context* ctx);
-const c10::IValue& kept(Context* ctx, const char* name);
-bool needs_x(Context* ctx);
-
-// y' of `forward`, which runs below autograd. `inputs`: x, y and the masters; `backward` gives their gradients, in this order.
-typedef std::array<Maybe, 6> Inputs;
-typedef Tensors (*Backward)(Context* ctx, const Tensor& gradient);
-Tensor differentiable(const Inputs& inputs, const std::function<Tensor(Context*)>& forward, Backward backward);
-
-// The gradients of x, y and the masters (undefined where there is none) by autograd through the torch form: where this
-// backward is differentiated again (create_graph), or runs under vmap, in a dual level or on tensors of a subclass.
-// Empty: the operator may compute it.
-Tensors by_torch_form(Context* ctx, const Tensors& inputs, const Tensor& gradient);
-
-// stands for a y that is added and was not kept
-inline Tensor like_output(const Tensor& x, const Tensor& gradient) { return at::zeros(gradient.sizes(), x.options()); }
-
-inline Tensor or_nothing(const Maybe& tensor) { return tensor.has_value() ? *tensor : Tensor(); }
-inline Maybe or_none(const Tensor& tensor) { return tensor.defined() ? Maybe(tensor) : std::nullopt; }
 
 }  // namespace bem

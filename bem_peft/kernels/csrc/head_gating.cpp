@@ -1,7 +1,6 @@
 // PT1: y' = y + s sum_g 2 sigmoid(gate_w stats(x) / temperature + bias)_g B_g A_g x_g
 
 #include "gradients.h"
-#include "site.h"
 
 namespace {
 
@@ -29,7 +28,7 @@ vf vlog(vf x) {
 // PT1's statistics of one token's heads; each (heads rounded up to 16, filled with ones)
 struct HeadStatistics {
   float *energy, *evenness, *norm, *cosine;  // log (|o|^2 / sum |o|^2), cosine^2; |o|, sum(o) / |o|
-  float largest, total;  // of the norms; sum of their squares relative to it
+  float largest = 0.0f, total = 0.0f;  // of the norms; sum of their squares relative to it
 };
 
 template <typename T>
@@ -66,7 +65,7 @@ void head_statistics(const T* x, int64_t heads, int64_t head_dim, HeadStatistics
 
 // gates (padded) = factor sigmoid(W stats + bias), w (2 heads, padded)
 void gate_row(const HeadStatistics& stats, int64_t heads, const float* w, const float* bias, int64_t padded,
-                     float factor, float* gates) {
+              float factor, float* gates) {
   for (int64_t at = 0; at < padded; at += kLanes) {
     vf logits = load(bias + at);
     for (int64_t h = 0; h < heads; ++h) {
@@ -78,21 +77,24 @@ void gate_row(const HeadStatistics& stats, int64_t heads, const float* w, const 
 }
 
 // z_g = scaling 2 sigmoid(gate_w stats(x) + bias)_g A_g x_g; statistics of each head's output
-Tensor head_gating(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
-                   const Tensor& gate_w, const Tensor& gate_bias, int64_t heads, at::IntArrayRef ranks, double scaling) {
-  const int64_t in = x.size(-1), width = y.size(-1), gate_padded = gate_w.size(1);
-  const int64_t padded_heads = (heads + kLanes - 1) / kLanes * kLanes;
-  const int64_t groups = static_cast<int64_t>(ranks.size()), rank = b.size(0);
+void head_gating(const View& x, const View& y, const View& a, const View& b, const View& gate_w, const View& gate_bias,
+                 int64_t heads, Whole ranks, double scaling, const View& out) {
+  check_rows(x, y);
+  const int64_t in = x.columns, width = y.columns, gate_padded = gate_w.columns, padded_heads = whole_vectors(heads);
+  const int64_t groups = ranks.count, rank = b.rows;
+  check(std::accumulate(ranks.begin(), ranks.end(), int64_t{0}) == rank, "the ranks do not add up to b's rows");
+  check(heads > 0 && groups > 0 && heads % groups == 0 && in % heads == 0, "heads do not fit");
   const int64_t head_dim = in / heads, group_dim = in / groups;
-  TORCH_CHECK(std::accumulate(ranks.begin(), ranks.end(), int64_t{0}) == rank, "the ranks do not add up to b's rows");
   const float* pw = weight<float>(gate_w, 2 * heads, gate_padded, "gate_w");
   const float* pbias = weight<float>(gate_bias, 1, gate_padded, "gate_bias");
-  TORCH_CHECK(gate_padded % kLanes == 0 && groups <= gate_padded && heads % groups == 0 && in % heads == 0, "heads do not fit");
+  check(gate_padded % kLanes == 0 && groups <= gate_padded, "gate_w must be padded to 16 columns");
   const float s = static_cast<float>(scaling) * 2.0f;
-  return for_dtype(x, y, overwrite, [&](auto px, auto py, auto po) {
-    using T = std::remove_pointer_t<decltype(po)>;
+  for_type(y, [&](auto zero) {
+    using T = decltype(zero);
+    const T *px = x.as<T>(), *py = y.as<T>();
+    T* po = result<T>(out, y.count(), "y'");
     const T *pa = weight<T>(a, rank, group_dim, "a"), *pb = weight<T>(b, rank, width, "b");
-    over_rows(rows_of(y), [&](int64_t row, auto count) {
+    over_rows(y.rows, [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
       thread_local std::vector<float> scratch;
       scratch.assign(ROWS * rank + 4 * padded_heads + gate_padded, 1.0f);
@@ -116,11 +118,12 @@ struct HeadGating {
   int64_t heads, groups, rank, head_dim, group_dim, padded_heads, padded_groups;
   Floats a, b, gate_t, bias;
 
-  HeadGating(const Tensor& a_, const Tensor& b_, const Tensor& gate_w, const Tensor& gate_bias, int64_t in, int64_t width,
-             int64_t heads_, at::IntArrayRef ranks, double temperature) {
-    heads = heads_, groups = static_cast<int64_t>(ranks.size()), rank = a_.size(0);
-    TORCH_CHECK(std::accumulate(ranks.begin(), ranks.end(), int64_t{0}) == rank && in % heads == 0 && heads % groups == 0,
-                "heads, groups and ranks do not fit");
+  HeadGating(const View& a_, const View& b_, const View& gate_w, const View& gate_bias, int64_t in, int64_t width,
+             int64_t heads_, Whole ranks, double temperature) {
+    heads = heads_, groups = ranks.count, rank = a_.rows;
+    check(heads > 0 && groups > 0 && in % heads == 0 && heads % groups == 0 &&
+              std::accumulate(ranks.begin(), ranks.end(), int64_t{0}) == rank,
+          "heads, groups and ranks do not fit");
     head_dim = in / heads, group_dim = in / groups, padded_heads = whole_vectors(heads), padded_groups = whole_vectors(groups);
     const float *from = master(a_, rank, group_dim, "A"), inverse = static_cast<float>(1.0 / temperature);
     a = Floats(from, from + rank * group_dim);
@@ -133,19 +136,17 @@ struct HeadGating {
 };
 
 // y', A_g x_g (N, R) and sigmoid (N, G padded)
-std::tuple<Tensor, Tensor, Tensor> head_gating_forward(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
-                                                       const Tensor& gate_w, const Tensor& gate_bias, int64_t heads,
-                                                       at::IntArrayRef ranks, double temperature, double scaling) {
+void head_gating_train(const View& x, const View& y, const View& a, const View& b, const View& gate_w,
+                       const View& gate_bias, int64_t heads, Whole ranks, double temperature, double scaling,
+                       const View& out, const View& low, const View& half) {
   check_rows(x, y);
-  const int64_t in = x.size(-1), width = y.size(-1), rows = rows_of(y), rank = a.size(0);
-  const int64_t padded = whole_vectors(static_cast<int64_t>(ranks.size()));
-  Tensor out = at::empty_like(y), low = at::empty({rows, rank}, at::kFloat), half = at::empty({rows, padded}, at::kFloat);
+  const int64_t in = x.columns, width = y.columns, rows = y.rows, rank = a.rows, padded = whole_vectors(ranks.count);
+  float *pl = result<float>(low, rows * rank, "A x"), *ph = result<float>(half, rows * padded, "the gates");
   for_type(y, [&](auto zero) {
     using T = decltype(zero);
     const HeadGating<T> w(a, b, gate_w, gate_bias, in, width, heads, ranks, temperature);
-    const T *px = x.const_data_ptr<T>(), *py = y.const_data_ptr<T>();
-    T* po = out.mutable_data_ptr<T>();
-    float *pl = low.mutable_data_ptr<float>(), *ph = half.mutable_data_ptr<float>();
+    const T *px = x.as<T>(), *py = y.as<T>();
+    T* po = result<T>(out, y.count(), "y'");
     const float twice = 2.0f * static_cast<float>(scaling);
     over_rows(rows, [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
@@ -166,26 +167,24 @@ std::tuple<Tensor, Tensor, Tensor> head_gating_forward(const Tensor& x, const Te
       up<ROWS>(Rows<T, float>{py + row * width, po + row * width, width, z, rank, rank, w.b.data()});
     });
   });
-  return {out, low, half};
 }
 
-// gradients of x, a, b, gate_w, gate_bias; that of y is `given`
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_gating_backward(
-    const Tensor& given, const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& gate_w, const Tensor& gate_bias,
-    const Tensor& low, const Tensor& half, int64_t heads, at::IntArrayRef ranks, double temperature, double scaling,
-    bool needs_x) {
-  const Tensor gradient = given.contiguous();
-  const int64_t in = x.size(-1), width = gradient.size(-1), rows = rows_of(gradient), rank = a.size(0), padded = half.size(1);
+// gradients of x, a, b, gate_w, gate_bias; that of y is `gradient`
+void head_gating_backward(const View& gradient, const View& x, const View& a, const View& b, const View& gate_w,
+                          const View& gate_bias, const View& low, const View& half, int64_t heads, Whole ranks,
+                          double temperature, double scaling, bool needs_x, const View& gx, const View& ga, const View& gb,
+                          const View& ggate, const View& gbias) {
+  check_rows(x, gradient);
+  const int64_t in = x.columns, width = gradient.columns, rows = gradient.rows, rank = a.rows, padded = half.columns;
   const int64_t stats_width = whole_vectors(2 * heads);
-  Tensor gx = needs_x ? at::empty_like(x) : Tensor(), ga, gb, ggate, gbias;
+  const float *pl = master(low, rows, rank, "A x"), *ph = master(half, rows, padded, "the gates");
   for_type(gradient, [&](auto zero) {
     using T = decltype(zero);
     const HeadGating<T> w(a, b, gate_w, gate_bias, in, width, heads, ranks, temperature);
     const float inverse = static_cast<float>(1.0 / temperature), twice = 2.0f * static_cast<float>(scaling);
-    const Floats gate_rows = widened_rows(gate_w.const_data_ptr<float>(), w.groups, 2 * heads, stats_width, inverse);
-    const T *px = x.const_data_ptr<T>(), *p = gradient.const_data_ptr<T>();
-    const float *pl = low.const_data_ptr<float>(), *ph = half.const_data_ptr<float>();
-    T* pgx = needs_x ? gx.mutable_data_ptr<T>() : nullptr;
+    const Floats gate_rows = widened_rows(gate_w.as<float>(), w.groups, 2 * heads, stats_width, inverse);
+    const T *px = x.as<T>(), *p = gradient.as<T>();
+    T* pgx = needs_x ? result<T>(gx, x.count(), "a gradient") : nullptr;
     Floats gated(rows * rank), of_low(rows * rank), of_logits(rows * padded, 0.0f), all_stats(rows * stats_width, 0.0f);
     over_rows(rows, [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
@@ -252,10 +251,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_gating_backward(
           }
       }
     });
-    gb = turned_back(sum_over_rows(gated.data(), rank, rank, p, rows, width), rank, width);
+    turn_back(sum_over_rows(gated.data(), rank, rank, p, rows, width), rank, width, gb);
     // the rows of A of a group meet its columns of x alone
-    ga = at::empty({rank, w.group_dim}, at::kFloat);
-    float* pga = ga.mutable_data_ptr<float>();
+    float* pga = result<float>(ga, rank * w.group_dim, "a gradient");
     std::vector<T> columns(rows * w.group_dim);
     for (int64_t g = 0, start = 0; g < w.groups; start += ranks[g++]) {
       for (int64_t n = 0; n < rows; ++n)
@@ -264,65 +262,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_gating_backward(
       std::copy(part.begin(), part.end(), pga + start * w.group_dim);
     }
     const Floats control = sum_over_rows(of_logits.data(), padded, w.groups, all_stats.data(), rows, stats_width);
-    ggate = at::empty({w.groups, 2 * heads}, at::kFloat);
-    float* pgate = ggate.mutable_data_ptr<float>();
+    float* pgate = result<float>(ggate, w.groups * 2 * heads, "a gradient");
     for (int64_t g = 0; g < w.groups; ++g)
       for (int64_t j = 0; j < 2 * heads; ++j) pgate[g * 2 * heads + j] = inverse * control[g * stats_width + j];
     Floats sums = column_sums(of_logits, rows, padded, w.groups);
     for (float& value : sums) value *= inverse;
-    gbias = as_tensor(sums, {w.groups});
+    copy(sums, gbias);
   });
-  return {gx, ga, gb, ggate, gbias};
 }
 
-Tensors head_gating_gradients(Context* ctx, const Tensor& gradient) {
-  const Tensors saved = kept(ctx);
-  const Tensors inputs{saved[0], like_output(saved[0], gradient), saved[1], saved[2], saved[3], saved[4]};
-  if (Tensors found = by_torch_form(ctx, inputs, gradient); !found.empty()) return found;
-  static const auto op = operation<decltype(head_gating_backward)>("bem_peft_cpu::head_gating_backward");
-  const auto ranks = kept(ctx, "ranks").toIntVector();
-  auto [gx, ga, gb, ggate, gbias] = op.call(
-      gradient, saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], kept(ctx, "heads").toInt(), ranks,
-      kept(ctx, "temperature").toDouble(), kept(ctx, "scaling").toDouble(), needs_x(ctx));
-  return {gx, gradient, ga, gb, ggate, gbias};
-}
-
-// what the dispatcher calls where a gradient is asked for; the coefficients that are kept are of no use outside
-std::tuple<Tensor, Tensor, Tensor> head_gating_autograd(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
-                                                        const Tensor& gate_w, const Tensor& gate_bias, int64_t heads,
-                                                        at::IntArrayRef ranks, double temperature, double scaling) {
-  const auto forward = [&](Context* ctx) {
-    static const auto op = operation<decltype(head_gating_forward)>("bem_peft_cpu::head_gating_train");
-    auto [out, low, half] = op.call(x, y, a, b, gate_w, gate_bias, heads, ranks, temperature, scaling);
-    keep(ctx, {x, a, b, gate_w, gate_bias, low, half});
-    keep(ctx, "heads", heads);
-    keep(ctx, "ranks", ranks.vec());
-    keep(ctx, "temperature", temperature);
-    keep(ctx, "scaling", scaling);
-    return out;
-  };
-  return {differentiable({x, y, a, b, gate_w, gate_bias}, forward, head_gating_gradients), at::empty({0}), at::empty({0})};
-}
-
-[[maybe_unused]] const SiteKind& site_kind = add_site_kind<head_gating>("head_gating", /*wide=*/0);
+[[maybe_unused]] const bool is_added = add_operator<head_gating>("head_gating") &&
+                                       add_operator<head_gating_train>("head_gating_train") &&
+                                       add_operator<head_gating_backward>("head_gating_backward");
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
-  define_inference(m, "head_gating", "Tensor a, Tensor b, Tensor gate_w, Tensor gate_bias, int heads, int[] ranks, float scaling");
-  m.def("head_gating_train(Tensor x, Tensor y, Tensor a, Tensor b, Tensor gate_w, Tensor gate_bias, int heads, int[] ranks, "
-        "float temperature, float scaling) -> (Tensor, Tensor, Tensor)");
-  m.def("head_gating_backward(Tensor gradient, Tensor x, Tensor a, Tensor b, Tensor gate_w, Tensor gate_bias, Tensor low, "
-        "Tensor half, int heads, int[] ranks, float temperature, float scaling, bool needs_x) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(bem_peft_cpu, CPU, m) {
-  implement_inference<head_gating>(m, "head_gating");
-  m.impl("head_gating_train", head_gating_forward);
-  m.impl("head_gating_backward", head_gating_backward);
-}
-
-TORCH_LIBRARY_IMPL(bem_peft_cpu, AutogradCPU, m) {
-  m.impl("head_gating_train", head_gating_autograd);
-}

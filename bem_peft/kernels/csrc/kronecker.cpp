@@ -1,7 +1,6 @@
 // PT3: y' = y + s B vec(U X V^T)
 
 #include "gradients.h"
-#include "site.h"
 
 namespace {
 
@@ -33,7 +32,7 @@ void left_rows(const float* x, const float* u, int64_t u_dim, int64_t v_dim, flo
 
 // z (u_rank v_rank) = scaling vec(U X V^T) of one token's X (u_dim, v_dim); left: room for (u_rank, v_dim), one: (padded)
 void kronecker_row(const float* x, const float* u, int64_t u_rank, int64_t u_dim, const float* v_t, int64_t v_rank,
-                          int64_t v_dim, int64_t padded, float scaling, float* left, float* one, float* z) {
+                   int64_t v_dim, int64_t padded, float scaling, float* left, float* one, float* z) {
   int64_t a = 0;
   for (; a + 4 <= u_rank; a += 4) left_rows<4>(x, u + a * u_dim, u_dim, v_dim, left + a * v_dim);
   for (; a < u_rank; ++a) left_rows<1>(x, u + a * u_dim, u_dim, v_dim, left + a * v_dim);
@@ -44,17 +43,20 @@ void kronecker_row(const float* x, const float* u, int64_t u_rank, int64_t u_dim
 }
 
 // z = scaling vec(U X V^T), X = x as (u_dim, v_dim)
-Tensor kronecker(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& u, const Tensor& v_t, const Tensor& b,
-                 int64_t v_rank, double scaling) {
-  const int64_t in = x.size(-1), width = y.size(-1), u_rank = u.size(0), u_dim = u.size(1), v_dim = v_t.size(0);
-  const int64_t padded = v_t.size(1), rank = u_rank * v_rank;
+void kronecker(const View& x, const View& y, const View& u, const View& v_t, const View& b, int64_t v_rank, double scaling,
+               const View& out) {
+  check_rows(x, y);
+  const int64_t in = x.columns, width = y.columns, u_rank = u.rows, u_dim = u.columns, v_dim = v_t.rows;
+  const int64_t padded = v_t.columns, rank = u_rank * v_rank;
   const float *pu = weight<float>(u, u_rank, u_dim, "u"), *pv = weight<float>(v_t, v_dim, padded, "v_t");
-  TORCH_CHECK(u_dim * v_dim == in && padded % kLanes == 0 && v_rank <= padded, "u and v do not fit x");
+  check(u_dim * v_dim == in && padded % kLanes == 0 && v_rank <= padded, "u and v do not fit x");
   const float s = static_cast<float>(scaling);
-  return for_dtype(x, y, overwrite, [&](auto px, auto py, auto po) {
-    using T = std::remove_pointer_t<decltype(po)>;
+  for_type(y, [&](auto zero) {
+    using T = decltype(zero);
+    const T *px = x.as<T>(), *py = y.as<T>();
+    T* po = result<T>(out, y.count(), "y'");
     const T* pb = weight<T>(b, rank, width, "b");
-    over_rows(rows_of(y), [&](int64_t row, auto count) {
+    over_rows(y.rows, [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
       thread_local std::vector<float> scratch;
       scratch.resize(in + u_rank * v_dim + padded + ROWS * rank);
@@ -69,22 +71,21 @@ Tensor kronecker(bool overwrite, const Tensor& x, const Tensor& y, const Tensor&
 }
 
 // y' and s z (N, u_rank v_rank)
-std::tuple<Tensor, Tensor> kronecker_forward(const Tensor& x, const Tensor& y, const Tensor& u, const Tensor& v,
-                                             const Tensor& b, double scaling) {
+void kronecker_train(const View& x, const View& y, const View& u, const View& v, const View& b, double scaling,
+                     const View& out, const View& z) {
   check_rows(x, y);
-  const int64_t in = x.size(-1), width = y.size(-1), rows = rows_of(y), u_rank = u.size(0), u_dim = u.size(1);
-  const int64_t v_rank = v.size(0), v_dim = v.size(1), rank = u_rank * v_rank, padded = whole_vectors(v_rank);
-  TORCH_CHECK(u_dim * v_dim == in, "u and v do not fit x");
-  Tensor out = at::empty_like(y), z = at::empty({rows, rank}, at::kFloat);
+  const int64_t in = x.columns, width = y.columns, rows = y.rows, u_rank = u.rows, u_dim = u.columns;
+  const int64_t v_rank = v.rows, v_dim = v.columns, rank = u_rank * v_rank, padded = whole_vectors(v_rank);
+  check(u_dim * v_dim == in, "u and v do not fit x");
+  float* pz = result<float>(z, rows * rank, "z");
   for_type(y, [&](auto zero) {
     using T = decltype(zero);
     const float* from = master(u, u_rank, u_dim, "U");
     Floats pu(from, from + u_rank * u_dim), pv = turned(master(v, v_rank, v_dim, "V"), v_rank, v_dim, padded);
     Floats pb = turned(master(b, width, rank, "B"), width, rank, width);
     for (Floats* w : {&pu, &pv, &pb}) round_to_type<T>(*w);
-    const T *px = x.const_data_ptr<T>(), *py = y.const_data_ptr<T>();
-    T* po = out.mutable_data_ptr<T>();
-    float* pz = z.mutable_data_ptr<float>();
+    const T *px = x.as<T>(), *py = y.as<T>();
+    T* po = result<T>(out, y.count(), "y'");
     over_rows(rows, [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
       thread_local Floats scratch;
@@ -96,33 +97,30 @@ std::tuple<Tensor, Tensor> kronecker_forward(const Tensor& x, const Tensor& y, c
       up<ROWS>(Rows<T, float>{py + row * width, po + row * width, width, mine, rank, rank, pb.data()});
     });
   });
-  return {out, z};
 }
 
-// gradients of x, u, v, b; that of y is `given`
-std::tuple<Tensor, Tensor, Tensor, Tensor> kronecker_backward(const Tensor& given, const Tensor& x, const Tensor& u,
-                                                              const Tensor& v, const Tensor& b, const Tensor& z,
-                                                              double scaling, bool needs_x) {
-  const Tensor gradient = given.contiguous();
-  const int64_t in = x.size(-1), width = gradient.size(-1), rows = rows_of(gradient), u_rank = u.size(0), u_dim = u.size(1);
-  const int64_t v_rank = v.size(0), v_dim = v.size(1), rank = u_rank * v_rank, stride = whole_vectors(v_dim);
+// gradients of x, u, v, b; that of y is `gradient`
+void kronecker_backward(const View& gradient, const View& x, const View& u, const View& v, const View& b, const View& z,
+                        double scaling, bool needs_x, const View& gx, const View& gu, const View& gv, const View& gb) {
+  check_rows(x, gradient);
+  const int64_t in = x.columns, width = gradient.columns, rows = gradient.rows, u_rank = u.rows, u_dim = u.columns;
+  const int64_t v_rank = v.rows, v_dim = v.columns, rank = u_rank * v_rank, stride = whole_vectors(v_dim);
   const int64_t chunks = (rows + kChunk - 1) / kChunk;
-  Tensor gx = needs_x ? at::empty_like(x) : Tensor(), gu, gv, gb;
   for_type(gradient, [&](auto zero) {
     using T = decltype(zero);
     const float* from = master(u, u_rank, u_dim, "U");
     Floats pu(from, from + u_rank * u_dim), pv = widened_rows(master(v, v_rank, v_dim, "V"), v_rank, v_dim, stride);
     Floats pb = turned(master(b, width, rank, "B"), width, rank, width);
     for (Floats* w : {&pu, &pv, &pb}) round_to_type<T>(*w);
-    const T *px = x.const_data_ptr<T>(), *p = gradient.const_data_ptr<T>();
-    T* pgx = needs_x ? gx.mutable_data_ptr<T>() : nullptr;
+    const T *px = x.as<T>(), *p = gradient.as<T>();
+    T* pgx = needs_x ? result<T>(gx, x.count(), "a gradient") : nullptr;
     Floats of_z(rows * rank), of_u(chunks * u_rank * u_dim), of_v(chunks * v_rank * stride, 0.0f);
     over_rows(rows, [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
       dots<ROWS>(p + row * width, width, width, pb.data(), rank, &of_z[row * rank], rank);
     });
     for (float& value : of_z) value *= static_cast<float>(scaling);
-    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
       thread_local Floats scratch;
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         scratch.assign(u_dim * stride + 2 * u_rank * stride + u_rank * u_dim * kLanes + stride, 0.0f);
@@ -172,56 +170,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kronecker_backward(const Tensor& give
         for (int64_t i = 0; i < u_rank * u_dim; ++i) of_u[chunk * u_rank * u_dim + i] = sum(load(lanes + i * kLanes));
       }
     });
-    gb = turned_back(sum_over_rows(z.const_data_ptr<float>(), rank, rank, p, rows, width), rank, width);
-    gu = as_tensor(column_sums(of_u, chunks, u_rank * u_dim, u_rank * u_dim), {u_rank, u_dim});
+    turn_back(sum_over_rows(master(z, rows, rank, "z"), rank, rank, p, rows, width), rank, width, gb);
+    copy(column_sums(of_u, chunks, u_rank * u_dim, u_rank * u_dim), gu);
     const Floats total_v = column_sums(of_v, chunks, v_rank * stride, v_rank * stride);
-    gv = at::empty({v_rank, v_dim}, at::kFloat);
-    for (int64_t j = 0; j < v_rank; ++j)
-      std::copy_n(&total_v[j * stride], v_dim, gv.mutable_data_ptr<float>() + j * v_dim);
+    float* pgv = result<float>(gv, v_rank * v_dim, "a gradient");
+    for (int64_t j = 0; j < v_rank; ++j) std::copy_n(&total_v[j * stride], v_dim, pgv + j * v_dim);
   });
-  return {gx, gu, gv, gb};
 }
 
-Tensors kronecker_gradients(Context* ctx, const Tensor& gradient) {
-  const Tensors saved = kept(ctx);
-  const Tensors inputs{saved[0], like_output(saved[0], gradient), saved[1], saved[2], saved[3]};
-  if (Tensors found = by_torch_form(ctx, inputs, gradient); !found.empty()) return found;
-  static const auto op = operation<decltype(kronecker_backward)>("bem_peft_cpu::kronecker_backward");
-  auto [gx, gu, gv, gb] = op.call(gradient, saved[0], saved[1], saved[2], saved[3], saved[4],
-                                  kept(ctx, "scaling").toDouble(), needs_x(ctx));
-  return {gx, gradient, gu, gv, gb};
-}
-
-// what the dispatcher calls where a gradient is asked for; the coefficients that are kept are of no use outside
-std::tuple<Tensor, Tensor> kronecker_autograd(const Tensor& x, const Tensor& y, const Tensor& u, const Tensor& v,
-                                              const Tensor& b, double scaling) {
-  const auto forward = [&](Context* ctx) {
-    static const auto op = operation<decltype(kronecker_forward)>("bem_peft_cpu::kronecker_train");
-    auto [out, z] = op.call(x, y, u, v, b, scaling);
-    keep(ctx, {x, u, v, b, z});
-    keep(ctx, "scaling", scaling);
-    return out;
-  };
-  return {differentiable({x, y, u, v, b}, forward, kronecker_gradients), at::empty({0})};
-}
-
-[[maybe_unused]] const SiteKind& site_kind = add_site_kind<kronecker>("kronecker", /*wide=*/2);
+[[maybe_unused]] const bool is_added = add_operator<kronecker>("kronecker") &&
+                                       add_operator<kronecker_train>("kronecker_train") &&
+                                       add_operator<kronecker_backward>("kronecker_backward");
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
-  define_inference(m, "kronecker", "Tensor u, Tensor v_t, Tensor b, int v_rank, float scaling");
-  m.def("kronecker_train(Tensor x, Tensor y, Tensor u, Tensor v, Tensor b, float scaling) -> (Tensor, Tensor)");
-  m.def("kronecker_backward(Tensor gradient, Tensor x, Tensor u, Tensor v, Tensor b, Tensor z, float scaling, bool needs_x) "
-        "-> (Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(bem_peft_cpu, CPU, m) {
-  implement_inference<kronecker>(m, "kronecker");
-  m.impl("kronecker_train", kronecker_forward);
-  m.impl("kronecker_backward", kronecker_backward);
-}
-
-TORCH_LIBRARY_IMPL(bem_peft_cpu, AutogradCPU, m) {
-  m.impl("kronecker_train", kronecker_autograd);
-}

@@ -1,7 +1,6 @@
 // PT2: y' = y + s B (m * (1 + tanh(C u)) * z),  z = A x,  u = sqrt(R) z / |z|,  m: the k largest logits M u
 
 #include "gradients.h"
-#include "site.h"
 
 namespace {
 
@@ -41,19 +40,22 @@ float control_row(const Control& w, const float* z, float* unit, float* gate, fl
 }
 
 // z = scaling m (1 + tanh(C u)) a, a = A x, u = sqrt(R) a / |a|; m: the k largest logits M u (or of the task)
-Tensor rank_mask(bool overwrite, const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
-                 const Tensor& gate_t, const Tensor& mask_t, int64_t active, bool is_task_mask, double scaling) {
-  const int64_t in = x.size(-1), width = y.size(-1), padded = mask_t.size(1), rank = b.size(0);
-  const bool has_gate = gate_t.size(0) > 0;
+void rank_mask(const View& x, const View& y, const View& a, const View& b, const View& gate_t, const View& mask_t,
+               int64_t active, bool is_task_mask, double scaling, const View& out) {
+  check_rows(x, y);
+  const int64_t in = x.columns, width = y.columns, padded = mask_t.columns, rank = b.rows;
+  const bool has_gate = gate_t.rows > 0;
   const float* pc = weight<float>(gate_t, has_gate ? rank : 0, padded, "gate_t");
   const float* pm = weight<float>(mask_t, is_task_mask ? 1 : rank, padded, "mask_t");
-  TORCH_CHECK(padded % kLanes == 0 && rank <= padded, "mask_t must be padded to 16 columns");
+  check(padded % kLanes == 0 && rank <= padded, "mask_t must be padded to 16 columns");
   const Control control{pc, pm, has_gate, is_task_mask, rank, padded, active};
   const float s = static_cast<float>(scaling);
-  return for_dtype(x, y, overwrite, [&](auto px, auto py, auto po) {
-    using T = std::remove_pointer_t<decltype(po)>;
+  for_type(y, [&](auto zero) {
+    using T = decltype(zero);
+    const T *px = x.as<T>(), *py = y.as<T>();
+    T* po = result<T>(out, y.count(), "y'");
     const T *pa = weight<T>(a, rank, in, "a"), *pb = weight<T>(b, rank, width, "b");
-    over_rows(rows_of(y), [&](int64_t row, auto count) {
+    over_rows(y.rows, [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
       thread_local std::vector<float> scratch;
       scratch.assign((ROWS + 4) * padded, 0.0f);
@@ -90,9 +92,9 @@ struct RankMask {
   Floats a, b, c_t, m_t;
   Control control;
 
-  RankMask(const Tensor& a_, const Tensor& b_, const Maybe& c_, const Tensor& m_, int64_t in, int64_t width, int64_t active,
+  RankMask(const View& a_, const View& b_, const View& c_, const View& m_, int64_t in, int64_t width, int64_t active,
            bool is_task_mask, bool has_hadamard) {
-    const int64_t rank = a_.size(0), padded = whole_vectors(rank);
+    const int64_t rank = a_.rows, padded = whole_vectors(rank);
     const float *from = master(a_, rank, in, "A"), root = std::sqrt(static_cast<float>(rank));
     a = Floats(from, from + rank * in);
     b = turned(master(b_, width, rank, "B"), width, rank, width);
@@ -102,26 +104,25 @@ struct RankMask {
     }
     round_to_type<T>(a);
     round_to_type<T>(b);
-    if (c_.has_value()) c_t = turned(master(*c_, rank, rank, "C"), rank, rank, padded, root);
+    if (c_.is_there()) c_t = turned(master(c_, rank, rank, "C"), rank, rank, padded, root);
     m_t = is_task_mask ? widened_rows(master(m_, 1, rank, "mask_weight"), 1, rank, padded)
                        : turned(master(m_, rank, rank, "mask_weight"), rank, rank, padded, root);
-    control = Control{c_t.data(), m_t.data(), c_.has_value(), is_task_mask, rank, padded, active};
+    control = Control{c_t.data(), m_t.data(), c_.is_there(), is_task_mask, rank, padded, active};
   }
 };
 
 // y' and z (N, R padded)
-std::tuple<Tensor, Tensor> rank_mask_forward(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
-                                             const Maybe& c, const Tensor& m, int64_t active, bool is_task_mask,
-                                             bool has_hadamard, double temperature, double scaling) {
+void rank_mask_train(const View& x, const View& y, const View& a, const View& b, const View& c, const View& m,
+                     int64_t active, bool is_task_mask, bool has_hadamard, double /*temperature*/, double scaling,
+                     const View& out, const View& z) {
   check_rows(x, y);
-  const int64_t in = x.size(-1), width = y.size(-1), rows = rows_of(y), rank = a.size(0), padded = whole_vectors(rank);
-  Tensor out = at::empty_like(y), z = at::zeros({rows, padded}, at::kFloat);
+  const int64_t in = x.columns, width = y.columns, rows = y.rows, rank = a.rows, padded = whole_vectors(rank);
+  float* pz = result<float>(z, rows * padded, "z");
   for_type(y, [&](auto zero) {
     using T = decltype(zero);
     const RankMask<T> w(a, b, c, m, in, width, active, is_task_mask, has_hadamard);
-    const T *px = x.const_data_ptr<T>(), *py = y.const_data_ptr<T>();
-    T* po = out.mutable_data_ptr<T>();
-    float* pz = z.mutable_data_ptr<float>();
+    const T *px = x.as<T>(), *py = y.as<T>();
+    T* po = result<T>(out, y.count(), "y'");
     const float s = static_cast<float>(scaling);
     over_rows(rows, [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
@@ -129,6 +130,7 @@ std::tuple<Tensor, Tensor> rank_mask_forward(const Tensor& x, const Tensor& y, c
       scratch.assign((ROWS + 4) * padded, 0.0f);
       float *h = scratch.data(), *unit = h + ROWS * padded, *gate = unit + padded, *logits = gate + padded;
       float* kept = logits + padded;
+      std::fill_n(pz + row * padded, ROWS * padded, 0.0f);
       dots<ROWS>(px + row * in, in, in, w.a.data(), rank, pz + row * padded, padded);
       for (int i = 0; i < ROWS; ++i) {
         const float* line = pz + (row + i) * padded;
@@ -139,7 +141,6 @@ std::tuple<Tensor, Tensor> rank_mask_forward(const Tensor& x, const Tensor& y, c
       up<ROWS>(Rows<T, float>{py + row * width, po + row * width, width, h, rank, padded, w.b.data()});
     });
   });
-  return {out, z};
 }
 
 // slope of the straight-through mask at each logit: that of sigmoid((l - t) / temperature), t midway between the k-th
@@ -163,22 +164,22 @@ inline void mask_slope(const float* logits, int64_t rank, int64_t active, float 
   }
 }
 
-// gradients of x, a, b, c, m; that of y is `given`
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rank_mask_backward(
-    const Tensor& given, const Tensor& x, const Tensor& a, const Tensor& b, const Maybe& c, const Tensor& m, const Tensor& z,
-    int64_t active, bool is_task_mask, bool has_hadamard, double temperature, double scaling, bool needs_x) {
-  const Tensor gradient = given.contiguous();
-  const int64_t in = x.size(-1), width = gradient.size(-1), rows = rows_of(gradient), rank = a.size(0), padded = z.size(1);
-  Tensor gx = needs_x ? at::empty_like(x) : Tensor(), ga, gb, gc, gm;
+// gradients of x, a, b, c, m; that of y is `gradient`
+void rank_mask_backward(const View& gradient, const View& x, const View& a, const View& b, const View& c, const View& m,
+                        const View& z, int64_t active, bool is_task_mask, bool has_hadamard, double temperature,
+                        double scaling, bool needs_x, const View& gx, const View& ga, const View& gb, const View& gc,
+                        const View& gm) {
+  check_rows(x, gradient);
+  const int64_t in = x.columns, width = gradient.columns, rows = gradient.rows, rank = a.rows, padded = z.columns;
+  const float* pz = master(z, rows, padded, "z");
   for_type(gradient, [&](auto zero) {
     using T = decltype(zero);
     const RankMask<T> w(a, b, c, m, in, width, active, is_task_mask, has_hadamard);
     const float s = static_cast<float>(scaling), root = std::sqrt(static_cast<float>(rank));
-    const Floats c_rows = c.has_value() ? widened_rows(c->const_data_ptr<float>(), rank, rank, padded, root) : Floats();
-    const Floats m_rows = is_task_mask ? Floats() : widened_rows(m.const_data_ptr<float>(), rank, rank, padded, root);
-    const T *px = x.const_data_ptr<T>(), *p = gradient.const_data_ptr<T>();
-    const float* pz = z.const_data_ptr<float>();
-    T* pgx = needs_x ? gx.mutable_data_ptr<T>() : nullptr;
+    const Floats c_rows = c.is_there() ? widened_rows(c.as<float>(), rank, rank, padded, root) : Floats();
+    const Floats m_rows = is_task_mask ? Floats() : widened_rows(m.as<float>(), rank, rank, padded, root);
+    const T *px = x.as<T>(), *p = gradient.as<T>();
+    T* pgx = needs_x ? result<T>(gx, x.count(), "a gradient") : nullptr;
     // a token each: s m (1 + g) z, the gradients of z, of C u and of the logits (or of the mask, for a task's), and u
     Floats h(rows * padded, 0.0f), of_z(rows * padded, 0.0f), of_c(rows * padded, 0.0f), of_m(rows * padded, 0.0f);
     Floats units(rows * padded, 0.0f);
@@ -224,78 +225,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rank_mask_backward(
       hadamard(sum_a, rank, in);
       hadamard(sum_b, rank, width);
     }
-    ga = as_tensor(sum_a, {rank, in});
-    gb = turned_back(sum_b, rank, width);
-    const auto control_sum = [&](const Floats& of) {
+    copy(sum_a, ga);
+    turn_back(sum_b, rank, width, gb);
+    const auto control_sum = [&](const Floats& of, const View& out) {
       const Floats wide = sum_over_rows(of.data(), padded, rank, units.data(), rows, padded);
-      Tensor out = at::empty({rank, rank}, at::kFloat);
-      float* to = out.mutable_data_ptr<float>();
+      float* to = result<float>(out, rank * rank, "a gradient");
       for (int64_t i = 0; i < rank; ++i)
         for (int64_t j = 0; j < rank; ++j) to[i * rank + j] = root * wide[i * padded + j];
-      return out;
     };
-    if (c.has_value()) gc = control_sum(of_c);
+    if (c.is_there()) control_sum(of_c, gc);
     if (is_task_mask) {
       Floats total = column_sums(of_m, rows, padded, rank), slope(rank);
       mask_slope(w.m_t.data(), rank, active, static_cast<float>(temperature), slope.data());
       for (int64_t j = 0; j < rank; ++j) total[j] *= slope[j];
-      gm = as_tensor(total, {rank});
+      copy(total, gm);
     } else {
-      gm = control_sum(of_m);
+      control_sum(of_m, gm);
     }
   });
-  return {gx, ga, gb, gc, gm};
 }
 
-Tensors rank_mask_gradients(Context* ctx, const Tensor& gradient) {
-  const Tensors saved = kept(ctx);
-  const Tensors inputs{saved[0], like_output(saved[0], gradient), saved[1], saved[2], saved[3], saved[4]};
-  if (Tensors found = by_torch_form(ctx, inputs, gradient); !found.empty()) return found;
-  static const auto op = operation<decltype(rank_mask_backward)>("bem_peft_cpu::rank_mask_backward");
-  auto [gx, ga, gb, gc, gm] = op.call(
-      gradient, saved[0], saved[1], saved[2], or_none(saved[3]), saved[4], saved[5], kept(ctx, "active").toInt(),
-      kept(ctx, "is_task_mask").toBool(), kept(ctx, "has_hadamard").toBool(), kept(ctx, "temperature").toDouble(),
-      kept(ctx, "scaling").toDouble(), needs_x(ctx));
-  return {gx, gradient, ga, gb, gc, gm};
-}
-
-// what the dispatcher calls where a gradient is asked for; the coefficients that are kept are of no use outside
-std::tuple<Tensor, Tensor> rank_mask_autograd(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
-                                              const Maybe& c, const Tensor& m, int64_t active, bool is_task_mask,
-                                              bool has_hadamard, double temperature, double scaling) {
-  const auto forward = [&](Context* ctx) {
-    static const auto op = operation<decltype(rank_mask_forward)>("bem_peft_cpu::rank_mask_train");
-    auto [out, z] = op.call(x, y, a, b, c, m, active, is_task_mask, has_hadamard, temperature, scaling);
-    keep(ctx, {x, a, b, or_nothing(c), m, z});
-    keep(ctx, "active", active);
-    keep(ctx, "is_task_mask", is_task_mask);
-    keep(ctx, "has_hadamard", has_hadamard);
-    keep(ctx, "temperature", temperature);
-    keep(ctx, "scaling", scaling);
-    return out;
-  };
-  return {differentiable({x, y, a, b, c, m}, forward, rank_mask_gradients), at::empty({0})};
-}
-
-[[maybe_unused]] const SiteKind& site_kind = add_site_kind<rank_mask>("rank_mask", /*wide=*/0);
+[[maybe_unused]] const bool is_added = add_operator<rank_mask>("rank_mask") &&
+                                       add_operator<rank_mask_train>("rank_mask_train") &&
+                                       add_operator<rank_mask_backward>("rank_mask_backward");
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(bem_peft_cpu, m) {
-  define_inference(m, "rank_mask", "Tensor a, Tensor b, Tensor gate_t, Tensor mask_t, int active, bool is_task_mask, float scaling");
-  m.def("rank_mask_train(Tensor x, Tensor y, Tensor a, Tensor b, Tensor? c, Tensor m, int active, bool is_task_mask, "
-        "bool has_hadamard, float temperature, float scaling) -> (Tensor, Tensor)");
-  m.def("rank_mask_backward(Tensor gradient, Tensor x, Tensor a, Tensor b, Tensor? c, Tensor m, Tensor z, int active, "
-        "bool is_task_mask, bool has_hadamard, float temperature, float scaling, bool needs_x) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(bem_peft_cpu, CPU, m) {
-  implement_inference<rank_mask>(m, "rank_mask");
-  m.impl("rank_mask_train", rank_mask_forward);
-  m.impl("rank_mask_backward", rank_mask_backward);
-}
-
-TORCH_LIBRARY_IMPL(bem_peft_cpu, AutogradCPU, m) {
-  m.impl("rank_mask_train", rank_mask_autograd);
-}

@@ -5,19 +5,15 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <numeric>
-#include <string>
 #include <type_traits>
 #include <vector>
+
+#include "operator.h"
+#include "threads.h"
 
 namespace bem {
 
@@ -31,12 +27,12 @@ typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2)));
 inline vf splat(float value) { return value - vf{}; }
 
 inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
-inline vf load(const at::BFloat16* p) {
+inline vf load(const bfloat16* p) {
   vu wide = __builtin_convertvector(*reinterpret_cast<const vh_any*>(p), vu) << 16;
   return (vf)wide;
 }
 inline void store(float* p, vf value) { *reinterpret_cast<vf_any*>(p) = value; }
-inline void store(at::BFloat16* p, vf value) {
+inline void store(bfloat16* p, vf value) {
   vu bits = (vu)value;
   vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   vu is_nan = (vu)(value != value);
@@ -82,7 +78,7 @@ inline float sum(vf value) {
 }
 
 inline const float* widened(const float* x, int64_t, float*) { return x; }
-inline const float* widened(const at::BFloat16* x, int64_t count, float* to) {
+inline const float* widened(const bfloat16* x, int64_t count, float* to) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(to + i, load(x + i));
   for (; i < count; ++i) to[i] = static_cast<float>(x[i]);
@@ -198,39 +194,33 @@ void up(const Rows<T, W>& f) {
 // Blocks of rows on all threads: f(first row, number of rows), 8 rows or 1.
 template <typename F>
 void over_rows(int64_t rows, const F& f) {
-  at::parallel_for(0, rows, 32, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, 32, [&](int64_t begin, int64_t end) {
     int64_t row = begin;
     for (; row + 8 <= end; row += 8) f(row, std::integral_constant<int, 8>());
     for (; row < end; ++row) f(row, std::integral_constant<int, 1>());
   });
 }
 
-inline int64_t rows_of(const at::Tensor& y) { return y.numel() / std::max<int64_t>(1, y.size(-1)); }
-
 template <typename T>
-const T* weight(const at::Tensor& w, int64_t rows, int64_t columns, const char* name) {
-  constexpr auto kType = c10::CppTypeToScalarType<T>::value;
-  TORCH_CHECK(w.scalar_type() == kType && w.is_contiguous() && w.dim() == 2 && w.size(0) == rows && w.size(1) == columns,
-              name, " must be a contiguous ", kType, " (", rows, ", ", columns, "), is ", w.scalar_type(), " ", w.sizes());
-  return w.const_data_ptr<T>();
+const T* weight(const View& w, int64_t rows, int64_t columns, const char* name) {
+  check(w.type == type_of<T>() && w.rows == rows && w.columns == columns, name, " must be ",
+        View{nullptr, type_of<T>(), rows, columns}, ", is ", w);
+  return w.as<T>();
 }
 
-// f(x, y, where the result goes) as pointers of y's dtype; the result is y itself where it may be overwritten
+inline void check_rows(const View& x, const View& y) {
+  check(x.type == y.type && x.rows == y.rows, "x ", x, " and y ", y, " must have the same rows and one dtype");
+}
+
+// f(T()) for the dtype of y
 template <typename F>
-at::Tensor for_dtype(const at::Tensor& given_x, const at::Tensor& given_y, bool overwrite, const F& f) {
-  const at::Tensor y = given_y.contiguous(), x = given_x.to(y.scalar_type()).contiguous();
-  TORCH_CHECK(x.dim() > 0 && y.dim() > 0 && x.numel() / std::max<int64_t>(1, x.size(-1)) == rows_of(y),
-              "x ", x.sizes(), " and y ", y.sizes(), " must have the same rows");
-  // a row is read whole before it is written, so that y may be where the result goes
-  TORCH_CHECK(!overwrite || given_y.is_contiguous(), "only a contiguous y can be overwritten");
-  at::Tensor out = overwrite ? given_y : at::empty(y.sizes(), y.options());
-  if (x.scalar_type() == at::kFloat) {
-    f(x.const_data_ptr<float>(), y.const_data_ptr<float>(), out.mutable_data_ptr<float>());
+void for_type(const View& y, const F& f) {
+  if (y.type == Type::float32) {
+    f(float());
   } else {
-    TORCH_CHECK(x.scalar_type() == at::kBFloat16, "y must be float32 or bfloat16, is ", x.scalar_type());
-    f(x.const_data_ptr<at::BFloat16>(), y.const_data_ptr<at::BFloat16>(), out.mutable_data_ptr<at::BFloat16>());
+    check(y.type == Type::bfloat16, "y must be float32 or bfloat16, is ", y);
+    f(bfloat16());
   }
-  return out;
 }
 
 }  // namespace bem

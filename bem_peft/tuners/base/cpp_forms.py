@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bem_peft.kernels import cpp
+from bem_peft.kernels import cpp, cpp_operators
 
 Weights = tuple[torch.Tensor, ...]
 
@@ -35,8 +35,7 @@ class CppForm:
     fits_training: Callable[[Any], bool] = lambda adapter: True
 
 
-class _Adapted(Protocol):
-    training: bool
+class _Adapted(cpp_operators.Caller, Protocol):
     scaling: float
     dropout: float
 
@@ -67,8 +66,7 @@ def _pack_head_gating(adapter: _HeadGating, dtype: torch.dtype) -> Weights:
 
 def _train_head_gating(adapter: _HeadGating, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     sizes = adapter.num_heads, adapter.ranks, adapter.temperature, adapter.scaling
-    out: torch.Tensor = cpp.build().head_gating_train(x, y, *adapter.held_masters(), *sizes)[0]
-    return out
+    return cpp.train(adapter, "head_gating", x, y, adapter.held_masters(), sizes)
 
 
 def _head_gating_drops_nothing(adapter: _HeadGating) -> bool:
@@ -98,8 +96,7 @@ def _pack_rank_mask(adapter: _RankMask, dtype: torch.dtype) -> Weights:
 def _train_rank_mask(adapter: _RankMask, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     temperature = adapter.temperature if adapter.training else math.inf  # no slope: the mask has no gradient
     sizes = adapter.active_rank, adapter.is_task_mask, adapter.hadamard, temperature, adapter.scaling
-    out: torch.Tensor = cpp.build().rank_mask_train(adapter.drop(x), y, *adapter.held_masters(), *sizes)[0]
-    return out
+    return cpp.train(adapter, "rank_mask", adapter.drop(x), y, adapter.held_masters(), sizes)
 
 
 # PT3
@@ -115,8 +112,7 @@ def _pack_kronecker(adapter: _Kronecker, dtype: torch.dtype) -> Weights:
 
 
 def _train_kronecker(adapter: _Kronecker, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = cpp.build().kronecker_train(adapter.drop(x), y, *adapter.held_masters(), adapter.scaling)[0]
-    return out
+    return cpp.train(adapter, "kronecker", adapter.drop(x), y, adapter.held_masters(), (adapter.scaling,))
 
 
 # PT4
@@ -146,9 +142,7 @@ def _train_film(adapter: _FiLM, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
     """The operator judges its output itself, and sets `unstable`."""
     unstable = torch.zeros((), dtype=torch.bool, device=y.device) if adapter.is_watching_output() else None
     bounds = adapter.scaling, adapter.clamp_range, adapter.max_beta, adapter.is_relative, adapter.is_rms
-    out: torch.Tensor = cpp.build().film_train(
-        x, y, *adapter.held_masters(), *bounds, unstable, adapter.explosion_threshold
-    )[0]
+    out = cpp.train(adapter, "film", x, y, adapter.held_masters(), (*bounds, unstable, adapter.explosion_threshold))
     if unstable is not None:
         adapter.flag_with_gradient(out, unstable)
     return out

@@ -105,12 +105,11 @@ class Formula(Penalised, Watched):
                 if kept is not None and (y.dtype, PACKED, None) in kept:
                     sizes = CPP_FORMS[self.kernel].sizes(self)
                     cpp.build()
-                    kept[SITE] = cpp.make_site(self.kernel, self._parameters, packed, sizes)
+                    kept[SITE] = cpp.make_site(self.kernel, self._parameters, packed, sizes, y.dtype)
                 return self.operator(x, y, *packed, overwrite=may_overwrite and y.is_contiguous())
             if self.fits_training(y):
                 if self.carries_penalties(y):
                     y = self.carry_parameter_penalties(y)
-                cpp.name_caller(self)
                 return self.training_operator(x.to(y.dtype).contiguous(), y.contiguous())
         if not is_compiling() and backend.chosen.untold is not None and self.has_operator and y.is_cpu:
             backend.tell()
