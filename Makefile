@@ -90,10 +90,12 @@ docs: $(VENV)/.docs
 docs-check: docs $(VENV)/.dev
 	$(BIN)/python docs/check_site.py
 
-# the wheel in dist/: checked by twine, installed by itself and imported from there
+# the wheels in dist/: a pure one, and those with the C++ operators for Linux on x86-64 and arm64; checked by twine, those
+# for this machine installed by themselves and imported from there
 wheel: $(VENV)/.release
 	rm -rf dist build
 	$(BIN)/python -m build --wheel --no-isolation
+	$(BIN)/python wheels/build.py dist/*-py3-none-any.whl
 	$(BIN)/python -m twine check --strict dist/*.whl
 	$(BIN)/python tests/wheel_contents.py dist/*.whl
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import platform
 import re
 import shutil
 import subprocess
@@ -12,7 +15,10 @@ from pathlib import Path
 import pytest
 
 from bem_peft import __version__
-from tests.wheel_contents import PACKAGES, ROOT, import_alone, missing
+from bem_peft.kernels import cpp_build, cpp_library
+from tests.kernels.test_cpp_operators import pytestmark as needs_a_compiler
+from tests.wheel_contents import PACKAGES, ROOT, import_alone, missing, unfit
+from wheels.build import Library, platform_wheel
 
 
 def test_the_version_is_one_everywhere() -> None:
@@ -59,3 +65,50 @@ def test_a_file_that_the_wheel_lacks_is_named(wheel: Path, tmp_path: Path) -> No
             if not name.endswith("report.css"):
                 part.writestr(name, whole.read(name))
     assert missing(tmp_path / wheel.name) == ["lacks bem_peft/evaluation/report/report.css"]
+
+
+@pytest.fixture(scope="module")
+def with_libraries(wheel: Path) -> Path:
+    """A wheel for this machine, whose libraries are all the one that the tests build."""
+    if not cpp_library.library().is_file():
+        cpp_build.build_here()
+    kind = platform.machine()
+    sets = {"aarch64"} if kind == "aarch64" else {"x86-64-v3", "x86-64-v4"}
+    libraries = {one: Library(cpp_library.library(), "122 compared") for one in sets}
+    return platform_wheel(wheel, f"manylinux_2_17_{kind}", libraries, wheel.parent)
+
+
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="wheels with libraries are for Linux")
+
+
+@ON_LINUX
+@needs_a_compiler
+def test_a_wheel_with_libraries_computes_with_them_where_it_is_installed(with_libraries: Path, tmp_path: Path) -> None:
+    """In an empty folder, without a compiler, with nothing built."""
+    assert f"-cp311-abi3-manylinux_2_17_{platform.machine()}.whl" in with_libraries.name
+    import_alone(with_libraries, tmp_path)
+    (info,) = tmp_path.glob("*.dist-info/WHEEL")
+    assert "Root-Is-Purelib: false" in info.read_text()
+
+
+@ON_LINUX
+@needs_a_compiler
+def test_a_library_that_wants_more_than_an_old_system_has_is_named(with_libraries: Path) -> None:
+    """As the one does that is built here: it takes the standard library of this system."""
+    assert any("wants libstdc++.so.6" in line or "wants libc++" in line for line in missing(with_libraries))
+
+
+def test_a_wheels_library_is_held_to_its_manifest() -> None:
+    folder = "bem_peft/kernels/libraries/"
+    held = b"\0libc.so.6\0GLIBC_2.14\0GLIBC_2.2.5\0"
+    entry = {"sha256": hashlib.sha256(held).hexdigest()}
+
+    def found(held: bytes) -> list[str]:
+        manifest = json.dumps({"libraries": {"aarch64": entry}}).encode()
+        return unfit({f"{folder}manifest.json": manifest, f"{folder}bem_peft_cpu.aarch64.abi3.so": held})
+
+    assert found(held) == []
+    (line,) = found(held[:-1])
+    assert line.endswith("another sha256 than in the manifest")
+    assert any(line.endswith("wants glibc 2.34") for line in found(held + b"GLIBC_2.34\0"))
+    assert any(line.endswith("wants libgomp.so.1") for line in found(held + b"libgomp.so.1\0"))

@@ -44,8 +44,8 @@ LEFT_OUT = ("--deselect", "tests/budget/test_measure.py::test_forward_flops_equa
 SHOWN = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "numpy")
 # what the tests need beside what a row names
 TOOLS = (
-    "accelerate", "bitsandbytes", "bm25s", "datasets", "fvcore", "gguf", "hypothesis", "jsonschema", "moocore", "ninja",
-    "pip", "pytest", "pytest-cov", "pytest-xdist", "rouge-score", "sacrebleu", "sentencepiece", "setuptools",
+    "accelerate", "bitsandbytes", "bm25s", "datasets", "fvcore", "gguf", "hypothesis", "jsonschema", "moocore", "pip",
+    "pytest", "pytest-cov", "pytest-xdist", "rouge-score", "sacrebleu", "sentencepiece", "setuptools",
     "statsmodels", "trl",
 )  # fmt: skip
 
