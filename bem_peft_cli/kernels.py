@@ -35,11 +35,8 @@ def _build() -> bool:
     if before.is_refused and before.path == path:  # nothing of it is kept
         print(f"removed: {before.why}")
         shutil.rmtree(path.parent)
-    cpp_library.remove_mark()
     try:
-        if not path.is_file():
-            cpp_build.build_here()
-        found = proof(path)
+        found = proof(cpp_build.build_here())
     except cpp_build.BuildError as error:
         print(error)
         return False

@@ -1,7 +1,8 @@
 """The C++ operators as torch knows them: `torch.ops.bem_peft_cpu`, defined here, computed by a library's module.
 
 What an operator returns is made by its fake (`cpp_counts`), and filled by the library. Whatever sees torch's operators
-sees these: modes, profilers, counters of FLOPs, `torch.compile`.
+sees these: modes, profilers, counters of FLOPs, `torch.compile`. Where none of them is, `call` goes past the
+dispatcher, which takes as long as a small operator.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ BACKWARD = {
     ),
 }
 Run = Callable[[str, tuple[Any, ...]], None]  # (operator, its arguments and results)
+_computing: dict[str, Callable[..., Any]] = {}  # operator -> what computes it of plain tensors on the CPU
+_usual_keys = 0  # of the dispatcher, that a plain tensor has
+_modes, _profiled = torch._C._len_torch_dispatch_stack, torch._C._autograd._profiler_enabled
 
 
 def schemas() -> dict[str, str]:
@@ -69,18 +73,34 @@ def schemas() -> dict[str, str]:
 
 def define(run: Run) -> torch.library.Library:
     """The operators, there for as long as what is returned is."""
+    global _usual_keys
+    with torch.inference_mode(False):
+        _usual_keys = torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     for name, schema in schemas().items():
         library.define(name + schema)
-        library.impl(name, _computing(name, run), "CPU")
+        _computing[name] = _implementation(name, run)
+        library.impl(name, _computing[name], "CPU")
         torch.library.register_fake(f"{NAMESPACE}::{name}", FAKES[name], lib=library)
     for name, (masters, _, kept) in TRAINING.items():
         library.impl(f"{name}_train", _differentiable(name, masters.count("Tensor"), kept), "AutogradCPU")
     return library
 
 
-def _computing(name: str, run: Run) -> Callable[..., Any]:
-    """What computes an operator of plain tensors on the CPU."""
+def call(name: str, *arguments: Any) -> Any:
+    """An operator, without autograd; of its first two arguments are all others."""
+    if _modes() or _profiled() or not all(map(_has_usual_keys, arguments[:2])):
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.bem_peft_cpu, name)(*arguments)
+    return _computing[name](*arguments)
+
+
+def _has_usual_keys(tensor: torch.Tensor) -> bool:
+    """Not fake, and not batched as `is_grads_batched` does it, unseen by `plain_call`."""
+    return not torch._C._dispatch_keys(tensor).raw_repr() & ~_usual_keys
+
+
+def _implementation(name: str, run: Run) -> Callable[..., Any]:
     results, method = FAKES[name], name.removesuffix("_")
 
     if method in INFERENCE:
@@ -121,7 +141,7 @@ def _differentiable(name: str, masters: int, kept: int) -> Callable[..., Any]:
 
     def train(x: torch.Tensor, y: torch.Tensor, *rest: Any) -> Any:
         out = trained(None, name, x, y, rest[:masters], rest[masters:])
-        return (out, *(torch.empty(0) for _ in range(kept)))
+        return (out, *(out.new_empty(0, requires_grad=False) for _ in range(kept)))
 
     return train
 
@@ -144,8 +164,7 @@ class _Training(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, adapter: Caller | None, name: str, options: tuple[Any, ...], *inputs: Any) -> torch.Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, *kept = getattr(torch.ops.bem_peft_cpu, f"{name}_train")(*inputs, *options)
+        out, *kept = call(f"{name}_train", *inputs, *options)
         x, y, *masters = inputs
         ctx.save_for_backward(x, y if name == "film" else None, *masters, *kept)  # a y that is added has no part
         ctx.name, ctx.options, ctx.count = name, options, len(inputs)
@@ -161,8 +180,7 @@ class _Training(torch.autograd.Function):
             found = _by_torch_form(ctx, list(saved[: ctx.count]), gradient)
         else:
             arguments = _backward_arguments(ctx.name, saved, ctx.options)
-            operator = getattr(torch.ops.bem_peft_cpu, f"{ctx.name}_backward")
-            found = list(operator(gradient, *arguments, ctx.needs_input_grad[3]))
+            found = list(call(f"{ctx.name}_backward", gradient, *arguments, ctx.needs_input_grad[3]))
             if ctx.name != "film":
                 found.insert(1, gradient)
         return None, None, None, *found

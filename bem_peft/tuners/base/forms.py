@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bem_peft.kept import Kept, kept_of
-from bem_peft.kernels import backend, cpp
+from bem_peft.kernels import backend, cpp, cpp_operators
 from bem_peft.kernels.plain_call import is_plain_call, is_plain_thread
 from bem_peft.tuners.base.cpp_forms import CPP_FORMS
 from bem_peft.tuners.base.expert_products import ExpertRows, of_each
@@ -176,8 +176,9 @@ class Formula(Penalised, Watched):
         self, x: torch.Tensor, y: torch.Tensor, *packed: torch.Tensor, overwrite: bool = False
     ) -> torch.Tensor:
         """`transform` by one operator, on x (..., in) and y (..., out); the result may stand in y."""
-        run = getattr(cpp.build(), f"{self.kernel}_" if overwrite else self.kernel)
-        out: torch.Tensor = run(x, y, *packed, *CPP_FORMS[self.kernel].sizes(self))
+        cpp.build()
+        name = f"{self.kernel}_" if overwrite else self.kernel
+        out: torch.Tensor = cpp_operators.call(name, x, y, *packed, *CPP_FORMS[self.kernel].sizes(self))
         return out
 
     def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
