@@ -115,7 +115,7 @@ def standing() -> Standing:
     """Whether there is a library that was proved right for what runs here, and if not, why not."""
     unknown = unknown_system()
     if unknown is not None:
-        return Standing(library(), False, False, unknown)
+        return Standing(LIBRARIES, False, False, unknown)
     here = _built_here()
     if here.is_proved or here.is_refused:
         return here
