@@ -30,12 +30,16 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _validate(arguments: argparse.Namespace) -> int:
     from bem_peft.experiments.experiment import read_experiment
+    from bem_peft.experiments.training_fields import rate_told
 
     experiment = read_experiment(arguments.file, arguments.set)
     print(
         f"{arguments.file} is sound: {experiment.name}, {type(experiment.adapter).__name__} on "
         f"{experiment.model.path}, seeds {', '.join(map(str, experiment.seeds))}"
     )
+    told = rate_told(experiment)
+    if told is not None:
+        print(told)
     return 0
 
 

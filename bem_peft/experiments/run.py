@@ -29,6 +29,7 @@ from bem_peft.experiments.prepared import PreparedData, prepare
 from bem_peft.experiments.sections import Experiment
 from bem_peft.experiments.seed_folder import SECTIONS, begin, check_finished
 from bem_peft.experiments.seed_result import score_seed
+from bem_peft.experiments.training_fields import rate_told
 from bem_peft.json_text import read_json
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import LearningRates
@@ -49,6 +50,9 @@ def run_experiment(experiment: Experiment, report: Callable[[str], None] = print
     """
     training, evaluation = read_items(experiment.data)
     report(f"{experiment.name}: {len(training):,} items to train on, {len(evaluation):,} to evaluate on")
+    told = rate_told(experiment)
+    if told is not None:
+        report(told)
     prove_writable(Path(experiment.output_dir))
     tokenizer, is_seq2seq = load_tokenizer(experiment.model)
     prepared = prepare(

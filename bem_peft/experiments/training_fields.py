@@ -6,6 +6,7 @@ made here, of a tiny model, with its optimizer and scheduler, in a folder that i
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 import warnings
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import is_liger_kernel_available
 
 from bem_peft.experiments.fields import Problems, blamed, check_keys
+from bem_peft.experiments.sections import Experiment
 
 # set for each seed, or from another section
 RESERVED = ("output_dir", "seed", "data_seed", "budget_anchor", "budget_policy", "budget_tolerance_ratio")
@@ -61,6 +63,21 @@ def check_training(training: dict[str, Any], adapter: PeftConfig | None, problem
             problems.append("training.use_liger_kernel = True: needs the package liger-kernel; install it")
     if len(problems) == before:
         blamed(_rehearsed, given, "training", problems)
+
+
+def rate_told(experiment: Experiment) -> str | None:
+    """What is used where the file gives no learning rate; None where it gives one."""
+    from bem_peft.training.trainer import PTTrainingConfig
+
+    if "learning_rate" in experiment.training:
+        return None
+    if isinstance(experiment.document.get("budget"), str):
+        return "learning rate: `training` has none, so that `budget` chooses it when the model is loaded"
+    (default,) = [f.default for f in dataclasses.fields(PTTrainingConfig) if f.name == "learning_rate"]
+    return (
+        f"learning rate {default:.1e}: the Trainer's default, since `training` has none; about 8e-3 was best here, for "
+        "LoRA too (docs/learning_rates.md)"
+    )
 
 
 def _check_choice_of_best(made: Any, given: Mapping[str, Any], problems: Problems) -> None:

@@ -292,6 +292,24 @@ def test_one_dial_sets_sizes_and_rate(folder: Path, capsys: pytest.CaptureFixtur
         read_experiment(folder / "dial.yaml")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_learning_rate_that_is_left_out_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = document(folder)
+    assert main(["validate", str(write(folder, given))]) == 0
+    assert "learning rate" not in capsys.readouterr().out
+    del given["training"]["learning_rate"]
+    given["training"] |= {"logging_steps": 1, "lr_scheduler_type": "constant"}
+    path = str(write(folder, given))
+    assert main(["validate", path]) == 0
+    assert "learning rate 5.0e-05: the Trainer's default" in capsys.readouterr().out
+    assert main(["run", path, "--set", "seeds=[0]"]) == 0
+    assert "learning rate 5.0e-05: the Trainer's default" in capsys.readouterr().out
+    curve = json.loads((folder / "runs/seed-0/result.json").read_text())["curve"]
+    assert {line["learning_rate"] for line in curve} == {5e-5}, "what is told is what is used"
+    assert main(["validate", path, "--set", "budget=lora:r=2"]) == 0
+    assert "`budget` chooses it" in capsys.readouterr().out
+
+
 def test_groups_are_not_split_and_every_seed_has_the_same_items(folder: Path) -> None:
     from bem_peft.experiments.items import read_items
 
