@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from bem_peft.experiments.items import read_evaluation_items
 from bem_peft.experiments.loading import load_model, load_tokenizer
 from bem_peft.experiments.prepared import prepare
 from bem_peft.experiments.sections import DataSection, EvaluationSection, ModelSection
-from bem_peft.experiments.seed_folder import begin
+from bem_peft.experiments.seed_folder import RESULT, SETTINGS, begin
 from bem_peft.experiments.seed_result import score_seed
 from bem_peft.json_text import read_json
 from bem_peft.whole_file import prove_writable
@@ -21,18 +22,19 @@ from bem_peft.whole_file import prove_writable
 def evaluate_adapter(
     adapter: str, data: DataSection, folder: Path, *, name: str, seed: int = 0, base: str | None = None, batch: int = 8,
     evaluation: EvaluationSection | None = None, dtype: str | None = None, revision: str | None = None,
-    attn_implementation: str | None = None,
+    attn_implementation: str | None = None, report: Callable[[str], None] = print,
 ) -> dict[str, Any]:  # fmt: skip
     """Score a saved adapter on the evaluation items of `data`, and write what `run` writes. A stopped one goes on.
 
     Args:
         adapter: folder or hub id.
         base: of the base model; None: the one that the adapter names. revision, attn_implementation: of it.
-        dtype: of the base model; None: that of the run whose adapter it is, where its result stands beside it, else
-            "auto".
+        dtype: of the base model; None: that of the run whose adapter it is, where its result or its settings stand
+            beside it, else "auto".
         folder: gets seed-<seed>/result.json and items.jsonl.
         seed: the seed that the adapter was trained with, by which results are paired.
         evaluation: metrics; None: the loss alone.
+        report: gets lines of progress.
 
     Raises:
         ValueError: data that do not fit the templates, a metric that cannot be had, or a result that is there already.
@@ -55,14 +57,17 @@ def evaluate_adapter(
     path = base or config.base_model_name_or_path
     if path is None:
         raise ValueError(f"{adapter} names no base model: give `base`.")
-    section = ModelSection(path, dtype or _dtype_of_run(Path(adapter)), revision, attn_implementation)
+    found, where = (dtype, "as asked") if dtype is not None else _dtype_of(_run_of(Path(adapter)))
+    section = ModelSection(path, found, revision, attn_implementation)
     tokenizer, is_seq2seq = load_tokenizer(section)
     prepared = prepare(data, evaluation, tokenizer, is_seq2seq, training_items=None, evaluation_items=items)
     settings = {
         "adapter": adapter, "model": vars(section), "data": vars(data), "evaluation": vars(evaluation)
     }  # fmt: skip
     begin(out, {**settings, **prepared.fingerprints})
-    model = PeftModel.from_pretrained(load_model(section), adapter)
+    loaded = load_model(section)
+    report(f"{name}: {path} in {str(loaded.dtype).removeprefix('torch.')}, {where}")
+    model = PeftModel.from_pretrained(loaded, adapter)
     model.set_requires_grad(model.active_adapters, True)  # as when it was trained: what counts as its parameters
     return score_seed(
         model, prepared, out, name=name, seed=seed, config=config, evaluation=evaluation, settings=settings,
@@ -70,7 +75,23 @@ def evaluate_adapter(
     )  # fmt: skip
 
 
-def _dtype_of_run(adapter: Path) -> str:
-    """The precision that the run scored its adapter in; "auto" where no result stands beside the adapter."""
-    beside = adapter.parent / "result.json"
-    return str(read_json(beside).get("precision", "auto")) if beside.is_file() else "auto"
+def _run_of(adapter: Path) -> Path | None:
+    """The seed's folder that `bem-peft run` made the adapter, or the checkpoint, in; None: no run stands beside it."""
+    if not adapter.is_dir():
+        return None
+    beside = adapter.resolve().parent
+    folder = beside.parent if beside.name == "checkpoints" else beside
+    return folder if any((folder / name).is_file() for name in (RESULT, SETTINGS)) else None
+
+
+def _dtype_of(run: Path | None) -> tuple[str, str]:
+    """(precision that the run scores its adapter in, where that stands); before it has, the one it was begun with."""
+    if run is None:
+        return "auto", "as the checkpoint has it"
+    path = run / (RESULT if (run / RESULT).is_file() else SETTINGS)
+    found = read_json(path)
+    try:
+        dtype = found.get("precision", "auto") if path.name == RESULT else found["model"].get("dtype", "auto")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is none of `bem-peft run`: {error!r}; give `dtype`.") from error
+    return str(dtype), f"as {path} has it"

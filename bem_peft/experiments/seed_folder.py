@@ -17,7 +17,7 @@ from bem_peft.experiments.items import Item
 from bem_peft.json_text import read_json
 from bem_peft.whole_file import write_whole
 
-SETTINGS, PARTIAL = "settings.json", "items.partial.jsonl"
+RESULT, SETTINGS, PARTIAL = "result.json", "settings.json", "items.partial.jsonl"
 SECTIONS = ("model", "adapter", "data", "evaluation", "training", "budget")  # which a seed that goes on must share
 # fields of `training` that change what is shown or kept or how fast it goes, and nothing of the adapter
 WITHOUT_EFFECT = (

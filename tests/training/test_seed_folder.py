@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -263,6 +264,30 @@ def test_every_road_chooses_the_same_items_and_precision(folder: Path) -> None:
     assert len({result["items_sha256"] for result in found}) == 1
     lines = [(folder / name / "seed-0/items.jsonl").read_text().split("\n")[:-1] for name in ("runs", "again")]
     assert [json.loads(line)["id"] for line in lines[0]] == [json.loads(line)["id"] for line in lines[1]]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", ["adapter", "checkpoints/checkpoint-4"])
+def test_the_precision_of_a_run_that_has_not_ended_is_that_of_its_settings(
+    folder: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint is bfloat16, so that "auto" would be that."""
+    build("llama").to(torch.bfloat16).save_pretrained(folder / "model")
+    given = document(folder)
+    given["model"]["dtype"] = "float32"
+    assert main(["run", str(write(folder, given)), "--set", "seeds=[0]"]) == 0
+    (folder / "runs/seed-0/result.json").unlink()
+    capsys.readouterr()
+    options = ["--prompt", "{a}", "--completion", " {b}", "--name", "again", "--items", "8"]
+    command = ["evaluate", str(folder / "runs/seed-0" / what), "--data", str(folder / "items.jsonl"), *options]
+    assert main([*command, "--out", str(folder / "again")]) == 0
+    assert re.search(r"in float32, as .*runs/seed-0/settings.json has it", capsys.readouterr().out)
+    assert json.loads((folder / "again/seed-0/result.json").read_text())["precision"] == "float32"
+    assert main([*command, "--out", str(folder / "other"), "--dtype", "auto"]) == 0
+    assert "in bfloat16, as asked" in capsys.readouterr().out
+    (folder / "runs/seed-0/settings.json").write_text("[]")
+    assert main([*command, "--out", str(folder / "third")]) == 2
+    assert "settings.json is none of `bem-peft run`" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")
