@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 
+from bem_peft.budget.parameters import count_parameters
 from bem_peft.experiments.experiment import check_counts, check_evaluation, check_item_fields
 from bem_peft.experiments.items import read_evaluation_items
 from bem_peft.experiments.loading import load_model, load_tokenizer
@@ -57,7 +58,8 @@ def evaluate_adapter(
     path = base or config.base_model_name_or_path
     if path is None:
         raise ValueError(f"{adapter} names no base model: give `base`.")
-    found, where = (dtype, "as asked") if dtype is not None else _dtype_of(_run_of(Path(adapter)))
+    run = _run_of(Path(adapter))
+    found, where = (dtype, "as asked") if dtype is not None else _dtype_of(run)
     section = ModelSection(path, found, revision, attn_implementation)
     tokenizer, is_seq2seq = load_tokenizer(section)
     prepared = prepare(data, evaluation, tokenizer, is_seq2seq, training_items=None, evaluation_items=items)
@@ -71,8 +73,27 @@ def evaluate_adapter(
     model.set_requires_grad(model.active_adapters, True)  # as when it was trained: what counts as its parameters
     return score_seed(
         model, prepared, out, name=name, seed=seed, config=config, evaluation=evaluation, settings=settings,
-        about={"budget": None, "training_seconds": 0.0}, batch=batch, label=name,
+        about={**_budget_of(run, model, name, report), "training_seconds": 0.0}, batch=batch, label=name,
     )  # fmt: skip
+
+
+def _budget_of(run: Path | None, model: PeftModel, name: str, report: Callable[[str], None]) -> dict[str, Any]:
+    """{"budget": as the adapter's own run measured it, "budget_from": its result}, both None where none is kept."""
+    path = None if run is None else run / RESULT
+    if path is None or not path.is_file():
+        return {"budget": None, "budget_from": None}
+    found = read_json(path)
+    try:
+        budget, measured = found["budget"], found["parameters"]["trainable"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is none of `bem-peft run`: {error!r}; move the adapter elsewhere.") from error
+    trainable = count_parameters(model).trainable
+    if budget is not None and trainable != measured:
+        report(
+            f"{name}: {path} is of an adapter of {measured:,} parameters, not {trainable:,}: its budget is not taken"
+        )
+        budget = None
+    return {"budget": budget, "budget_from": None if budget is None else str(path)}
 
 
 def _run_of(adapter: Path) -> Path | None:

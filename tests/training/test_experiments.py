@@ -17,6 +17,7 @@ from peft import PeftModel
 from sacrebleu.metrics import CHRF
 from transformers import AutoModelForCausalLM
 
+from bem_peft.evaluation.formats.read import read_results
 from bem_peft.experiments.encoding import encode
 from bem_peft.experiments.experiment import ExperimentError, read_experiment
 from bem_peft.experiments.generation import generate_texts
@@ -399,8 +400,20 @@ def test_a_saved_adapter_is_scored_as_its_run_scored_it(folder: Path, capsys: py
         run = json.loads((folder / f"runs/seed-{seed}/result.json").read_text())
         again = json.loads((folder / f"again/seed-{seed}/result.json").read_text())
         assert again["parameters"]["trainable"] == run["parameters"]["trainable"]
+        assert run["budget"]
+        assert again["budget"] == run["budget"]
+        assert again["budget_from"] == str(folder / f"runs/seed-{seed}/result.json")
+        assert "budget_from" not in run, "it measured its own"
+    (system,) = read_results([folder / "again"])
+    assert system.budget_is_met is True
     assert main(command) == 2
     assert "is there already" in capsys.readouterr().err
+    command[-1] = str(folder / "third")
+    path = folder / "runs/seed-1/result.json"  # of another adapter than stands there now
+    path.write_text(json.dumps({**run, "parameters": {**run["parameters"], "trainable": 7}}))
+    assert main(command) == 0
+    assert "is of an adapter of 7 parameters" in capsys.readouterr().out
+    assert json.loads((folder / "third/seed-1/result.json").read_text())["budget"] is None
 
 
 @pytest.mark.filterwarnings("ignore")
