@@ -21,7 +21,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("evaluate", help="score a saved adapter of any PEFT method item by item")
-    command.add_argument("adapter", help="folder or hub id")
+    command.add_argument("adapter", nargs="?", help="folder or hub id")
+    command.add_argument(
+        "--base-only", action="store_true", help="score the base model without an adapter, as a system of its own"
+    )
     command.add_argument(
         "--experiment", type=Path, metavar="FILE",
         help="take data, metrics and precision from it, as its runs do, in place of the options below",
@@ -38,8 +41,11 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     command.add_argument("--id", help="template of an item's name; default its number")
     command.add_argument("--group", help="template of what items belong together")
     command.add_argument("--group-pattern", help="regular expression; its first group is taken from --group")
-    command.add_argument("--name", help="of the system in reports; default the experiment's")
-    command.add_argument("--seed", type=int, default=0, help="that the adapter was trained with (default 0)")
+    command.add_argument("--name", help="of the system in reports; default the experiment's, or base")
+    command.add_argument(
+        "--seed", type=int, action="append", default=[],
+        help="that the adapter was trained with (default 0); may stand often with --base-only, once a seed of adapters",
+    )  # fmt: skip
     command.add_argument("--base", help="base model; default the one that the adapter names")
     command.add_argument(
         "--dtype", choices=DTYPES, help="of the base; default that of the adapter's own run, else auto"
@@ -139,10 +145,20 @@ OF_EVALUATION = {name: name for name in ("metrics", "max_new_tokens", "stop", "r
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from bem_peft.experiments.evaluate import evaluate_adapter
+    from bem_peft.experiments.evaluate import evaluate_adapter, evaluate_base
 
+    if arguments.base_only == (arguments.adapter is not None):
+        raise ValueError("give an adapter, or --base-only for the base model without one.")
+    seeds = arguments.seed or [0]
+    if len(set(seeds)) != len(seeds) or (len(seeds) > 1 and not arguments.base_only):
+        raise ValueError(f"--seed {', '.join(map(str, seeds))}: an adapter has one; with --base-only give each once.")
     given = _of_experiment(arguments) if arguments.experiment is not None else _of_options(arguments)
-    result = evaluate_adapter(arguments.adapter, folder=arguments.out, seed=arguments.seed, **given)
+    if arguments.base_only:
+        if given["base"] is None:
+            raise ValueError("--base-only: give the model by --base, or --experiment FILE.")
+        result = evaluate_base(folder=arguments.out, seeds=seeds, **given)
+    else:
+        result = evaluate_adapter(arguments.adapter, folder=arguments.out, seed=seeds[0], **given)
     metrics = result["metrics"]
     shown = [name for name in (*given["evaluation"].metrics, "forgetting") if name != "nll" and name in metrics]
     others = "".join(f", {name} {metrics[name]:.4g}" for name in shown)
@@ -160,7 +176,8 @@ def _of_experiment(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{names}: stands in the experiment's file; change it there, or by --set.")
     found = read_experiment(arguments.experiment, arguments.set)
     return {
-        "data": found.data, "evaluation": found.evaluation, "name": arguments.name or found.name,
+        "data": found.data, "evaluation": found.evaluation,
+        "name": arguments.name or ("base" if arguments.base_only else found.name),
         "base": arguments.base or found.model.path, "dtype": arguments.dtype or found.model.dtype,
         "revision": None if arguments.base else found.model.revision,
         "attn_implementation": found.model.attn_implementation,

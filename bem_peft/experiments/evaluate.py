@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,20 @@ from bem_peft.experiments.loading import load_model, load_tokenizer
 from bem_peft.experiments.prepared import prepare
 from bem_peft.experiments.sections import DataSection, EvaluationSection, ModelSection
 from bem_peft.experiments.seed_folder import RESULT, SETTINGS, begin
-from bem_peft.experiments.seed_result import score_seed
+from bem_peft.experiments.seed_result import score_seed, write_result
 from bem_peft.json_text import read_json
 from bem_peft.whole_file import prove_writable
 
 
 def evaluate_adapter(
-    adapter: str, data: DataSection, folder: Path, *, name: str, seed: int = 0, base: str | None = None, batch: int = 8,
-    evaluation: EvaluationSection | None = None, dtype: str | None = None, revision: str | None = None,
-    attn_implementation: str | None = None, report: Callable[[str], None] = print,
+    adapter: str | None, data: DataSection, folder: Path, *, name: str, seed: int = 0, base: str | None = None,
+    batch: int = 8, evaluation: EvaluationSection | None = None, dtype: str | None = None,
+    revision: str | None = None, attn_implementation: str | None = None, report: Callable[[str], None] = print,
 ) -> dict[str, Any]:  # fmt: skip
     """Score a saved adapter on the evaluation items of `data`, and write what `run` writes. A stopped one goes on.
 
     Args:
-        adapter: folder or hub id.
+        adapter: folder or hub id; None: none, the base model alone.
         base: of the base model; None: the one that the adapter names. revision, attn_implementation: of it.
         dtype: of the base model; None: that of the run whose adapter it is, where its result or its settings stand
             beside it, else "auto".
@@ -50,15 +51,15 @@ def evaluate_adapter(
     if problems:
         raise ValueError("; ".join(problems))
     out = folder / f"seed-{seed}"
-    if (out / "result.json").exists():
-        raise ValueError(f"{out / 'result.json'} is there already: choose another folder or seed.")
+    if (out / RESULT).exists():
+        raise ValueError(f"{out / RESULT} is there already: choose another folder or seed.")
     items = read_evaluation_items(data)
     prove_writable(folder)
-    config = PeftConfig.from_pretrained(adapter)
-    path = base or config.base_model_name_or_path
+    config = None if adapter is None else PeftConfig.from_pretrained(adapter)
+    path = base or (None if config is None else config.base_model_name_or_path)
     if path is None:
-        raise ValueError(f"{adapter} names no base model: give `base`.")
-    run = _run_of(Path(adapter))
+        raise ValueError(f"{adapter or 'no adapter'} names no base model: give `base`.")
+    run = None if adapter is None else _run_of(Path(adapter))
     found, where = (dtype, "as asked") if dtype is not None else _dtype_of(run)
     section = ModelSection(path, found, revision, attn_implementation)
     tokenizer, is_seq2seq = load_tokenizer(section)
@@ -67,13 +68,16 @@ def evaluate_adapter(
         "adapter": adapter, "model": vars(section), "data": vars(data), "evaluation": vars(evaluation)
     }  # fmt: skip
     begin(out, {**settings, **prepared.fingerprints})
-    loaded = load_model(section)
+    loaded: Any = load_model(section)
     report(f"{name}: {path} in {str(loaded.dtype).removeprefix('torch.')}, {where}")
-    model = PeftModel.from_pretrained(loaded, adapter)
-    model.set_requires_grad(model.active_adapters, True)  # as when it was trained: what counts as its parameters
+    model, budget = loaded, {"budget": None, "budget_from": None}
+    if adapter is not None:
+        model = PeftModel.from_pretrained(loaded, adapter)
+        model.set_requires_grad(model.active_adapters, True)  # as when it was trained: what counts as its parameters
+        budget = _budget_of(run, model, name, report)
     return score_seed(
         model, prepared, out, name=name, seed=seed, config=config, evaluation=evaluation, settings=settings,
-        about={**_budget_of(run, model, name, report), "training_seconds": 0.0}, batch=batch, label=name,
+        about={**budget, "training_seconds": 0.0}, batch=batch, label=name,
     )  # fmt: skip
 
 
@@ -94,6 +98,30 @@ def _budget_of(run: Path | None, model: PeftModel, name: str, report: Callable[[
         )
         budget = None
     return {"budget": budget, "budget_from": None if budget is None else str(path)}
+
+
+def evaluate_base(
+    base: str, data: DataSection, folder: Path, *, name: str, seeds: Sequence[int] = (0,), **options: Any
+) -> dict[str, Any]:
+    """Score the base model alone, so that it can stand beside adapters: the same result under every seed of `seeds`.
+
+    Args:
+        options: as `evaluate_adapter` has them.
+
+    Raises:
+        ValueError: as `evaluate_adapter`, or a result of one of the seeds that is there already.
+    """
+    first, *others = seeds
+    for seed in others:
+        if (folder / f"seed-{seed}").exists():
+            raise ValueError(f"{folder / f'seed-{seed}'} is there already: choose another folder or seed.")
+    result = evaluate_adapter(None, data, folder, name=name, seed=first, base=base, **options)
+    for seed in others:
+        out = folder / f"seed-{seed}"
+        shutil.copytree(folder / f"seed-{first}", out, ignore=shutil.ignore_patterns(RESULT))
+        again = {**result, "seed": seed, "provenance": {**result["provenance"], "seed": seed}}
+        write_result(out, again)
+    return result
 
 
 def _run_of(adapter: Path) -> Path | None:

@@ -42,6 +42,8 @@ def adapter_of(folder: Path) -> Scored:
         name, settings = str(result["name"]), dict(result["provenance"]["settings"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{found[0]}: no result of `bem-peft run`: {error!r}.") from error
+    if result.get("adapter") == {}:
+        raise ValueError(f"{found[0]} is of the base model alone, which is timed beside every adapter: leave it out.")
     beside = found[0].with_name("adapter")
     # `evaluate` keeps where the adapter stood; `run` saved it beside the result
     path = str(beside) if beside.is_dir() else settings.get("adapter")

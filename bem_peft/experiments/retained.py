@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from bem_peft.experiments.encoding import prompt_tokens
 from bem_peft.experiments.items import Encoded, Item, score_items
@@ -79,13 +79,15 @@ def encode_texts(
 
 
 def score_texts(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, retained: RetainedTexts, *, batch: int
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, retained: RetainedTexts, *, batch: int
 ) -> list[dict[str, Any]]:
     """A line a text, as retain.jsonl has it."""
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
     mine = score_items(model, retained.rows, collator, batch, list)
-    with model.disable_adapter():
-        base = score_items(model, retained.rows, collator, batch, list)
+    base = mine
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            base = score_items(model, retained.rows, collator, batch, list)
     lines: dict[int, dict[str, Any]] = {}
     for owner, (nll, _), (base_nll, _), row in zip(retained.owners, mine, base, retained.rows, strict=True):
         text = retained.texts[owner]

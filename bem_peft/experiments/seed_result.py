@@ -8,27 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
 
-from bem_peft.budget.parameters import count_parameters
+from bem_peft.budget.parameters import ParameterCount, count_parameters, logical_size
 from bem_peft.experiments.prepared import PreparedData
 from bem_peft.experiments.provenance import provenance
 from bem_peft.experiments.retained import score_texts, write_texts
 from bem_peft.experiments.scoring import score_model
 from bem_peft.experiments.sections import EvaluationSection
-from bem_peft.experiments.seed_folder import PartialScores, fingerprint
+from bem_peft.experiments.seed_folder import RESULT, PartialScores, fingerprint
 from bem_peft.whole_file import write_whole
 
 RESULT_VERSION = 1
 
 
 def score_seed(
-    model: PeftModel, prepared: PreparedData, folder: Path, *, name: str, seed: int, config: PeftConfig,
-    evaluation: EvaluationSection, settings: Mapping[str, Any], about: Mapping[str, Any], batch: int, label: str,
-    is_quiet: bool = False,
+    model: PreTrainedModel | PeftModel, prepared: PreparedData, folder: Path, *, name: str, seed: int,
+    config: PeftConfig | None, evaluation: EvaluationSection, settings: Mapping[str, Any], about: Mapping[str, Any],
+    batch: int, label: str, is_quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Score the model and write all that a seed's folder holds; the result last: a folder that has one is whole.
 
     Args:
+        config: of the adapter; None: `model` is a base model alone.
         about: what the result says beside it; its "metrics" are added to those of the items.
     """
     scores = score_model(
@@ -44,9 +46,9 @@ def score_seed(
         "version": RESULT_VERSION,
         "name": name,
         "seed": seed,
-        "adapter": json.loads(json.dumps(config.to_dict(), default=sorted)),
+        "adapter": {} if config is None else json.loads(json.dumps(config.to_dict(), default=sorted)),
         "metrics": metrics,
-        "parameters": vars(count_parameters(model)),
+        "parameters": vars(_parameters(model)),
         "precision": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "items_sha256": fingerprint(scores.items),
@@ -54,6 +56,17 @@ def score_seed(
         "too_long": prepared.too_long,
         **{name: value for name, value in about.items() if name != "metrics"},
     }
-    write_whole(folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_result(folder, result)
     PartialScores(folder).remove()
     return result
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    write_whole(folder / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def _parameters(model: PreTrainedModel | PeftModel) -> ParameterCount:
+    """Of the adapter; a base model alone has none."""
+    if isinstance(model, PeftModel):
+        return count_parameters(model)
+    return ParameterCount(0, 0, 0, sum(map(logical_size, model.parameters())), 0)

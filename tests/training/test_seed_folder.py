@@ -291,6 +291,57 @@ def test_the_precision_of_a_run_that_has_not_ended_is_that_of_its_settings(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_base_alone_is_a_system_with_its_own_loss(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "retain.txt").write_text("w3 w4 w5 w6 w7")
+    given = document(folder)
+    given["evaluation"] = {"metrics": ["nll", "exact_match"], "max_new_tokens": 2, "retain": str(folder / "retain.txt")}
+    given["training"]["lr_scheduler_type"] = "constant"
+    path = str(write(folder, given))
+    assert main(["run", path, "--set", "seeds=[0, 1, 2]"]) == 0
+    command = ["evaluate", "--base-only", "--experiment", path, "--out", str(folder / "base")]
+    command += ["--seed", "0", "--seed", "1", "--seed", "2"]
+    assert main(command) == 0
+    assert main(command) == 2
+    assert "is there already" in capsys.readouterr().err
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model").eval(), word_tokenizer()
+    texts = {line["ref"]: line for line in map(json.loads, (folder / "items.jsonl").read_text().split("\n"))}
+    lines = [json.loads(line) for line in (folder / "base/seed-2/items.jsonl").read_text().split("\n")[:-1]]
+    for item in lines[:3]:
+        prompt = tokenizer(texts[item["id"]]["a"])["input_ids"]
+        ids = [*prompt, *tokenizer(texts[item["id"]]["b"])["input_ids"], tokenizer.eos_token_id]
+        labels = [-100] * len(prompt) + ids[len(prompt) :]
+        with torch.no_grad():
+            own = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+        assert item["nll"] / item["tokens"] == pytest.approx(float(own), rel=1e-4)
+    results = [json.loads((folder / f"base/seed-{seed}/result.json").read_text()) for seed in range(3)]
+    assert [result["seed"] for result in results] == [0, 1, 2]
+    assert {result["metrics"]["forgetting"] for result in results} == {0.0}
+    base, run = read_results([folder / "base", folder / "runs"])
+    assert (base.name, base.method, base.values["parameters"]) == ("base", "base model alone", 0.0)
+    assert base.scores["nll"].seeds == run.scores["nll"].seeds
+    out = ["--anchor", "base", "--out", str(folder / "out")]
+    assert main(["compare", str(folder / "base"), str(folder / "runs"), *out]) == 0
+    assert main(["profile", str(folder / "base"), str(folder / "runs"), *out]) == 2
+    assert "is of the base model alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "give an adapter, or --base-only"),
+        (["a", "--base-only"], "give an adapter, or --base-only"),
+        (["--seed", "0", "--seed", "1", "a"], "--seed 0, 1: an adapter has one"),
+        (["--base-only", "--seed", "1", "--seed", "1"], "--seed 1, 1: an adapter has one; with --base-only give each"),
+        (["--base-only"], "--base-only: give the model by --base"),
+    ],
+)
+def test_what_is_scored_is_one_thing(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--data", "d.jsonl", "--prompt", "{a}", "--completion", "{b}", "--name", "n", "--out", "o"]
+    assert main(["evaluate", *arguments, *options]) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,8 @@ from bem_peft.evaluation.results import SystemResult, system_of_scores
 from bem_peft.evaluation.scores import Scores, corpus_scores
 from bem_peft.json_text import read_json, read_lines
 
+BASE_ALONE = "base model alone"  # the method of a system without an adapter
+
 
 def is_run_folder(folder: Path) -> bool:
     return any(folder.glob("seed-*/result.json"))
@@ -68,7 +70,7 @@ def _read(folder: Path) -> SystemResult:
         )
     first = results[0]
     found = system_of_scores(
-        nll.system, str(first["adapter"].get("peft_type", "")), by_metric, warnings=_warnings(results),
+        nll.system, str(first["adapter"].get("peft_type", "")) or BASE_ALONE, by_metric, warnings=_warnings(results),
         provenance=[result["provenance"] for result in results], left_out=frozenset(left_out),
     )  # fmt: skip
     # not the seconds of training: runs at different times are no comparison of speed
