@@ -171,8 +171,6 @@ def _check_data(data: DataSection, problems: Problems) -> None:
         problems.append("data.eval, data.eval_share: give one of them")
     if data.eval_share is not None and not 0.0 < data.eval_share < 1.0:
         problems.append(f"data.eval_share = {data.eval_share}: must lie between 0 and 1")
-    if data.group is not None and data.eval is not None:
-        problems.append("data.group: splits by `eval_share`, and `eval` is given")
     if data.too_long not in TOO_LONG:
         problems.append(f"data.too_long = {data.too_long!r}: must be one of {', '.join(TOO_LONG)}")
     check_counts(data, "data.", problems)
@@ -209,7 +207,10 @@ def _check_columns(data: DataSection, part: str, path: Path, problems: Problems)
     if not columns:
         problems.append(f"data.{part} = {str(path)!r}: holds no record")
         return
-    for name in ("prompt", "completion", "group", "id", "messages"):
+    names = ["prompt", "completion", "group", "id", "messages"]
+    if part == "train" and data.eval is not None:
+        names.remove("group")  # it is of the evaluation items alone
+    for name in names:
         text = getattr(data, name)
         try:
             whole = f"{{{text}}}" if name == "messages" else text

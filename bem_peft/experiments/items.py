@@ -11,7 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,9 +55,9 @@ def read_items(data: DataSection) -> tuple[list[Item], list[Item]]:
             part is empty; or what `read_records` raises.
         OSError: the file cannot be read.
     """
+    if data.eval is not None:  # `group` splits nothing then, and is of the evaluation items alone
+        return read_items_of(replace(data, group=None, group_pattern=None), data.train), read_evaluation_items(data)
     training = read_items_of(data, data.train)
-    if data.eval is not None:
-        return training, read_evaluation_items(data)
     share = data.eval_share or 0.0
     evaluation = [item for item in training if _unit(item.group) < share]
     training = [item for item in training if _unit(item.group) >= share]

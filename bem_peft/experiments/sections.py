@@ -34,7 +34,7 @@ class DataSection:
     chat: bool = False  # prompt and completion are a question and its answer in the model's chat template
     eval: str | None = None
     eval_share: float | None = None
-    group: str | None = None  # template of what must not be split between training and evaluation
+    group: str | None = None  # template of what belongs together: is not split by eval_share, and is a cluster
     group_pattern: str | None = None  # regular expression; its first group is taken from `group`
     id: str | None = None  # template of an item's name; default its number
     max_tokens: int = 512

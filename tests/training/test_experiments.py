@@ -322,6 +322,26 @@ def test_groups_are_not_split_and_every_seed_has_the_same_items(folder: Path) ->
     assert [item.id for item in again[1]] == [item.id for item in evaluation]
 
 
+def test_a_group_beside_an_evaluation_file_names_its_clusters(folder: Path) -> None:
+    """The file to train on needs no such column."""
+    from bem_peft.experiments.items import read_evaluation_items, read_items
+
+    lines = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    (folder / "eval.jsonl").write_text("\n".join(json.dumps({**line, "doc": line["ref"]}) for line in lines[:8]))
+    given = document(folder)
+    given["data"] |= {"eval": str(folder / "eval.jsonl"), "group": "{doc}"}
+    del given["data"]["eval_share"]
+    data = read_experiment(write(folder, given)).data
+    training, evaluation = read_items(data)
+    assert sorted({item.group for item in evaluation}) == ["book 0", "book 1"]
+    assert len({item.group for item in training}) == len(training) == 24
+    assert read_evaluation_items(data) == evaluation
+    given["data"]["group"] = "{gone}"
+    with pytest.raises(ExperimentError, match="eval.jsonl has no column 'gone'") as raised:
+        read_experiment(write(folder, given))
+    assert len(raised.value.problems) == 1
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("change", "text"),
