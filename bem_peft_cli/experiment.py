@@ -30,9 +30,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _validate(arguments: argparse.Namespace) -> int:
     from bem_peft.experiments.experiment import read_experiment
+    from bem_peft.experiments.items import read_items, trained_on
+    from bem_peft.experiments.records import is_file_name
     from bem_peft.experiments.training_fields import rate_told
 
     experiment = read_experiment(arguments.file, arguments.set)
+    if is_file_name(experiment.data.train) and is_file_name(experiment.data.eval or experiment.data.train):
+        trained_on(*read_items(experiment.data))
     print(
         f"{arguments.file} is sound: {experiment.name}, {type(experiment.adapter).__name__} on "
         f"{experiment.model.path}, seeds {', '.join(map(str, experiment.seeds))}"

@@ -68,6 +68,20 @@ def read_items(data: DataSection) -> tuple[list[Item], list[Item]]:
     return training, selected(evaluation, data.eval_items)
 
 
+def trained_on(training: Sequence[Item], evaluation: Sequence[Item]) -> list[Item]:
+    """The evaluation items whose prompt and completion are trained on, with a warning where there are any."""
+    seen = {item.sha256 for item in training}
+    found = [item for item in evaluation if item.sha256 in seen]
+    if found:
+        some = ", ".join(repr(item.id) for item in found[:3]) + (", ..." if len(found) > 3 else "")
+        warnings.warn(
+            f"{len(found)} of {len(evaluation)} evaluation items are trained on, with the same prompt and completion, "
+            f"as {some}: their scores are no test. Take them out of one of the two.",
+            stacklevel=2,
+        )
+    return found
+
+
 def _check_share(share: float, training: int, evaluation: int) -> None:
     """Warn where so many groups would come out as this by a chance of one in a million: the data were picked by a hash.
 

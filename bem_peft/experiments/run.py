@@ -11,7 +11,7 @@ All data are read, tokenised and checked before a model is loaded.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel
 from bem_peft.budget.check import BudgetConstraints, adapted_copy, at_sites_of, budget_of
 from bem_peft.budget.enforce import BudgetCallback
 from bem_peft.budget.match import match_budget
-from bem_peft.experiments.items import read_items
+from bem_peft.experiments.items import read_items, trained_on
 from bem_peft.experiments.loading import load_model, load_tokenizer
 from bem_peft.experiments.prepared import PreparedData, prepare
 from bem_peft.experiments.sections import Experiment
@@ -50,6 +50,7 @@ def run_experiment(experiment: Experiment, report: Callable[[str], None] = print
     """
     training, evaluation = read_items(experiment.data)
     report(f"{experiment.name}: {len(training):,} items to train on, {len(evaluation):,} to evaluate on")
+    seen = [item.id for item in trained_on(training, evaluation)]
     told = rate_told(experiment)
     if told is not None:
         report(told)
@@ -74,14 +75,15 @@ def run_experiment(experiment: Experiment, report: Callable[[str], None] = print
             report(f"seed {seed}: done before, loss {finished[seed]['metrics']['loss']:.4f}")
             continue
         begin(folder, settings)
-        results.append(_run_seed(experiment, seed, folder, prepared, report))
+        results.append(_run_seed(experiment, seed, folder, prepared, seen, report))
         report(f"seed {seed}: loss {results[-1]['metrics']['loss']:.4f}")
     return results
 
 
 def _run_seed(
-    experiment: Experiment, seed: int, folder: Path, prepared: PreparedData, report: Callable[[str], None]
-) -> dict[str, Any]:
+    experiment: Experiment, seed: int, folder: Path, prepared: PreparedData, seen: Sequence[str],
+    report: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
     transformers.set_seed(seed)
     model = load_model(experiment.model)
     config = experiment.adapter
@@ -125,6 +127,7 @@ def _run_seed(
             "metrics": {"train_loss": outcome.training_loss},
             "budget": _budget_lines(trainer),
             "curve": _curve(trainer),
+            "trained_on": {"items": len(seen), "first": list(seen[:10])},  # of the evaluation's
             "selected_on_evaluation": bool(arguments.load_best_model_at_end),
             "training_seconds": seconds,
         },

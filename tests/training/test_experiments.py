@@ -322,6 +322,35 @@ def test_groups_are_not_split_and_every_seed_has_the_same_items(folder: Path) ->
     assert [item.id for item in again[1]] == [item.id for item in evaluation]
 
 
+def test_evaluation_items_that_are_trained_on_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = document(folder)
+    path = str(write(folder, given))
+    assert main(["validate", path]) == 0, "no warning, which would be an error"
+    lines = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    own = {"ref": "new 0:0", "a": "w3", "b": "w4"}
+    (folder / "eval.jsonl").write_text("\n".join(map(json.dumps, [own, *({**line, "b": "w9"} for line in lines[:2])])))
+    for name in ("eval_share", "group", "group_pattern"):
+        given["data"].pop(name)
+    given["data"]["eval"] = str(folder / "eval.jsonl")
+    path = str(write(folder, given))
+    assert main(["validate", path]) == 0, "the same prompts with other answers are other items"
+    copies = [own, *({**line, "ref": f"copy {i}:0"} for i, line in enumerate(lines[:5]))]
+    (folder / "eval.jsonl").write_text("\n".join(map(json.dumps, copies)))
+    told = r"5 of 6 evaluation items are trained on, .*, as 'copy \d:0', 'copy \d:0', 'copy \d:0', \.\.\.: their"
+    with pytest.warns(UserWarning, match=told):
+        assert main(["validate", path]) == 0
+    with pytest.warns(UserWarning, match=told):
+        assert main(["run", path, "--set", "seeds=[0]"]) == 0
+    found = json.loads((folder / "runs/seed-0/result.json").read_text())["trained_on"]
+    assert found["items"] == 5
+    assert sorted(found["first"]) == [f"copy {i}:0" for i in range(5)]
+    (system,) = read_results([folder / "runs"])
+    assert "5 of the evaluation items were trained on, so that these are no test" in system.warnings
+    (folder / "eval.jsonl").write_text("\n".join(map(json.dumps, [own, {"ref": "x:1", "a": "w3"}])))
+    assert main(["validate", path]) == 2
+    assert "'b' is missing" in capsys.readouterr().err
+
+
 def test_a_group_beside_an_evaluation_file_names_its_clusters(folder: Path) -> None:
     """The file to train on needs no such column."""
     from bem_peft.experiments.items import read_evaluation_items, read_items
@@ -337,7 +366,7 @@ def test_a_group_beside_an_evaluation_file_names_its_clusters(folder: Path) -> N
     assert len({item.group for item in training}) == len(training) == 24
     assert read_evaluation_items(data) == evaluation
     given["data"]["group"] = "{gone}"
-    with pytest.raises(ExperimentError, match="eval.jsonl has no column 'gone'") as raised:
+    with pytest.raises(ExperimentError, match=r"eval\.jsonl has no column 'gone'") as raised:
         read_experiment(write(folder, given))
     assert len(raised.value.problems) == 1
 

@@ -101,6 +101,9 @@ def _warnings(results: Sequence[dict[str, Any]]) -> list[str]:
         warnings.append(f"the seeds were run with different settings: {', '.join(differing[:6])}")
     if any(result.get("selected_on_evaluation") for result in results):
         warnings.append("the checkpoint was chosen on the evaluation items, so that these are no test")
+    seen = max((result.get("trained_on", {}).get("items", 0) for result in results), default=0)
+    if seen:
+        warnings.append(f"{seen} of the evaluation items were trained on, so that these are no test")
     if any(result["provenance"]["git"] and result["provenance"]["git"]["is_dirty"] for result in results):
         warnings.append("the code differed from its commit")
     return warnings
