@@ -29,7 +29,7 @@ from bem_peft.budget.check import QUANTITIES
 from bem_peft.budget.enforce import POLICIES
 from bem_peft.evaluation.metrics import metric_problem
 from bem_peft.experiments.encoding import TOO_LONG
-from bem_peft.experiments.fields import Problems, build_config, fill, fits
+from bem_peft.experiments.fields import Problems, build_config, fill, fits, without_followers
 from bem_peft.experiments.records import Template, columns_of, is_file_name, missing_columns
 from bem_peft.experiments.sections import (
     DTYPES,
@@ -96,31 +96,43 @@ def check_experiment(document: Mapping[str, Any], problems: Problems) -> Experim
     anchor = None
     if isinstance(document.get("budget"), str):  # one dial: sizes and rate by an anchor
         budget = BudgetSection({}, match=None)
-        try:
-            anchor = parse_adapter(document["budget"])
-        except AdapterSpecError as error:
-            problems.append(f"budget: {error}")
+        anchor = _one_line(document["budget"], "budget", problems)
+    elif budget is not None and isinstance(budget.anchor, str):
+        anchor = _one_line(budget.anchor, "budget.anchor", problems)
     elif budget is not None and isinstance(budget.anchor, dict):
         anchor = adapter_config(budget.anchor, "budget.anchor", problems)
     training = dict(given.get("training", {}))
     check_training(training, adapter, problems)
     if model is not None and model.dtype not in DTYPES:
         problems.append(f"model.dtype = {model.dtype!r}: must be one of {', '.join(DTYPES)}")
+    if model is not None and isinstance(model.path, str):
+        _check_path(model.path, problems)
     if data is not None:
-        _check_data(data, problems)
-    if evaluation is not None:
-        check_evaluation(evaluation, "evaluation.", problems)
+        found = Problems()
+        _check_data(data, found)
+        wrong = [name for name, value in given["data"].items() if getattr(data, name, value) is not value]
+        problems += without_followers(found, wrong, "data")
+    check_evaluation(evaluation, "evaluation.", problems)
     if budget is not None:
         _check_budget(budget, adapter, problems)
     seeds = document.get("seeds", [0])
     if fits(seeds, list[int]) and (not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0):
         problems.append(f"seeds = {seeds}: must be different whole numbers of at least 0, one or more")
-    if problems or whole is None or model is None or data is None or adapter is None or evaluation is None:
+    if problems or model is None or data is None or adapter is None:
         return None
     return Experiment(
         whole.name, model, adapter, data, evaluation, training, budget, anchor, seeds, whole.output_dir,
         copy.deepcopy(dict(document)),
     )  # fmt: skip
+
+
+def _one_line(text: str, where: str, problems: Problems) -> PeftConfig | None:
+    """The config of an adapter in one line, "lora:r=8"."""
+    try:
+        return parse_adapter(text)
+    except AdapterSpecError as error:
+        problems.append(f"{where}: {error}")
+        return None
 
 
 def adapter_config(section: Mapping[str, Any], where: str, problems: Problems) -> PeftConfig | None:
@@ -141,6 +153,14 @@ def adapter_config(section: Mapping[str, Any], where: str, problems: Problems) -
         fields["methods"] = parts
     config = build_config(cls, fields, where, problems)
     return config if isinstance(config, PeftConfig) else None
+
+
+def _check_path(path: str, problems: Problems) -> None:
+    """A path that can be no hub id must be there."""
+    is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
+    if is_local and not Path(path).is_dir():
+        home = "; ~ is not expanded" if path.startswith("~") else ""
+        problems.append(f"model.path = {path!r}: there is no such folder, seen from {Path.cwd()}{home}")
 
 
 def check_item_fields(data: DataSection, where: str, problems: list[str]) -> None:

@@ -7,7 +7,7 @@ import enum
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Union
 
 from bem_peft.tuners.base.field_help import field_hint
@@ -18,14 +18,25 @@ class Problems(list[str]):
 
 
 def fill(cls: type, values: Mapping[str, Any], where: str, problems: Problems) -> Any:
-    """`cls(**values)`, or None where a key is unknown or missing or a value has the wrong type."""
-    before = len(problems)
-    check_keys(cls, values, where, problems)
+    """`cls(**values)`, with every unknown or missing key and every wrong type noted.
+
+    So that the rest is checked too, what is wrong has its default there, or None where it has none.
+    """
+    right = check_keys(cls, values, where, problems)
+    given = {name: value for name, value in values.items() if name in right}
     for field in dataclasses.fields(cls):
         is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if is_required and field.name not in values:
             problems.append(f"{_at(where, field.name)}: is missing")
-    return cls(**values) if len(problems) == before else None
+        if is_required:
+            given.setdefault(field.name, None)
+    return cls(**given)
+
+
+def without_followers(found: Iterable[str], wrong: Iterable[str], where: str) -> list[str]:
+    """`found` without what only follows from the fields of `where` that are `wrong`, which is noted already."""
+    marks = [mark for name in wrong for mark in (f"{where}.{name}:", f"{where}.{name},", f"`{name}`")]
+    return [problem for problem in found if not any(mark in problem for mark in marks)]
 
 
 def check_keys(cls: type, values: Mapping[str, Any], where: str, problems: Problems) -> set[str]:
@@ -38,7 +49,10 @@ def check_keys(cls: type, values: Mapping[str, Any], where: str, problems: Probl
             hint = field_hint(cls, str(name))
             problems.append(f"{_at(where, str(name))}: unknown key{'; ' + hint if hint else ''}")
         elif not fits(value, hints[name]):
-            problems.append(f"{_at(where, name)} = {value!r}: must be {describe(hints[name])}, not {_kind(value)}")
+            is_template = isinstance(value, dict) and any(value) and not any(value.values()) and fits("", hints[name])
+            quotes = "; text with braces needs quotes" if is_template else ""
+            what = f"must be {describe(hints[name])}, not {_kind(value)}{quotes}"
+            problems.append(f"{_at(where, name)} = {value!r}: {what}")
         else:
             right.add(name)
     return right
@@ -116,6 +130,12 @@ def fits(value: object, hint: object) -> bool:
     return not isinstance(hint, type) or not dataclasses.is_dataclass(hint) or isinstance(value, dict)
 
 
+PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts", "a mapping": "mappings"}
+KINDS: Mapping[type, str] = {
+    str: "text", type(None): "null", dict: "a mapping", int: "a whole number", float: "a number", bool: "true or false",
+}  # fmt: skip
+
+
 def describe(hint: object) -> str:
     """A type in a user's words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -131,16 +151,18 @@ def describe(hint: object) -> str:
     if hint in names:
         return names[hint]
     if origin in (list, set, tuple):
-        return f"a list of {describe(arguments[0])}" if arguments else "a list"
+        return f"a list of {PLURALS.get(describe(arguments[0]), describe(arguments[0]))}" if arguments else "a list"
     if origin is dict or hint is dict:
         return "a mapping"
     return getattr(hint, "__name__", str(hint))
 
 
 def _kind(value: object) -> str:
-    return {"str": "text", "NoneType": "null", "dict": "a mapping", "list": "a list"}.get(
-        type(value).__name__, type(value).__name__
-    )
+    """What a value is, in a user's words."""
+    if isinstance(value, list):
+        kinds = dict.fromkeys(_kind(item) for item in value)
+        return f"a list of {' and '.join(PLURALS.get(kind, kind) for kind in kinds)}" if kinds else "an empty list"
+    return KINDS.get(type(value), type(value).__name__)
 
 
 def _at(where: str, name: str) -> str:

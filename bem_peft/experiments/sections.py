@@ -44,7 +44,7 @@ class DataSection:
 
 @dataclass
 class BudgetSection:
-    anchor: dict[str, Any]
+    anchor: dict[str, Any] | str
     # fields of the adapter that are chosen to meet the anchor; or field -> the values to choose from (null: any); null:
     # the method's own sizes
     match: list[str] | dict[str, Any] | None = field(default_factory=list)

@@ -177,7 +177,7 @@ def test_all_problems_are_reported_at_once(folder: Path, capsys: pytest.CaptureF
         (lambda d: d["data"].pop("train"), "data.train: is missing"),
         (lambda d: d["adapter"].update(method=None), "adapter.method = None: is no method; methods: head_gating"),
         (
-            lambda d: d["adapter"].update(active_rank=99, method="rank_mask", num_groups=1),
+            lambda d: d["adapter"].update(method="rank_mask", num_groups=1),
             "adapter.num_groups: unknown key",
         ),
         (
@@ -185,7 +185,16 @@ def test_all_problems_are_reported_at_once(folder: Path, capsys: pytest.CaptureF
             "`mode` = 'x'",
         ),
         (lambda d: d.update(seeds=[]), "seeds = []"),
-        (lambda d: d.update(seeds=[0.5]), "seeds = [0.5]: must be a list of a whole number"),
+        (lambda d: d.update(seeds=[0.5]), "seeds = [0.5]: must be a list of whole numbers, not a list of numbers"),
+        (lambda d: d.update(seeds=2), "seeds = 2: must be a list of whole numbers, not a whole number"),
+        (lambda d: d["model"].update(path="./gone"), "model.path = './gone': there is no such folder, seen from /"),
+        (lambda d: d["model"].update(path="/gone"), "model.path = '/gone': there is no such folder, seen from /"),
+        (lambda d: d["model"].update(path="a/b/c"), "model.path = 'a/b/c': there is no such folder, seen from /"),
+        (lambda d: d["model"].update(path="~/a"), "model.path = '~/a': there is no such folder, seen from /"),
+        (lambda d: d["budget"].update(anchor="lorra:r=8"), "budget.anchor: "),
+        (lambda d: d["budget"].update(anchor=8), "budget.anchor = 8: must be a mapping or text, not a whole number"),
+        (lambda d: d["data"].update(prompt={"a": None}), "not a mapping; text with braces needs quotes"),
+        (lambda d: d["data"].update(group=3), "data.group = 3: must be text or null"),
         (lambda d: d["budget"].update(match=["width"]), "budget.match: 'width' is no field of HeadGroupGatingConfig"),
         (lambda d: d["budget"].update(match={"total_rank": ["a"]}), "budget.match.total_rank = ['a']"),
         (lambda d: d["budget"].update(quantities=["speed"]), "budget.quantities = ['speed']"),
@@ -203,6 +212,37 @@ def test_a_single_problem_is_named(folder: Path, change: Any, text: str) -> None
     with pytest.raises(ExperimentError) as raised:
         read_experiment(write(folder, wrong))
     assert text in str(raised.value)
+    assert len(raised.value.problems) == 1, "and nothing that only follows from it"
+
+
+def test_a_wrong_type_hides_no_other_problem_of_its_section(folder: Path) -> None:
+    wrong = document(folder)
+    wrong["model"] = {"dtype": "float8", "revision": 3}
+    wrong["data"] |= {"id": {"id": None}, "prompt": "{archaic}", "eval_share": 2.0}
+    wrong["budget"] = {"policy": "ignore", "match": 3}
+    wrong["evaluation"] = {"metrics": "nll", "max_new_tokens": 0}
+    with pytest.raises(ExperimentError) as raised:
+        read_experiment(write(folder, wrong))
+    for text in (
+        "model.path: is missing", "model.revision = 3", "model.dtype = 'float8'",
+        "data.id = {'id': None}: must be text",
+        "has no column 'archaic'", "data.eval_share = 2.0", "budget.anchor: is missing", "budget.match = 3",
+        "budget.policy = 'ignore'", "evaluation.metrics = 'nll'", "evaluation.max_new_tokens = 0",
+    ):  # fmt: skip
+        assert text in str(raised.value), text
+    assert len(raised.value.problems) == 11
+
+
+def test_an_anchor_in_one_line_is_the_one_that_a_mapping_makes(folder: Path) -> None:
+    given = document(folder)
+    of_mapping = read_experiment(write(folder, given)).anchor
+    given["budget"]["anchor"] = "lora:r=2"
+    found = read_experiment(write(folder, given))
+    assert of_mapping is not None
+    assert found.anchor is not None
+    assert found.anchor.to_dict() == of_mapping.to_dict()
+    assert found.budget is not None
+    assert found.budget.match == ["total_rank"]
 
 
 def test_yaml_that_would_mislead_is_refused(folder: Path) -> None:
