@@ -19,6 +19,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from bem_peft_cli import budget, experiment, kernels, results, sites, trl_scripts
 from bem_peft_cli.budget import NOT_MET
@@ -53,7 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """The command, and what its errors are to the user. Loads the package, which takes seconds and is said."""
+    """The command, and what its errors are to the user. Loads the package, which takes seconds and is said; a file that
+    is not there is told before."""
+    files = [getattr(arguments, name, None) for name in ("file", "experiment", "profile")]
+    missing = [file for file in files if isinstance(file, Path) and not file.exists()]
+    if missing:
+        print(f"bem-peft: {missing[0]}: there is no such file, seen from {Path.cwd()}", file=sys.stderr)
+        return _USER_ERROR
     if "bem_peft" not in sys.modules:
         print(f"bem-peft {arguments.command}: loading torch, transformers and PEFT", file=sys.stderr, flush=True)
         # what other packages say of themselves while they are imported, which nobody at a command line can mend

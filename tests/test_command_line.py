@@ -69,6 +69,7 @@ def test_ctrl_c_ends_with_130(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(experiment, "read_experiment", interrupt)
+    (tmp_path / "x.yaml").touch()
     assert main(["validate", str(tmp_path / "x.yaml")]) == 130
     assert capsys.readouterr().err == "bem-peft: interrupted\n"
 
@@ -116,10 +117,23 @@ def test_help_and_a_mistyped_option_load_neither_torch_nor_the_package(arguments
 
 
 def test_a_command_says_that_it_loads_before_it_does(tmp_path: Path) -> None:
+    (tmp_path / "none.yaml").write_text("- a")
     code, loaded, text = modules_after("validate", str(tmp_path / "none.yaml"))
     assert code == 2
     assert "torch" in loaded
     assert text.startswith("bem-peft validate: loading")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["validate", "FILE"], ["run", "FILE"], ["evaluate", "a", "--experiment", "FILE", "--out", "o"],
+                  ["compare", "r", "--anchor", "a", "--out", "o", "--profile", "FILE"]],
+)  # fmt: skip
+def test_a_file_that_is_not_there_is_told_before_anything_is_loaded(arguments: list[str], tmp_path: Path) -> None:
+    file = str(tmp_path / "nothere.yaml")
+    code, loaded, text = modules_after(*(file if word == "FILE" else word for word in arguments))
+    assert code == 2
+    assert text.startswith(f"bem-peft: {file}: there is no such file, seen from /")
+    assert not loaded & set(HEAVY)
 
 
 def test_a_command_says_nothing_but_its_own() -> None:
