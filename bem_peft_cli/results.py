@@ -229,6 +229,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     from bem_peft.evaluation.profile_document import ProfileDocument
     from bem_peft.evaluation.report.card import check_card, write_card
     from bem_peft.evaluation.report.files import write_files
+    from bem_peft.evaluation.report.text import main_line
     from bem_peft.evaluation.slices import DEVELOPMENT, HELD_OUT
     from bem_peft.whole_file import prove_writable
 
@@ -246,6 +247,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     for system, folder in cards:
         written += write_card(report, system, folder, arguments.dataset, arguments.dataset_id)
     for promotion in report.promotions[:12]:
+        line = main_line(report, promotion.system)
+        if line is not None:
+            print(f"{line}; above 0 is better than {report.anchor}")
         print(f"{promotion.system}: {promotion.verdict}; {promotion.reasons[0]}")
     print("wrote " + ", ".join(map(str, written)))
     return 0

@@ -36,7 +36,7 @@ class ComprehensiveEvaluator:
     """Compares systems with an anchor.
 
     Args:
-        systems: at least two, or one and the anchor among them.
+        systems: at least two, the anchor among them.
         anchor: name of the system that the others are measured against.
         stands_on: "slice_a" (development) or "slice_b" (held out): what the scores were made on.
         development: results on Slice-A, whose items must not be among the held-out ones.
@@ -48,8 +48,8 @@ class ComprehensiveEvaluator:
         progress: wraps the names of the systems while they are compared, as tqdm does.
 
     Raises:
-        ValueError: an anchor that is not there, another direction of slices, items in both slices, a quality that a
-            system lacks, or profiles of none of the systems.
+        ValueError: an anchor that is not there or stands alone, another direction of slices, items in both slices, a
+            quality that a system lacks, or profiles of none of the systems.
     """
 
     def __init__(
@@ -83,6 +83,8 @@ class ComprehensiveEvaluator:
             raise ValueError(f"`margin` of {strange[0]!r}: the systems were scored by {', '.join(sorted(known))}.")
         if anchor not in self.systems:
             raise ValueError(f"`anchor` = {anchor!r}: must be one of {', '.join(self.systems)}.")
+        if len(self.systems) < 2:
+            raise ValueError(f"{anchor!r} is the only system: give another one too, to compare it with.")
         if stands_on not in (DEVELOPMENT, HELD_OUT):
             raise ValueError(f"`stands_on` = {stands_on!r}: must be {DEVELOPMENT!r} or {HELD_OUT!r}.")
         if development and stands_on != HELD_OUT:

@@ -259,8 +259,34 @@ def test_what_is_no_result_is_refused(content: str, text: str, tmp_path: Path) -
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=text):
         read_results([tmp_path / "x.json"])
-    with pytest.raises(ValueError, match=r"holds no results\. What is read: a folder"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: holds no results\. What is read: a folder"):
+        read_results([tmp_path / "empty"])
+    with pytest.raises(ValueError, match=r"nothing: there is no such file or folder, seen from /"):
         read_results([tmp_path / "nothing"])
+
+
+def test_a_seeds_folder_is_told_from_a_run(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    told = f"is one seed of a run; give {re.escape(str(runs['better']))}"
+    with pytest.raises(ValueError, match=told):
+        read_results([runs["better"] / "seed-0"])
+    monkeypatch.chdir(runs["better"])
+    with pytest.raises(ValueError, match=told):
+        read_results(["seed-0"])
+
+
+def test_one_system_alone_is_no_comparison(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--anchor", "anchor", "--held-out", "--out", str(tmp_path / "out")]
+    assert main(["compare", str(runs["anchor"]), *command]) == 2
+    assert "'anchor' is the only system: give another one too" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "report.json").exists()
+    assert main(["compare", str(runs["anchor"]), str(runs["worse"]), *command]) == 0
+    said = capsys.readouterr().out
+    compared = json.loads((tmp_path / "out" / "report.json").read_text())["comparisons"]["worse"][0]["comparison"]
+    ends = [f"{compared[name]:+.3g}" for name in ("estimate", "low", "high")]
+    assert f"worse nll {ends[0]} [{ends[1]}, {ends[2]}]; above 0 is better than anchor\nworse: NOT PROMOTED" in said
 
 
 def test_names_that_stand_twice_and_failed_runs_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ def read_results(paths: Sequence[str | Path]) -> list[SystemResult]:
 
 
 def _read(path: Path) -> list[SystemResult]:
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file or folder, seen from {Path.cwd()}.")
+    if is_run_folder(path.resolve().parent) and (path / "result.json").is_file():
+        raise ValueError(f"{path}: is one seed of a run; give {path.resolve().parent}.")
     if path.is_dir():
         if is_run_folder(path):
             return [read_run(path)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bem_peft.evaluation.report.report import Report
 from bem_peft.evaluation.results import SystemResult
-from bem_peft.evaluation.slices import SliceResult
+from bem_peft.evaluation.slices import WHOLE, SliceResult, interval_text
 
 STANDS = {"slice_a": "Slice-A (development)", "slice_b": "Slice-B (held out)"}
 
@@ -17,6 +18,16 @@ def number(value: float) -> str:
 
 def budget_text(system: SystemResult) -> str:
     return {None: "not measured", True: "kept", False: "not kept"}[system.budget_is_met]
+
+
+def main_line(report: Report, system: str) -> str | None:
+    """The system's difference from the anchor on all items, in the metric of quality: "pt3 nll -0.022 [-0.046, +0.006]";
+    None where nothing was compared."""
+    found = [result for result in report.comparisons.get(system, []) if result.slice == WHOLE]
+    quality = [result for result in found if report.objectives and result.metric == report.objectives[0].name]
+    for result in quality or found:
+        return f"{system} {result.metric} {interval_text(result)}"
+    return None
 
 
 def verdict_text(found: SliceResult) -> str:
