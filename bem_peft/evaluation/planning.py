@@ -3,8 +3,10 @@ r"""Where the uncertainty of a paired difference comes from, and what more seeds
     D[k, i] = mean + item_i + seed_k + rest_ki
     variance of the mean of K seeds x N items:  item / N + seed / K + rest / (K N)
 
-The three variances are solved for from the mean squares of `variance_parts`; one that comes out below 0 is 0. Items of
-a cluster count as they stand: `item` holds what they share, so that N more items mean clusters of the same sizes.
+The three variances are solved for from the mean squares of `variance_parts`, so that the plan of the design that there
+is has the interval and the detectable difference of its comparison (intervals.py, without skewness). One may come out
+below 0; it counts as 0 in `shares`. Items of a cluster count as they stand: `item` holds what they share, so that N
+more items mean clusters of the same sizes.
 
 Source: Searle, Casella and McCulloch, Variance components, 1992, 4.2 (the two-way crossed random model).
 """
@@ -53,17 +55,14 @@ class Components:
             raise ValueError("`difference` has one seed: how far seeds differ is unknown; run at least 2.")
         parts = variance_parts(found, clusters)
         by_item, by_seed, whole = parts.items * items, parts.seeds * seeds, parts.both * seeds * items
-        rest = max(0.0, (whole - by_item - by_seed) / (1.0 - 1.0 / seeds - 1.0 / items))
-        return cls(
-            max(0.0, by_item - rest / seeds), max(0.0, by_seed - rest / items), rest, seeds, items,
-            parts.items_df / items,
-        )  # fmt: skip
+        rest = (whole - by_item - by_seed) / (1.0 - 1.0 / seeds - 1.0 / items)
+        return cls(by_item - rest / seeds, by_seed - rest / items, rest, seeds, items, parts.items_df / items)
 
     def shares(self) -> dict[str, float]:
         """{"seed", "item", "seed x item"}: what each makes of the variance of the mean, together 1."""
         parts = {
-            "seed": self.seed / self.seeds, "item": self.item / self.items,
-            "seed x item": self.rest / (self.seeds * self.items),
+            "seed": max(0.0, self.seed) / self.seeds, "item": max(0.0, self.item) / self.items,
+            "seed x item": max(0.0, self.rest) / (self.seeds * self.items),
         }  # fmt: skip
         whole = sum(parts.values())
         return {name: value / whole if whole else 0.0 for name, value in parts.items()}
@@ -72,11 +71,11 @@ class Components:
         self, seeds: int, items: int, *, margin: float = 0.0, confidence: float = 0.95, power: float = 0.8
     ) -> Plan:
         """What `seeds` x `items` of the same kind would give."""
-        parts = Parts(
-            (self.item + self.rest / seeds) / items, (self.seed + self.rest / items) / seeds,
-            self.rest / (seeds * items), max(1.0, self.degrees_an_item * items), 0.0, float(items), items,
-            float(items), 1.0 / items,
-        )  # fmt: skip
+        v_i = max(0.0, self.item + self.rest / seeds) / items
+        v_s = max(0.0, self.seed + self.rest / items) / seeds
+        v_c = max(0.0, self.item + self.seed + self.rest) / (seeds * items)
+        df_i = max(1.0, self.degrees_an_item * items)
+        parts = Parts(v_i, v_s, v_c, df_i, 0.0, float(items), items, float(items), 1.0 / items)
         error, df, half = two_way(parts, seeds, confidence)  # as wide as without skewness
         if error == 0.0:
             return Plan(seeds, items, 0.0, 0.0, 1.0 if margin > 0.0 else None)

@@ -41,6 +41,26 @@ def test_a_plan_has_the_width_that_such_studies_have(seeds: int, items: int) -> 
     assert plan.power is None
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_plan_of_what_there_is_has_the_detectable_difference_of_its_comparison(seeds: int, size: int) -> None:
+    """Also where a variance comes out below 0, as the seeds' does in half of these."""
+    below = 0
+    for seed in range(40):
+        difference = study(seeds, 60, spread=0.0, seed=seed)
+        clusters = None if size == 1 else np.repeat(np.arange(60 // size), size)
+        comparison = compare_means(difference, clusters)
+        parts = Components.of(difference, clusters)
+        pair: Any = SimpleNamespace(difference=difference, cluster_index=clusters)
+        (found,) = outlooks("a", {"nll": pair}, {}, 0.95)
+        assert found.now.detectable == pytest.approx(comparison.mde, rel=1e-9)
+        assert found.now.half_width <= (comparison.high - comparison.low) / 2 + 1e-12  # which skewness widens
+        assert min(found.shares.values()) >= 0.0
+        assert sum(found.shares.values()) == pytest.approx(1.0)
+        below += parts.seed < 0.0
+    assert 5 < below < 40
+
+
 def test_the_power_is_how_often_an_equal_system_is_shown_to_be_no_worse() -> None:
     plan = Components(0.09, 0.0004, 0.16, 5, 300, 1.0).plan(5, 300, margin=0.07)
     shown = np.mean([compare_means(study(5, 300, seed=s)).low > -0.07 for s in range(500)])

@@ -21,7 +21,7 @@ def budget_text(system: SystemResult) -> str:
 
 
 def main_line(report: Report, system: str) -> str | None:
-    """The system's difference from the anchor on all items, in the metric of quality: "pt3 nll -0.022 [-0.046, +0.006]";
+    """The system's difference from the anchor on all items, in the metric of quality: "pt3 nll -0.02 [-0.04, +0.01]".
     None where nothing was compared."""
     found = [result for result in report.comparisons.get(system, []) if result.slice == WHOLE]
     quality = [result for result in found if report.objectives and result.metric == report.objectives[0].name]
