@@ -57,7 +57,7 @@ def _run(arguments: argparse.Namespace) -> int:
     """The command, and what its errors are to the user. Loads the package, which takes seconds and is said; a file that
     is not there is told before."""
     files = [getattr(arguments, name, None) for name in ("file", "experiment", "profile")]
-    missing = [file for file in files if isinstance(file, Path) and not file.exists()]
+    missing = [file for file in files if isinstance(file, Path) and _is_missing(file)]
     if missing:
         print(f"bem-peft: {missing[0]}: there is no such file, seen from {Path.cwd()}", file=sys.stderr)
         return _USER_ERROR
@@ -82,6 +82,17 @@ def _run(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError, SafetensorError) as error:
         print(f"bem-peft: {error}", file=sys.stderr)
         return _USER_ERROR
+
+
+def _is_missing(file: Path) -> bool:
+    """Whether nothing is there; what cannot be looked at is the command's to tell."""
+    try:
+        file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 if __name__ == "__main__":

@@ -136,6 +136,11 @@ def test_a_file_that_is_not_there_is_told_before_anything_is_loaded(arguments: l
     assert not loaded & set(HEAVY)
 
 
+def test_a_file_that_cannot_be_looked_at_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(tmp_path / ("x" * 300))]) == 2
+    assert "File name too long" in capsys.readouterr().err
+
+
 def test_a_command_says_nothing_but_its_own() -> None:
     """Not what bitsandbytes lacks, nor what transformers will rename: they are no matter of the user's."""
     command = [sys.executable, "-m", "bem_peft_cli", "budget", "llama", "pt3:u_rank=4", "--anchor", "lora:r=4"]

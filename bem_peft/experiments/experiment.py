@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -158,7 +159,7 @@ def adapter_config(section: Mapping[str, Any], where: str, problems: Problems) -
 def _check_path(path: str, problems: Problems) -> None:
     """A path that can be no hub id must be there."""
     is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
-    if is_local and not Path(path).is_dir():
+    if is_local and not os.path.isdir(path):  # which a name that is too long is not either
         home = "; ~ is not expanded" if path.startswith("~") else ""
         problems.append(f"model.path = {path!r}: there is no such folder, seen from {Path.cwd()}{home}")
 

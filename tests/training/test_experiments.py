@@ -190,6 +190,7 @@ def test_all_problems_are_reported_at_once(folder: Path, capsys: pytest.CaptureF
         (lambda d: d["model"].update(path="./gone"), "model.path = './gone': there is no such folder, seen from /"),
         (lambda d: d["model"].update(path="/gone"), "model.path = '/gone': there is no such folder, seen from /"),
         (lambda d: d["model"].update(path="a/b/c"), "model.path = 'a/b/c': there is no such folder, seen from /"),
+        (lambda d: d["model"].update(path="/" + "a" * 300), "there is no such folder, seen from /"),
         (lambda d: d["model"].update(path="~/a"), "model.path = '~/a': there is no such folder, seen from /"),
         (lambda d: d["budget"].update(anchor="lorra:r=8"), "budget.anchor: "),
         (lambda d: d["budget"].update(anchor=8), "budget.anchor = 8: must be a mapping or text, not a whole number"),
