@@ -103,9 +103,8 @@ class ProfileDocument:
 
     def how(self) -> str:
         """What the numbers are, in a sentence or two; with the noise floor."""
-        floors = {
-            f"{w.kind} [{noise[0]:.3f}, {noise[1]:.3f}]" for w in self.workloads for noise in [self.at(w)[0].noise]
-        }
+        noises = [(w.kind, *self.at(w)[0].noise) for w in self.workloads]
+        floors = dict.fromkeys(f"{kind} [{low:.3f}, {high:.3f}]" for kind, low, high in noises)
         hardware = self.provenance.get("hardware", {})
         machine = ", ".join([*hardware.get("accelerators", []), str(hardware.get("processor", ""))])
         settings = self.provenance.get("settings", {})
