@@ -163,12 +163,15 @@ class Formula(Penalised, Watched):
         return self.observer is None and not torch.compiler.is_compiling()
 
     def fits_training(self, y: torch.Tensor) -> bool:
-        """Whether the C++ operator with a backward can take this call: gradients on a CPU, float32 masters."""
-        if not (grad_enabled() and y.is_cpu and y.dtype in cpp.DTYPES and self.observer is None):
+        """Whether the C++ operator with a backward can take this call: gradients on a CPU, float32 masters.
+
+        In training without gradients too: a reentrant checkpoint's first pass is what its second one recomputes.
+        """
+        if not ((grad_enabled() or self.training) and y.is_cpu and y.dtype in cpp.DTYPES and self.observer is None):
             return False
         if torch.compiler.is_compiling() or not CPP_FORMS[self.kernel].fits_training(self):
             return False
-        if self.carries_penalties(y) and not self.has_parameter_penalties:
+        if self.is_penalised and self.training and not self.has_parameter_penalties:
             return False
         return all(p.dtype is torch.float32 and p.is_contiguous() for p in self.held_masters() if p is not None)
 
