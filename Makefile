@@ -40,7 +40,7 @@ $(VENV)/.docs: $(BIN)/python pyproject.toml requirements.lock
 	touch $@
 
 $(VENV)/.release: $(BIN)/python pyproject.toml requirements.lock
-	$(INSTALL) -e ".[release]" "setuptools>=77" wheel
+	$(INSTALL) -e ".[release]" "setuptools>=77"
 	touch $@
 
 demo: $(VENV)/.demo
