@@ -84,6 +84,35 @@ def push_run(
             local folder. Nothing is pushed then.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused; nothing is committed.
     """
+    with tempfile.TemporaryDirectory() as temporary:
+        whole = Path(temporary) / "repository"
+        prepare_run(folder, repository, whole, seed=seed, report=report, base=base, license=license)
+        api = HfApi(token=token)
+        name = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        pushed: CommitInfo = api.upload_folder(
+            repo_id=name, folder_path=whole, revision=revision, commit_message=commit_message
+        )
+    return pushed
+
+
+def prepare_run(
+    folder: str | Path,
+    repository: str,
+    target: str | Path,
+    *,
+    seed: int | None = None,
+    report: str | Path | None = None,
+    base: str | None = None,
+    license: str | None = None,
+) -> None:
+    """Write what `push_run` would push into `target`, a folder that is not there yet; nothing is sent.
+
+    Raises:
+        ValueError: as `push_run`, or `target` is there. Nothing is written then.
+    """
+    whole = Path(target)
+    if whole.exists():
+        raise ValueError(f"{whole} is there already: choose another folder.")
     results = {int(path.parent.name[5:]): path for path in sorted(Path(folder).glob("seed-*/result.json"))}
     if not results or (seed is None and len(results) > 1) or (seed is not None and seed not in results):
         raise ValueError(f"`seed` = {seed}: {folder} has the finished seeds {sorted(results) or 'none'}; name one.")
@@ -96,28 +125,19 @@ def push_run(
         raise ValueError(f"the base is {known}, a folder of this machine: give `base`, its id on the Hub.")
     if report is not None and not (Path(report) / "report.json").is_file():
         raise ValueError(f"`report` = {report}: no report.json there; `bem-peft compare ... --out DIR` writes it.")
-    api = HfApi(token=token)
-    name = api.create_repo(repository, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as temporary:
-        whole = Path(temporary) / "repository"
-        shutil.copytree(adapter, whole, ignore=LEFT_OUT)
-        given = {"license": license, "base_model": base}
-        _write_card(whole / CARD, {name: value for name, value in given.items() if value is not None})
-        for number, path in results.items():
-            target = whole / "results" / f"seed-{number}"
-            target.mkdir(parents=True)
-            shutil.copy(path, target)
-        if report is not None:
-            (whole / "report").mkdir()
-            for file in (Path(report) / name for name in REPORT if (Path(report) / name).is_file()):
-                shutil.copy(file, whole / "report")
-        if base is not None:
-            _name_base(whole, base)
-        _tell_of_results(whole / CARD, name, len(results), report is not None)
-        pushed: CommitInfo = api.upload_folder(
-            repo_id=name, folder_path=whole, revision=revision, commit_message=commit_message
-        )
-    return pushed
+    shutil.copytree(adapter, whole, ignore=LEFT_OUT)
+    given = {"license": license, "base_model": base}
+    _write_card(whole / CARD, {name: value for name, value in given.items() if value is not None})
+    for number, path in results.items():
+        (whole / "results" / f"seed-{number}").mkdir(parents=True)
+        shutil.copy(path, whole / "results" / f"seed-{number}")
+    if report is not None:
+        (whole / "report").mkdir()
+        for file in (Path(report) / name for name in REPORT if (Path(report) / name).is_file()):
+            shutil.copy(file, whole / "report")
+    if base is not None:
+        _name_base(whole, base)
+    _tell_of_results(whole / CARD, repository, len(results), report is not None)
 
 
 def _name_base(folder: Path, base: str) -> None:

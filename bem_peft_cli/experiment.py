@@ -25,6 +25,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     push.add_argument("--base", metavar="ID", help="of the base on the Hub, where it was loaded from a folder")
     push.add_argument("--license", metavar="NAME", help="of the adapter, for the card: apache-2.0, mit ...")
     push.add_argument("--private", action="store_true")
+    push.add_argument("--dry-run", type=Path, metavar="DIR", help="write what would be pushed there, and send nothing")
     push.set_defaults(run=_push)
 
 
@@ -58,8 +59,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _push(arguments: argparse.Namespace) -> int:
-    from bem_peft.hub import push_run
+    from bem_peft.hub import prepare_run, push_run
 
+    if arguments.dry_run is not None:
+        prepare_run(
+            arguments.folder, arguments.repository, arguments.dry_run, seed=arguments.seed, report=arguments.report,
+            base=arguments.base, license=arguments.license,
+        )  # fmt: skip
+        print(f"not pushed: {arguments.dry_run}")
+        return 0
     pushed = push_run(
         arguments.folder, arguments.repository, seed=arguments.seed, report=arguments.report, base=arguments.base,
         license=arguments.license, private=arguments.private or None,

@@ -102,6 +102,13 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(tmp_path: Path
     (run / "seed-0/adapter/adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks adapter_model\.safetensors"):
         push_run(run, "tester/x", seed=0)
+    where = tmp_path / "prepared"
+    done, hub = pushed(tmp_path, str(finished_run(tmp_path / "dry", (0,))), "tester/x", "--dry-run", str(where))
+    assert (done.returncode, done.stdout) == (0, f"not pushed: {where}\n")
+    assert sorted(path.name for path in where.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "results",
+    ]  # fmt: skip
+    assert hub.requests == []
     done, hub = pushed(tmp_path, str(finished_run(tmp_path / "local", (0,), str(tmp_path))), "tester/x")
     assert done.returncode == 2
     assert "a folder of this machine: give `base`" in done.stderr
