@@ -376,7 +376,9 @@ def test_what_the_operators_do_not_know_takes_the_torch_form() -> None:
         assert not adapter.fits_training(y.half())
         assert not adapter.fits_training(y.to("meta"))
         with torch.no_grad():
-            assert not adapter.fits_training(y)
+            assert adapter.fits_training(y), "as a checkpoint's second pass"
+            assert not adapter.eval().fits_training(y)
+        adapter.train()
         assert not copy.deepcopy(adapter).bfloat16().fits_training(y)
         inside: list[bool] = []
         torch.func.vmap(lambda row, a=adapter, seen=inside: (seen.append(a.is_plain_call(y, y)), row)[1])(y)
