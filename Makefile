@@ -93,7 +93,7 @@ docs-check: docs $(VENV)/.dev
 # the wheels in dist/: a pure one, and those with the C++ operators for Linux on x86-64 and arm64; checked by twine, those
 # for this machine installed by themselves and imported from there
 wheel: $(VENV)/.release
-	rm -rf dist build
+	rm -rf dist/*.whl build
 	$(BIN)/python -m build --wheel --no-isolation
 	$(BIN)/python wheels/build.py dist/*-py3-none-any.whl
 	$(BIN)/python -m twine check --strict dist/*.whl
