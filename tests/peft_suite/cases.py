@@ -223,7 +223,6 @@ STAND_INS: dict[str, list[ParameterSet]] = {
             "test_delete_adapter_multiple_adapters_with_modules_to_save",
             "test_weight_bias_attributes",
             "test_existing_model_card",
-            "test_non_existing_model_card",
             "test_save_embedding_layers_excludes_similarly_named_sibling",
             "test_load_does_not_overwrite_similarly_named_sibling",
             "test_ignore_mismatched_sizes_with_scalar_modules_to_save",
