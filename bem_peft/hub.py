@@ -44,15 +44,20 @@ def push_to_hub(
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"push_to_hub takes a PeftModel, not {type(model).__name__}.")
-    api = HfApi(token=token)
-    name = api.create_repo(repository, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         if license is not None:
             _write_card(Path(folder) / CARD, {"license": license})
-        pushed: CommitInfo = api.upload_folder(
-            repo_id=name, folder_path=folder, revision=revision, commit_message=commit_message
-        )
+        return _upload(folder, repository, private, token, revision, commit_message)
+
+
+def _upload(
+    folder: str | Path, repository: str, private: bool | None, token: str | None, revision: str | None, message: str
+) -> CommitInfo:
+    """What `folder` holds, into `repository`, which is created where it is not there."""
+    api = HfApi(token=token)
+    name = api.create_repo(repository, private=private, exist_ok=True).repo_id
+    pushed: CommitInfo = api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message=message)
     return pushed
 
 
@@ -87,12 +92,7 @@ def push_run(
     with tempfile.TemporaryDirectory() as temporary:
         whole = Path(temporary) / "repository"
         prepare_run(folder, repository, whole, seed=seed, report=report, base=base, license=license)
-        api = HfApi(token=token)
-        name = api.create_repo(repository, private=private, exist_ok=True).repo_id
-        pushed: CommitInfo = api.upload_folder(
-            repo_id=name, folder_path=whole, revision=revision, commit_message=commit_message
-        )
-    return pushed
+        return _upload(whole, repository, private, token, revision, commit_message)
 
 
 def prepare_run(
