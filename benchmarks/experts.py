@@ -4,8 +4,9 @@
 
 A model of one block in the shape of the checkpoint, random weights, its default products; every variant reads the same
 base weights. Each round runs every variant once, in an order that changes; a cell is the median over rounds of
-time / base's time of the same round, minus one, with the 95 % interval of the median. Extra memory is the peak of live
-storages less the base's. "qwen3-16" to "qwen3-64" have that many experts, of which a token reaches eight as in the
+time / base's time of the same round, minus one, with the 95 % interval of the median. Decoding is a step of `generate`:
+what is derived from an adapter's parameters is kept. Extra memory is the peak of live storages less the base's, what is
+kept among them. "qwen3-16" to "qwen3-64" have that many experts, of which a token reaches eight as in the
 whole: what grows with the number of experts shows there. Run it alone on the machine; rows are added to
 benchmarks/results/experts.csv.
 """
@@ -16,18 +17,20 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from overhead import interleave, others_busy, overhead
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from results_table import ResultsTable, add_output
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from bem_peft import DynamicRankMaskConfig, KroneckerConfig, ResidualFiLMConfig
 from bem_peft.budget.memory import LiveBytes
+from bem_peft.kept import kept_weights
 
 COMMON = {"num_hidden_layers": 1, "vocab_size": 256, "max_position_embeddings": 512, "dtype": torch.bfloat16}
 QWEN3 = {
@@ -98,12 +101,22 @@ def timed(model: nn.Module, ids: torch.Tensor, is_training: bool) -> Callable[[]
     return run
 
 
-def peak_bytes(model: nn.Module, ids: torch.Tensor, is_training: bool) -> int:
+@contextmanager
+def as_generate(models: Iterable[nn.Module], phase: str) -> Iterator[None]:
+    """Keeps what a decoding step of `generate` finds kept."""
+    with ExitStack() as scopes:
+        for model in models if phase.startswith("decode") else ():
+            if isinstance(model, PeftModel):
+                scopes.enter_context(kept_weights(model))
+        yield
+
+
+def peak_bytes(model: nn.Module, ids: torch.Tensor, phase: str) -> int:
     """Of live storages in one pass, the weights included."""
-    with LiveBytes() as live:
+    with LiveBytes() as live, as_generate([model], phase):
         for parameter in model.parameters():
             live.see(parameter)
-        step(model, ids, is_training)
+        step(model, ids, phase.startswith("train"))
     return live.peak
 
 
@@ -120,9 +133,10 @@ def measure(shape: str, phases: list[str], rounds: int, only: list[str], report:
         models |= {name: with_adapter(base, VARIANTS[name](), is_training) for name in names}
         runs = {name: timed(model, ids, is_training) for name, model in models.items()}
         others = others_busy()
-        seconds = interleave(runs, rounds, report)
+        with as_generate(models.values(), phase):
+            seconds = interleave(runs, rounds, report)
         busy = others()
-        peaks = {name: peak_bytes(model, ids, is_training) for name, model in models.items()}
+        peaks = {name: peak_bytes(model, ids, phase) for name, model in models.items()}
         base_ms = statistics.median(seconds["base"]) * 1e3
         report(f"\n{shape} ({experts} experts, {config._experts_implementation}), {phase}: base {base_ms:.2f} ms")
         report(f"  other processes used {busy:.1%} of the processors meanwhile")

@@ -170,7 +170,8 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         factor = rank_root(a)
         if control and is_mirrored(a):
             a, factor = torch.cat((a, -a)), 1.0
-        weights = [(a if torch.is_grad_enabled() else a.to(wide)).mT, transposed(b, dtype)]
+        is_wide = not torch.is_grad_enabled() and a.dim() == 2  # of stacks only what rows take is widened, in a product
+        weights = [(a.to(wide) if is_wide else a).mT, transposed(b, dtype)]
         if control:
             both = torch.cat(control, dim=-2) if len(control) > 1 else control[0]
             weights.append(transposed(both.to(wide) * factor, wide))
