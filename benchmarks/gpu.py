@@ -1,11 +1,15 @@
 """Torch form against Triton form of each operator on a GPU: parity first, then times.
 
-    python benchmarks/gpu.py [--rounds 20] [--rows 1 256 4096]
+    python benchmarks/gpu.py [--rounds 20] [--rows 1 256 4096] [--prove]
+
+`--prove` ends after the parity and marks the kernels as right on this device with these versions, so that `auto` takes
+them there; `bem-peft kernels --prove` is the same for who has the package alone.
 
 We have no GPU: this has never been run on one, and no GPU timing of these kernels exists. Its parts that need none
-(sizes, refusal, parity in Triton's interpreter) are tested. Shapes are those of Llama-3.2-1B and Llama-3-8B, bfloat16,
-forward and forward + backward. Rounds are interleaved; a cell is the median time in milliseconds over rounds, and the
-median ratio with its quartiles, one row of benchmarks/results/gpu.csv. Nothing is timed if one parity case fails.
+(sizes, refusal, marks, parity in Triton's interpreter) are tested. Shapes are those of Llama-3.2-1B and Llama-3-8B,
+bfloat16, forward and forward + backward. Rounds are interleaved; a cell is the median time in milliseconds over rounds,
+and the median ratio with its quartiles, one row of benchmarks/results/gpu.csv. Nothing is timed if one parity case
+fails.
 """
 
 from __future__ import annotations
@@ -23,21 +27,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from results_table import ResultsTable, add_output, device_name
 
-from bem_peft.kernels.parity import DTYPES, Case, Deviation, cases, deviations, kronecker_case, operators
+from bem_peft.kernels.parity import Case, cases, kronecker_case, operators, proof
+from bem_peft_cli.kernels import prove
 
 # hidden size, and the factors of the MLP's width that PT3 takes
 SHAPES = {"llama-3.2-1b": (2048, (128, 64)), "llama-3-8b": (4096, (128, 112))}
 COLUMNS = (
     "model", "operator", "rows", "pass", "torch_ms", "triton_ms", "ratio", "quartile_1", "quartile_3",
 )  # fmt: skip
-
-
-def broken(device: torch.device) -> list[Deviation]:
-    """What is not within twice torch's own error."""
-    found = [
-        d for case in cases((1, 7, 33), (5, 65), (3, 12)) for dtype in DTYPES for d in deviations(case, dtype, device)
-    ]
-    return [d for d in found if not d.is_kept]
 
 
 def workloads(rows: list[int]) -> Iterator[tuple[str, Case]]:
@@ -101,14 +98,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 256, 4096])
+    parser.add_argument("--prove", action="store_true", help="no times: compare, and mark the kernels as right here")
     add_output(parser)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py needs a CUDA or ROCm device, and torch sees none.")
     device = torch.device("cuda")
-    failed = broken(device)
+    if args.prove:
+        raise SystemExit(0 if prove() else 1)
+    _, failed = proof(device)
     if failed:
-        lines = "\n".join(f"{d.case.name} {d.case.sizes} {d.dtype} {d.tensor}: {d.error:.3g}" for d in failed[:20])
+        lines = "\n".join(map(str, failed[:20]))
         raise SystemExit(f"{len(failed)} parity cases fail, so nothing is timed:\n{lines}")
     table = ResultsTable(args.out, "gpu.csv", COLUMNS, device=device_name("cuda"))
     for row in measure(device, args.rows, args.rounds):

@@ -43,7 +43,9 @@ def provenance(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
         "git": git_state(Path.cwd()),
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
-        "kernels": backend.form(),
+        "kernels": backend.form(
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+        ),
     }
 
 

@@ -1,7 +1,8 @@
 """Which form of the methods computes: chosen before the call, by BEM_PEFT_KERNELS or `use_kernels`.
 
     auto     on a CPU "cpp" where its library was proved right on this machine (`bem-peft kernels --build`), which is
-             never built unasked; else, and on every GPU, "torch": no GPU has run the Triton kernels yet
+             never built unasked; on a GPU "triton" where that was (`bem-peft kernels --prove`), but for a compiler or a
+             transform; else "torch"
     torch    the torch forms: the specification of the others
     cpp      one C++ operator a site, for inference and training on a CPU; built on first use (`kernels.cpp`)
     triton   Triton's kernels on CUDA and ROCm, for training and inference; on a CPU in Triton's interpreter alone
@@ -12,6 +13,7 @@ states (`fits_operator`, `takes_triton`), never because something failed.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 
 from bem_peft.kernels import cpp, cpp_library
+from bem_peft.kernels.plain_call import is_plain_thread
 
 VARIABLE = "BEM_PEFT_KERNELS"
 CHOICES = ("auto", "torch", "cpp", "triton")
@@ -35,6 +38,7 @@ class _Chosen:
     name = "auto"
     is_cpp = False
     is_triton = False
+    asks_gpu = False  # `auto`: whether Triton's kernels were proved right on the device of a call
     untold: str | None = None  # why `auto` does not take the C++ operators, until a call on a CPU has said it
 
 
@@ -62,6 +66,8 @@ def _choose(name: str) -> None:
             f"or choose {', '.join(CHOICES[:3])}."
         )
     chosen.name, chosen.is_cpp, chosen.is_triton, chosen.untold = name, name == "cpp", name == "triton", None
+    chosen.asks_gpu = name == "auto"
+    _is_proved.cache_clear()
     if name == "auto":
         chosen.untold = _obstacle()
         chosen.is_cpp = chosen.untold is None
@@ -95,7 +101,7 @@ def takes_triton(y: torch.Tensor, *weights: Any) -> bool:
     Raises:
         RuntimeError: y is on a device that Triton's kernels cannot run on.
     """
-    if not chosen.is_triton:
+    if not chosen.is_triton and not (chosen.asks_gpu and y.is_cuda and _takes_unasked(y)):
         return False
     if any(not isinstance(weight, torch.Tensor) for weight in weights if weight is not None):
         return False  # matrices of each expert
@@ -111,20 +117,33 @@ def takes_triton(y: torch.Tensor, *weights: Any) -> bool:
     return True
 
 
-def form() -> str:
-    """What computes in this process, where it can: "cpp", "triton" or "torch"."""
+def _takes_unasked(y: torch.Tensor) -> bool:
+    return not torch.compiler.is_compiling() and is_plain_thread() and _is_proved(y.get_device())
+
+
+@functools.cache
+def _is_proved(index: int) -> bool:
+    from bem_peft.kernels import triton_mark
+
+    return triton_mark.obstacle(torch.device("cuda", index)) is None
+
+
+def form(device: torch.device | None = None) -> str:
+    """What computes on `device` (a CPU) in this process, where it can: "cpp", "triton" or "torch"."""
+    if device is not None and device.type == "cuda" and chosen.asks_gpu:
+        return "triton" if _is_proved(device.index or 0) else "torch"
     return "cpp" if chosen.is_cpp else "triton" if chosen.is_triton else "torch"
 
 
 @contextmanager
 def torch_forms() -> Iterator[None]:
     """The torch forms inside the block, in every thread, whatever is chosen: to hold another form to them."""
-    before = chosen.is_cpp, chosen.is_triton
-    chosen.is_cpp = chosen.is_triton = False
+    before = chosen.is_cpp, chosen.is_triton, chosen.asks_gpu
+    chosen.is_cpp = chosen.is_triton = chosen.asks_gpu = False
     try:
         yield
     finally:
-        chosen.is_cpp, chosen.is_triton = before
+        chosen.is_cpp, chosen.is_triton, chosen.asks_gpu = before
 
 
 def is_interpreted() -> bool:

@@ -150,6 +150,27 @@ class Deviation:
     def is_kept(self) -> bool:
         return self.error <= self.allowed  # NaN is not
 
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} {size}" for name, size in self.case.sizes.items())
+        return (
+            f"{self.case.name} ({sizes}), {self.dtype}, {self.tensor}: {self.error:.3g} from float64, "
+            f"{self.allowed:.3g} allowed"
+        )
+
+
+PROOF_SIZES = (1, 7, 33), (5, 65), (3, 12)  # rows, channels, ranks
+
+
+def proof(device: torch.device) -> tuple[int, list[Deviation]]:
+    """How many outputs and gradients of Triton's kernels were compared on `device`, and those too far from float64."""
+    count = 0
+    broken: list[Deviation] = []
+    for case in cases(*PROOF_SIZES):
+        for dtype in DTYPES:
+            found = deviations(case, dtype, device)
+            count, broken = count + len(found), broken + [d for d in found if not d.is_kept]
+    return count, broken
+
 
 DRAWS = 3  # of inputs whose error by the torch form is taken: one draw of a tensor of a few numbers may be luck
 

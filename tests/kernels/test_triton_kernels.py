@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
+import os
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bem_peft import (
@@ -22,14 +26,15 @@ from bem_peft import (
     ResidualFiLMConfig,
     use_kernels,
 )
-from bem_peft.kernels import backend, film, rank_mask
+from bem_peft.kernels import backend, film, parity, rank_mask, triton_mark
+from bem_peft_cli.main import main
 from tests.tiny_models import build
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton is for Linux")
 if sys.platform.startswith("linux"):
     from bem_peft.kernels import triton_film, triton_kronecker, triton_rank_mask, triton_tiles
     from bem_peft.kernels import triton_head_gating as triton_gate
-    from bem_peft.kernels.parity import DTYPES, Case, cases, deviations, operators
+    from bem_peft.kernels.parity import DTYPES, Case, Deviation, cases, deviations, operators
 
 CPU = torch.device("cpu")
 SIZES = [*cases((1, 7), (5,), (1, 12)), *cases((33,), (65,), (3,))]
@@ -175,6 +180,109 @@ def test_triton_where_it_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) 
         use_kernels("triton")
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> torch.device:
+    """A device that says that it is a GPU, with no mark yet; `auto` is chosen."""
+    properties = types.SimpleNamespace(name="NVIDIA L4", major=8, minor=9)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: properties.name)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    use_kernels("auto")
+    return torch.device("cuda", 0)
+
+
+def takes_triton(device: torch.device) -> bool:
+    """What `auto` takes there, asked anew."""
+    use_kernels("auto")
+    with FakeTensorMode():
+        return backend.takes_triton(torch.empty(2, 3, device=device))
+
+
+def test_auto_takes_the_kernels_on_a_gpu_where_they_were_proved_right_and_nowhere_else(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not takes_triton(gpu)
+    monkeypatch.setattr(parity, "proof", lambda device: (936, []))
+    assert main(["kernels", "--prove"]) == 0
+    out = capsys.readouterr().out
+    assert "936 outputs and gradients compared" in out
+    assert "auto on cuda:0   triton" in out
+    assert takes_triton(gpu)
+    assert backend.form(gpu) == "triton"
+    with backend.torch_forms(), FakeTensorMode():
+        assert not backend.takes_triton(torch.empty(1, device=gpu))
+    with FakeTensorMode():
+        assert not torch.vmap(lambda y: torch.tensor(backend.takes_triton(y)))(torch.empty(1, 2, device=gpu)).any()
+    assert not backend.takes_triton(torch.empty(1)), "on a CPU"
+    use_kernels("torch")
+    with FakeTensorMode():
+        assert not backend.takes_triton(torch.empty(1, device=gpu)), "the torch forms were chosen"
+
+
+@pytest.mark.parametrize("changed", ["device", "version", "kernels", "damaged", "owner"])
+def test_a_mark_of_something_else_is_not_believed(
+    changed: str, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = triton_mark.versions()
+    triton_mark.write_mark(gpu, {})
+    assert takes_triton(gpu)
+    if changed == "device":
+        other = types.SimpleNamespace(name="NVIDIA H100", major=9, minor=0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: other)
+    elif changed == "version":
+        monkeypatch.setattr(triton_mark, "versions", lambda: {**versions, "triton": "9.9"})
+    elif changed == "kernels":  # moved to where the mark of other sources would stand
+        held = triton_mark.mark(gpu).read_text()
+        monkeypatch.setattr(triton_mark, "versions", lambda: {**versions, "kernels": "0"})
+        triton_mark.write_mark(gpu, {})
+        triton_mark.mark(gpu).write_text(held)
+        assert "is of another kernels" in str(triton_mark.obstacle(gpu))
+    elif changed == "damaged":
+        triton_mark.mark(gpu).write_text("{")
+        assert "is broken" in str(triton_mark.obstacle(gpu))
+    else:
+        monkeypatch.setattr(triton_mark.os, "getuid", lambda: 12345)
+        os.chown(triton_mark.mark(gpu), 54321, -1)
+        assert "belongs to another user" in str(triton_mark.obstacle(gpu))
+    assert not takes_triton(gpu)
+
+
+def test_kernels_that_are_wrong_get_no_mark_and_lose_the_one_they_had(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    triton_mark.write_mark(gpu, {})
+    wrong = Deviation(SIZES[0], torch.bfloat16, "output", 1e-3, 1.0, 2e-3)
+    monkeypatch.setattr(parity, "proof", lambda device: (936, [wrong]))
+    assert main(["kernels", "--prove"]) == 1
+    out = capsys.readouterr().out
+    assert "torch.bfloat16, output: 1 from float64, 0.002 allowed" in out
+    assert "not right on NVIDIA L4" in out
+    assert not takes_triton(gpu)
+
+
+def test_nothing_is_proved_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["kernels", "--prove"]) == 1
+    assert "torch sees no CUDA or ROCm device" in capsys.readouterr().out
+
+
+def test_the_proof_compares_every_operator_in_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+
+    def compared(case: Case, dtype: torch.dtype, device: torch.device) -> list[Deviation]:
+        seen.add((case.operator, dtype))
+        return [Deviation(case, dtype, "output", 1.0, 3.0 if case.name == "gate" else 1.0, 2.0)]
+
+    monkeypatch.setattr(parity, "deviations", compared)
+    count, broken = parity.proof(CPU)
+    assert count > 100
+    assert {d.case.operator for d in broken} == {"gate"}
+    assert seen == {(name, dtype) for name in OPERATORS for dtype in DTYPES}
+
+
 def test_the_gpu_benchmark_refuses_without_a_gpu_and_has_parity_before_times(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("gpu_benchmark", Path(__file__).parents[2] / "benchmarks" / "gpu.py")
     assert spec is not None
@@ -185,7 +293,7 @@ def test_the_gpu_benchmark_refuses_without_a_gpu_and_has_parity_before_times(mon
     with pytest.raises(SystemExit, match="needs a CUDA or ROCm device"):
         gpu.main([])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "broken", lambda device: deviations(SIZES[0], torch.float32, CPU)[:1])
+    monkeypatch.setattr(gpu, "proof", lambda device: (1, deviations(SIZES[0], torch.float32, CPU)[:1]))
     with pytest.raises(SystemExit, match="1 parity cases fail, so nothing is timed"):
         gpu.main([])
     found = list(gpu.workloads([1, 256]))
