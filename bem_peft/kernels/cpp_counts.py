@@ -235,4 +235,14 @@ def _film_backward_fake(
     return _gradients(needs_x, x, y, w, w[:, 0], gamma, beta)
 
 
+def _film_pack_fake(
+    like: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, gamma: torch.Tensor | None, beta: torch.Tensor | None,
+    *bounds: float,
+) -> Results:  # fmt: skip
+    (out, *_) = (part.shape[0] for part in (gamma, beta) if part is not None)
+    rows = (like.new_empty(0 if part is None else part.shape[1], out) for part in (gamma, beta))
+    return torch.empty_like(w, dtype=like.dtype), w.new_empty(1, _whole_vectors(w.shape[0])), *rows
+
+
 _add("film", (_film, _film_train, _film_backward), (_film_train_fake, _film_backward_fake))
+FAKES["film_pack"] = _film_pack_fake

@@ -68,6 +68,7 @@ def schemas() -> dict[str, str]:
         found[f"{name}_backward"] = (
             f"(Tensor gradient, Tensor x, {BACKWARD[name]}, bool needs_x) -> {several(gradients)}"
         )
+    found["film_pack"] = f"(Tensor like, {TRAINING['film'][0]}, {BOUNDS}) -> {several(4)}"
     return found
 
 

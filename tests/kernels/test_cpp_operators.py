@@ -21,6 +21,7 @@ from bem_peft import (
     ResidualFiLMConfig,
     use_kernels,
 )
+from bem_peft.kept import kept_weights
 from bem_peft.kernels import cpp
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.base.forms import MANY, PACKED
@@ -235,8 +236,11 @@ def test_a_model_uses_them_at_inference_and_sees_new_weights(config: Any, dtype:
             expected = model(ids).logits
             assert not calls
             use_kernels("cpp")
-            found = model(ids).logits
+            with kept_weights(model):
+                found = model(ids).logits
             assert calls
+            calls.clear()
+            assert torch.equal(model(ids).logits, found), "where nothing is kept, by the masters themselves"
             calls.clear()
             if not is_trained:
                 assert torch.equal(found, base)  # a fresh adapter gives the base's output, bit for bit

@@ -26,7 +26,8 @@ from bem_peft import (
     penalty_values,
     use_kernels,
 )
-from bem_peft.kernels import cpp
+from bem_peft.kept import kept_weights
+from bem_peft.kernels import cpp, cpp_operators
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.pt1_head_gating import HeadGroupGatingAdapter
@@ -169,6 +170,31 @@ for kernels in ("torch", "cpp"):
     assert 0 < mine[2] < plain[2]
 
 
+@pytest.mark.parametrize("dtype", cpp.DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 130])
+@pytest.mark.parametrize(("name", "width"), [(name, width) for name, case in CASES.items() for width in case[2]])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_call_without_gradients_has_the_bits_of_inference(
+    name: str, width: int, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding reads packed weights, a pass without a scope of kept weights the masters, as training does."""
+    use_kernels("cpp")
+    adapter = made(name, width, 67)
+    x, y = guarded(rows, width, dtype), guarded(rows, 67, dtype)
+    asked: list[str] = []
+    call = cpp_operators.call
+    monkeypatch.setattr(cpp_operators, "call", lambda name, *given: (asked.append(name), call(name, *given))[1])
+    with torch.no_grad():
+        found = adapter(x, y)
+        assert asked == [f"{adapter.kernel}_train"]
+        with kept_weights(adapter):
+            assert torch.equal(adapter(x, y), found)
+            assert torch.equal(adapter(x, y), found)
+        assert asked[-1] == adapter.kernel
+    adapter.requires_grad_(True)
+    assert torch.equal(adapter(x, y).detach(), found)
+
+
 def test_torchs_own_checks() -> None:
     operators = cpp.build()
     x, y = torch.randn(2, 3, 6), torch.randn(2, 3, 4)
@@ -181,6 +207,7 @@ def test_torchs_own_checks() -> None:
         "rank_mask_train": (
             x, y, torch.randn(2, 6), torch.randn(4, 2), None, torch.randn(2, 2), 1, False, True, 1.0, 1.0,
         ),
+        "film_pack": (x, torch.randn(2, 6), torch.randn(2), None, torch.randn(4, 1), 1.0, 0.5, 0.5),
         "head_gating_train": (
             x, y, torch.randn(2, 3), torch.randn(4, 2), torch.randn(2, 4), torch.randn(2), 2, [1, 1], 1.0, 1.0,
         ),
@@ -200,6 +227,8 @@ def test_torchs_own_checks() -> None:
         torch.library.opcheck(operator, args, test_utils=("test_schema",))
         with torch.inference_mode():  # without autograd, whose form keeps the coefficients to itself
             torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+        if name == "film_pack":
+            continue
         trained = [arg.requires_grad_() if torch.is_tensor(arg) and arg.is_floating_point() else arg for arg in args]
         with Spy():
             operator(*trained)[0].sum().backward()

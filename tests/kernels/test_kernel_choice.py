@@ -67,7 +67,7 @@ def outcome(adapter: KroneckerAdapter, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which form computes a call."""
     calls: list[str] = []
     monkeypatch.setattr(adapter, "in_torch", lambda x, y: (calls.append("torch"), y)[1])
-    monkeypatch.setattr(adapter, "operator", lambda x, y, *_, **__: (calls.append("cpp"), y)[1])
+    monkeypatch.setattr(adapter, "training_operator", lambda x, y: (calls.append("cpp"), y)[1])
     with torch.no_grad():
         adapter(torch.zeros(2, 12), torch.zeros(2, 8))
     return calls[0]

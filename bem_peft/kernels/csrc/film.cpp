@@ -3,6 +3,7 @@
 #include "gradients.h"
 
 #include <atomic>
+#include <tuple>
 
 namespace {
 
@@ -49,7 +50,7 @@ void film(const View& x, const View& y, const View& w, const View& bias, const V
         const float rms = is_relative || scales_beta ? root_mean_square(py + (row + i) * width, width) : 1.0f;
         const float factor = scales_beta ? rms : 1.0f, share = is_relative ? 1.0f / std::max(rms, kSmallestRms) : 1.0f;
         for (int64_t at = 0; at < padded; at += kLanes) {
-          vf value = vtanh(load(c + i * padded + at) * share + load(p_bias + at));
+          vf value = vtanh(fused(load(c + i * padded + at), splat(share), load(p_bias + at)));
           store(c + i * padded + at, value);
           store(z + i * padded + at, value * factor);
         }
@@ -152,9 +153,9 @@ void film_train(const View& x, const View& y, const View& w, const View& bias, c
           if (is_relative) share = 1.0f / std::max(found, kSmallestRms);
         }
         for (int64_t at = 0; at < padded; at += kLanes) {
-          const vf divided = load(mine + i * padded + at) * share;
-          if (is_relative) store(pd + (row + i) * padded + at, divided);
-          const vf value = vtanh(divided + load(pb.data() + at));
+          const vf found = load(mine + i * padded + at);
+          if (is_relative) store(pd + (row + i) * padded + at, found * share);
+          const vf value = vtanh(fused(found, splat(share), load(pb.data() + at)));
           store(mine + i * padded + at, value);
           store(z + i * padded + at, value * factor);
         }
@@ -241,7 +242,29 @@ void film_backward(const View& gradient, const View& x, const View& y, const Vie
   });
 }
 
+// what `film` reads, of the masters as `film_train` rounds and bounds them: W and the bounded rows in the dtype of `like`,
+// the bias padded in float32
+void film_pack(const View& like, const View& w, const View& bias, const View& gamma, const View& beta, double scaling,
+               double clamp_range, double max_beta, const View& to_w, const View& to_bias, const View& to_gamma,
+               const View& to_beta) {
+  const int64_t units = w.rows;
+  for_type(like, [&](auto zero) {
+    using T = decltype(zero);
+    const auto write = [](const auto& values, int64_t count, const View& to, const char* name) {
+      T* p = result<T>(to, count, name);
+      for (int64_t i = 0; i < count; ++i) p[i] = static_cast<T>(values[i]);
+    };
+    write(master(w, units, w.columns, "controller_weight"), w.count(), to_w, "w");
+    Floats pb = widened_rows(master(bias, 1, units, "controller_bias"), 1, units, whole_vectors(units));
+    round_to_type<T>(pb);
+    copy(pb, to_bias);
+    for (const auto& [rows, bound, to] : {std::tuple(&gamma, clamp_range, &to_gamma), std::tuple(&beta, max_beta, &to_beta)})
+      if (rows->is_there()) write(bounded<T>(*rows, rows->rows, scaling, bound), rows->count(), *to, "gamma or beta");
+  });
+}
+
 [[maybe_unused]] const bool is_added = add_operator<film>("film") && add_operator<film_train>("film_train") &&
-                                       add_operator<film_backward>("film_backward");
+                                       add_operator<film_backward>("film_backward") &&
+                                       add_operator<film_pack>("film_pack");
 
 }  // namespace

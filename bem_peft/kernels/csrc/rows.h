@@ -26,6 +26,17 @@ typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2)));
 
 inline vf splat(float value) { return value - vf{}; }
 
+// a b + c, rounded once where the processor can: the same bits wherever it stands
+inline vf fused(vf a, vf b, vf c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  vf out;
+  for (int64_t lane = 0; lane < kLanes; ++lane) out[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+  return out;
+#else
+  return a * b + c;
+#endif
+}
+
 inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 inline vf load(const bfloat16* p) {
   vu wide = __builtin_convertvector(*reinterpret_cast<const vh_any*>(p), vu) << 16;

@@ -77,6 +77,7 @@ def _head_gating_drops_nothing(adapter: _HeadGating) -> bool:
 
 
 class _RankMask(_Adapted, Protocol):
+    C: torch.Tensor
     mask_weight: torch.Tensor
     active_rank: int
     temperature: float
@@ -86,10 +87,12 @@ class _RankMask(_Adapted, Protocol):
 
 
 def _pack_rank_mask(adapter: _RankMask, dtype: torch.dtype) -> Weights:
-    a, b_t, *control = adapter.derive(dtype)
-    rank = b_t.shape[0]
-    gate = control[0][:, :rank] if adapter.has_value_gate else a.new_zeros(0, rank)
-    mask = adapter.mask_weight.unsqueeze(0) if adapter.is_task_mask else control[0][:, -rank:]
+    """The control is multiplied in float32, as the training operator does it: both choose by the same logits."""
+    a, b_t, *_ = adapter.derive(dtype)
+    root = math.sqrt(b_t.shape[0])
+    gate = adapter.C.float().t() * root if adapter.has_value_gate else b_t.new_zeros(0, b_t.shape[0])
+    mask = adapter.mask_weight.float()
+    mask = mask.unsqueeze(0) if adapter.is_task_mask else mask.t() * root
     return a.t().to(dtype).contiguous(), b_t.contiguous(), cpp.padded(gate), cpp.padded(mask)
 
 
@@ -131,6 +134,11 @@ class _FiLM(_Adapted, Protocol):
 
 
 def _pack_film(adapter: _FiLM, dtype: torch.dtype) -> Weights:
+    masters = adapter.held_masters()
+    if all(m is None or (m.dtype is torch.float32 and m.is_contiguous()) for m in masters):
+        like, bounds = torch.empty(0, dtype=dtype), (adapter.scaling, adapter.clamp_range, adapter.max_beta)
+        packed: Weights = cpp_operators.call("film_pack", like, *masters, *bounds)
+        return packed
     weight, bias, *rows = adapter.derive(dtype)
     none = weight.new_zeros(0, adapter.out_features)
     gamma = rows[0] if adapter.clamp_range > 0 else none

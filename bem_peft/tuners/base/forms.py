@@ -100,6 +100,8 @@ class Formula(Penalised, Watched):
             if out is not None:
                 return out
         if self.has_operator and backend.chosen.is_cpp and y.is_cpu and self.is_plain_call(x, y):
+            if kept is None and self.fits_operator(y) and self.fits_masters(y):  # folds them sooner than Python packs
+                return self.training_operator(x.to(y.dtype).contiguous(), y.contiguous())
             if self.fits_operator(y):
                 packed = self.weights(y.dtype, PACKED)
                 if kept is not None and (y.dtype, PACKED, None) in kept:
@@ -167,7 +169,11 @@ class Formula(Penalised, Watched):
 
         In training without gradients too: a reentrant checkpoint's first pass is what its second one recomputes.
         """
-        if not ((grad_enabled() or self.training) and y.is_cpu and y.dtype in cpp.DTYPES and self.observer is None):
+        return (grad_enabled() or self.training) and self.fits_masters(y)
+
+    def fits_masters(self, y: torch.Tensor) -> bool:
+        """Whether the C++ operator that reads the masters themselves knows this call, with or without gradients."""
+        if not (y.is_cpu and y.dtype in cpp.DTYPES and self.observer is None):
             return False
         if torch.compiler.is_compiling() or not CPP_FORMS[self.kernel].fits_training(self):
             return False
