@@ -21,7 +21,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("evaluate", help="score a saved adapter of any PEFT method item by item")
-    command.add_argument("adapter", nargs="?", help="folder or hub id")
+    command.add_argument(
+        "adapter", nargs="?", help="folder or hub id; or a folder of `bem-peft run`, whose seeds are scored one by one"
+    )
     command.add_argument(
         "--base-only", action="store_true", help="score the base model without an adapter, as a system of its own"
     )
@@ -44,7 +46,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     command.add_argument("--name", help="of the system in reports; default the experiment's, or base")
     command.add_argument(
         "--seed", type=int, action="append", default=[],
-        help="that the adapter was trained with (default 0); may stand often with --base-only, once a seed of adapters",
+        help="that the adapter was trained with (default 0; of a run's folder all that are there); may stand often "
+        "with a run's folder, or with --base-only, once a seed of adapters",
     )  # fmt: skip
     command.add_argument("--base", help="base model; default the one that the adapter names")
     command.add_argument(
@@ -145,25 +148,38 @@ OF_EVALUATION = {name: name for name in ("metrics", "max_new_tokens", "stop", "r
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from bem_peft.experiments.evaluate import evaluate_adapter, evaluate_base
+    from bem_peft.experiments.evaluate import adapters_of_run, evaluate_adapter, evaluate_base, refuse_done
 
     if arguments.base_only == (arguments.adapter is not None):
         raise ValueError("give an adapter, or --base-only for the base model without one.")
-    seeds = arguments.seed or [0]
-    if len(set(seeds)) != len(seeds) or (len(seeds) > 1 and not arguments.base_only):
-        raise ValueError(f"--seed {', '.join(map(str, seeds))}: an adapter has one; with --base-only give each once.")
+    seeds, of_run = arguments.seed or [0], adapters_of_run(arguments.adapter)
+    if len(set(seeds)) != len(seeds) or (len(seeds) > 1 and not (arguments.base_only or of_run)):
+        raise ValueError(
+            f"--seed {', '.join(map(str, seeds))}: an adapter has one; with --base-only or a run's folder give each "
+            "once."
+        )
+    lacking = [seed for seed in arguments.seed if of_run and seed not in of_run]
+    if lacking:
+        raise ValueError(f"--seed {lacking[0]}: {arguments.adapter} has {', '.join(map(str, of_run))}.")
+    adapters = {seed: of_run[seed] for seed in arguments.seed or of_run} if of_run else {seeds[0]: arguments.adapter}
     given = _of_experiment(arguments) if arguments.experiment is not None else _of_options(arguments)
     if arguments.base_only:
         if given["base"] is None:
             raise ValueError("--base-only: give the model by --base, or --experiment FILE.")
-        result = evaluate_base(folder=arguments.out, seeds=seeds, **given)
-    else:
-        result = evaluate_adapter(arguments.adapter, folder=arguments.out, seed=seeds[0], **given)
+        _print_scores(evaluate_base(folder=arguments.out, seeds=seeds, **given), given, "")
+        return 0
+    refuse_done(arguments.out, adapters)
+    for seed, adapter in adapters.items():
+        result = evaluate_adapter(adapter, folder=arguments.out, seed=seed, **given)
+        _print_scores(result, given, f", seed {seed}" if of_run else "")
+    return 0
+
+
+def _print_scores(result: dict[str, Any], given: dict[str, Any], which: str) -> None:
     metrics = result["metrics"]
     shown = [name for name in (*given["evaluation"].metrics, "forgetting") if name != "nll" and name in metrics]
     others = "".join(f", {name} {metrics[name]:.4g}" for name in shown)
-    print(f"{result['name']}: loss {metrics['loss']:.4f}{others} on {metrics['items']} items")
-    return 0
+    print(f"{result['name']}{which}: loss {metrics['loss']:.4f}{others} on {metrics['items']} items", flush=True)
 
 
 def _of_experiment(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -107,6 +107,7 @@ class Launch:
     kernel: Any  # an Autotuner or a JITFunction
     given: tuple[Any, ...]
     sizes: dict[str, Any]
+    grid: Any  # of a launch, or a function of its tile that gives it
 
     @property
     def function(self) -> Any:
@@ -136,7 +137,7 @@ def launches(case: Case, dtype: torch.dtype) -> list[Launch]:
     found: list[Launch] = []
 
     def record(kernel: Any, *given: Any, grid: object, warmup: bool, **sizes: Any) -> None:
-        found.append(Launch(kernel, given, sizes))
+        found.append(Launch(kernel, given, sizes, grid))
 
     kept = Autotuner.run, JITFunction.run
     Autotuner.run = JITFunction.run = record

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "quality"
-PARTS = ("grid", "splits", "study", "records_json", "hub")
+PARTS = ("grid", "splits", "study", "records_json", "hub", "tables")
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,17 @@ def test_scores_of_json(parts: Any, prediction: str, scores: tuple[float, ...]) 
     assert [found[n][0] for n in ("json_validity", "schema_validity", "exact_match", "field_f1")] == pytest.approx(
         scores
     )
+
+
+def test_what_is_trained_on_too_is_not_read_in_slice_b(parts: Any) -> None:
+    """A verse that stands twice in the Bible ("And the LORD spake unto Moses, saying,") may lie in two slices."""
+    for task, count in (("verses", 298), ("records", 300), ("definitions", 300)):
+        items = {item["id"]: item for item in parts["study"].items_of(task)}
+        kept = parts["tables"].unseen(task)
+        assert len(kept) == count
+        fields = {"verses": ("archaic", "modern"), "records": ("text", "json"), "definitions": ("question", "answer")}
+        met = {tuple(i[name] for name in fields[task]) for i in items.values() if i["slice"] != "B"}
+        assert not [key for key in kept if tuple(items[key][name] for name in fields[task]) in met]
 
 
 def test_a_dataset_of_the_hub_becomes_items(parts: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,7 @@ def evaluate_adapter(
     if problems:
         raise ValueError("; ".join(problems))
     out = folder / f"seed-{seed}"
-    if (out / RESULT).exists():
-        raise ValueError(f"{out / RESULT} is there already: choose another folder or seed.")
+    refuse_done(folder, [seed])
     items = read_evaluation_items(data)
     prove_writable(folder)
     config = None if adapter is None else PeftConfig.from_pretrained(adapter)
@@ -122,6 +121,31 @@ def evaluate_base(
         again = {**result, "seed": seed, "provenance": {**result["provenance"], "seed": seed}}
         write_result(out, again)
     return result
+
+
+def adapters_of_run(folder: str | None) -> dict[int, str]:
+    """Seed -> adapter's folder, where `folder` is one of `bem-peft run`, or of one of its seeds; else empty."""
+    if folder is None or (Path(folder) / "adapter_config.json").is_file():
+        return {}
+    whole = Path(folder)
+    seeds = [whole] if whole.name.startswith("seed-") else whole.glob("seed-*")
+    found = {seed.name.removeprefix("seed-"): seed / "adapter" for seed in seeds}
+    return {int(seed): str(found[seed]) for seed in sorted(found, key=_number) if found[seed].is_dir()}
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"seed-{text}: is no folder of `bem-peft run`, which names it by a number.") from error
+
+
+def refuse_done(folder: Path, seeds: Iterable[int]) -> None:
+    """Raise ValueError where a seed has its result already."""
+    for seed in seeds:
+        result = folder / f"seed-{seed}" / RESULT
+        if result.exists():
+            raise ValueError(f"{result} is there already: choose another folder or seed.")
 
 
 def _run_of(adapter: Path) -> Path | None:

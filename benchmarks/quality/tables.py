@@ -3,14 +3,16 @@
     python benchmarks/quality/tables.py [--reports]
 
 Writes results/search.csv (losses on Slice-A by rate), results/slice_b.csv (a row a comparison and metric), and with
---reports the tables and pages of `bem-peft compare` in results/reports/. Differences are paired by seed and item and
-mean "better" above zero; p is corrected by Holm over all comparisons of a task and metric.
+--reports the tables and pages of `bem-peft compare` in results/reports/. An item of Slice-B whose prompt and answer
+also stand in the training slice or in Slice-A is left out. Differences are paired by seed and item and mean "better"
+above zero; p is corrected by Holm over all comparisons of a task and metric.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import math
 import subprocess
 import sys
@@ -44,11 +46,20 @@ def finals(known: Losses, task: str, system: str) -> dict[int, dict[str, Any]]:
     return found
 
 
+@functools.cache
+def unseen(task: str) -> frozenset[str]:
+    """The items of Slice-B whose prompt and answer nobody has trained on or chosen by."""
+    asked = GRID["tasks"][task]["prompt"] + GRID["tasks"][task]["completion"]
+    texts = [(item, asked.format_map(item)) for item in items_of(task)]
+    met = {text for item, text in texts if item["slice"] != "B"}
+    return frozenset(item["id"] for item, text in texts if item["slice"] == "B" and text not in met)
+
+
 def values_of(task: str, runs: dict[int, dict[str, Any]]) -> dict[str, Values]:
     """metric -> seed -> item -> value. The values' mean is the score of the whole: the loss a token, corpus chrF."""
     found: dict[str, Values] = defaultdict(dict)
     for seed, run in runs.items():
-        items = run["items"]
+        items = [item for item in run["items"] if item["id"] in unseen(task)]
         tokens = sum(item["tokens"] for item in items) / len(items)
         found["nll"][seed] = {item["id"]: item["nll"] / tokens for item in items}
         general = run["retained"]

@@ -38,6 +38,53 @@ def compiled(*options: str, **environment: str) -> tuple[int, list[dict[str, str
     return done.returncode, [dict(zip(names, line, strict=True)) for line in lines], done.stdout + done.stderr
 
 
+def roofline(code: str) -> str:
+    """The output of Python with benchmarks/roofline.py imported, not under Triton's interpreter."""
+    given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), *filter(None, [given.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", f"import roofline\n{code}"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**given, "PYTHONPATH": path}, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_has_a_row_a_token_and_a_channel_is_moved_once() -> None:
+    """By the compiled code, at the default sizes: of 16 units or ranks at most (`benchmarks/results/roofline.csv`)."""
+    rows = [line.split("\t") for line in roofline("roofline.main(['--print-only', '--fast'])").splitlines()]
+    found = {
+        row[0]: dict(zip(("written", "largest", "times"), (row[10], row[11], row[12]), strict=True)) for row in rows
+    }
+    assert found.keys() == KERNELS
+    wide = {name: row for name, row in found.items() if row["largest"] in ("y", "grad", "x", "grad_x")}
+    assert wide.keys() >= {"_gated_update", "_masked_update", "_modulate", "_unit_sums", "_project", "_update"}
+    assert {row["times"] for row in wide.values()} == {"1.00"}
+    assert {found[name]["written"] for name in ("_gated_update", "_masked_update", "_modulate", "_update")} == {"1.00"}
+
+
+def test_the_traffic_of_a_program_is_counted_with_its_loops() -> None:
+    """Against numbers by hand: two trips of a loop around a load, and a loop in it that carries a pointer."""
+    ttir = """
+        %c0 = arith.constant 0 : i32
+        %c16 = arith.constant 16 : i32
+        %end = arith.muli %N, %c16 : i32
+        %p = tt.splat %x : !tt.ptr<bf16> -> tensor<16x8x!tt.ptr<bf16>>
+        %a = tt.load %p, %m : tensor<16x8x!tt.ptr<bf16>>
+        %s = scf.for %i = %c0 to %end step %c16 iter_args(%q = %w) -> (!tt.ptr<f32>)  : i32 {
+          %one = tt.load %q : !tt.ptr<f32>
+          %r = "tt.reduce"(%a) <{axis = 1 : i32}> ({
+          ^bb0(%l: f32, %k: f32):
+          }) : (tensor<16x8xf32>) -> tensor<16xf32>
+          %d = tt.dot %a, %b, %c : tensor<16x8xbf16> * tensor<8x32xbf16> -> tensor<16x32xf32>
+          scf.for %j = %c0 to %c16 step %c16  : i32 {
+            tt.store %p, %a, %m : tensor<16x8x!tt.ptr<bf16>>
+          }
+        }
+        tt.store %p, %a : tensor<16x8x!tt.ptr<bf16>>
+    """
+    out = roofline(f"t = roofline.traffic({ttir!r}, {{'%N': 2}}); print(t.read, t.written, t.operations)")
+    assert out.strip() == "{'%x': 256, '%w': 8} {'%x': 768} 16384"
+
+
 def test_no_kernel_spills_or_wants_more_than_a_small_gpu_has() -> None:
     """The largest tile that is tried; every tile, size and target: `make aot`."""
     status, rows, output = compiled("--fast")

@@ -267,6 +267,35 @@ def test_every_road_chooses_the_same_items_and_precision(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_runs_folder_is_scored_seed_by_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(write(folder, document(folder))), "--set", "seeds=[3, 11]"]) == 0
+    data = ["--data", str(folder / "items.jsonl"), "--prompt", "{a}", "--completion", " {b}", "--items", "8"]
+    command = ["evaluate", str(folder / "runs"), *data, "--name", "again", "--out"]
+    assert main([*command, str(folder / "all")]) == 0
+    out = capsys.readouterr().out
+    for seed in (3, 11):  # as each by itself
+        own = ["evaluate", str(folder / f"runs/seed-{seed}/adapter"), *data, "--name", "again", "--seed", str(seed)]
+        assert main([*own, "--out", str(folder / "own")]) == 0
+        found = [json.loads((folder / name / f"seed-{seed}/result.json").read_text()) for name in ("all", "own")]
+        assert found[0]["metrics"] == found[1]["metrics"]
+        assert found[0]["seed"] == found[1]["seed"] == seed
+        assert f"again, seed {seed}: loss {found[0]['metrics']['loss']:.4f}" in out
+    losses = {json.loads((folder / f"all/seed-{seed}/result.json").read_text())["metrics"]["loss"] for seed in (3, 11)}
+    assert len(losses) == 2
+    assert main([*command, str(folder / "all")]) == 2
+    assert "all/seed-3/result.json is there already" in capsys.readouterr().err
+    assert main([*command, str(folder / "one"), "--seed", "11"]) == 0
+    assert sorted(path.name for path in (folder / "one").iterdir()) == ["seed-11"]
+    assert main(["evaluate", str(folder / "runs/seed-11"), *data, "--name", "n", "--out", str(folder / "two")]) == 0
+    assert sorted(path.name for path in (folder / "two").iterdir()) == ["seed-11"]
+    assert main([*command, str(folder / "three"), "--seed", "4"]) == 2
+    assert "--seed 4: " in capsys.readouterr().err
+    (folder / "runs/seed-x").mkdir()
+    assert main([*command, str(folder / "three")]) == 2
+    assert "seed-x: is no folder of `bem-peft run`" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("what", ["adapter", "checkpoints/checkpoint-4"])
 def test_the_precision_of_a_run_that_has_not_ended_is_that_of_its_settings(
     folder: Path, what: str, capsys: pytest.CaptureFixture[str]
@@ -331,7 +360,7 @@ def test_the_base_alone_is_a_system_with_its_own_loss(folder: Path, capsys: pyte
         ([], "give an adapter, or --base-only"),
         (["a", "--base-only"], "give an adapter, or --base-only"),
         (["--seed", "0", "--seed", "1", "a"], "--seed 0, 1: an adapter has one"),
-        (["--base-only", "--seed", "1", "--seed", "1"], "--seed 1, 1: an adapter has one; with --base-only give each"),
+        (["--base-only", "--seed", "1", "--seed", "1"], "--seed 1, 1: an adapter has one; with --base-only or a run's"),
         (["--base-only"], "--base-only: give the model by --base"),
     ],
 )

@@ -104,7 +104,8 @@ def by_expert(adapter: Adapter, x: torch.Tensor, y: torch.Tensor, experts: Any) 
         return y
     if ids.numel() == 1:
         return reached(adapter, [int(ids)])[0].forward(x, y)
-    shape, ids = y.shape, ids.repeat_interleave(y.shape[1:-1].numel())  # an id for each row
+    shape, times = y.shape, y.shape[1:-1].numel()
+    ids = ids if times == 1 else ids.repeat_interleave(times)  # an id for each row
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     if is_few(ids):
         return with_rows(adapter, ids).forward(x, y).view(shape)
