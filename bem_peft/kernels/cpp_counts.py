@@ -141,11 +141,21 @@ def _rank_mask_backward_fake(
     return _gradients(needs_x, x, a, b, c, m)
 
 
+def _rank_mask_pack_fake(
+    like: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None, m: torch.Tensor, is_task_mask: bool,
+    has_hadamard: bool,
+) -> Results:  # fmt: skip
+    rank = a.shape[0]
+    gate, mask = (a.new_empty(rows, _whole_vectors(rank)) for rows in (0 if c is None else rank, m.numel() // rank))
+    return torch.empty_like(a, dtype=like.dtype), like.new_empty(rank, b.shape[0]), gate, mask
+
+
 _add(
     "rank_mask",
     (_rank_mask, _rank_mask_train, _rank_mask_backward),
     (_rank_mask_train_fake, _rank_mask_backward_fake),
 )
+FAKES["rank_mask_pack"] = _rank_mask_pack_fake
 
 
 # PT3, whose backward projects x once more: what stands between its factors is not kept

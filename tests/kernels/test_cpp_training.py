@@ -191,6 +191,9 @@ def test_a_call_without_gradients_has_the_bits_of_inference(
             assert torch.equal(adapter(x, y), found)
             assert torch.equal(adapter(x, y), found)
         assert asked[-1] == adapter.kernel
+        into = y.clone()
+        assert adapter(x, into, may_overwrite=True) is into
+        assert torch.equal(into, found)
     adapter.requires_grad_(True)
     assert torch.equal(adapter(x, y).detach(), found)
 
@@ -207,6 +210,7 @@ def test_torchs_own_checks() -> None:
         "rank_mask_train": (
             x, y, torch.randn(2, 6), torch.randn(4, 2), None, torch.randn(2, 2), 1, False, True, 1.0, 1.0,
         ),
+        "rank_mask_pack": (x, torch.randn(2, 6), torch.randn(4, 2), None, torch.randn(2, 2), False, True),
         "film_pack": (x, torch.randn(2, 6), torch.randn(2), None, torch.randn(4, 1), 1.0, 0.5, 0.5),
         "head_gating_train": (
             x, y, torch.randn(2, 3), torch.randn(4, 2), torch.randn(2, 4), torch.randn(2), 2, [1, 1], 1.0, 1.0,
@@ -227,7 +231,7 @@ def test_torchs_own_checks() -> None:
         torch.library.opcheck(operator, args, test_utils=("test_schema",))
         with torch.inference_mode():  # without autograd, whose form keeps the coefficients to itself
             torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
-        if name == "film_pack":
+        if name.endswith("_pack"):
             continue
         trained = [arg.requires_grad_() if torch.is_tensor(arg) and arg.is_floating_point() else arg for arg in args]
         with Spy():
@@ -302,7 +306,7 @@ def trained(model: Any, kernels: str, steps: int, calls: list[str], **context: A
     for module in model.modules():
         if isinstance(module, Adapter):
             original = module.training_operator
-            module.training_operator = lambda *a, _f=original: (calls.append("operator"), _f(*a))[1]  # type: ignore[method-assign]
+            module.training_operator = lambda *a, _f=original, **k: (calls.append("operator"), _f(*a, **k))[1]  # type: ignore[method-assign]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
     ids, losses = torch.arange(3, 43).view(4, 10), []
@@ -379,7 +383,7 @@ def test_penalties_of_parameters_are_carried_beside_the_operator(checkpointing: 
         for module in model.modules():
             if isinstance(module, Adapter):
                 run = module.training_operator
-                module.training_operator = lambda *a, _f=run: (calls.append(kernels), _f(*a))[1]  # type: ignore[method-assign]  # noqa: B023
+                module.training_operator = lambda *a, _f=run, **k: (calls.append(kernels), _f(*a, **k))[1]  # type: ignore[method-assign]  # noqa: B023
         ids = torch.arange(3, 43).view(4, 10)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()

@@ -250,16 +250,12 @@ void film_pack(const View& like, const View& w, const View& bias, const View& ga
   const int64_t units = w.rows;
   for_type(like, [&](auto zero) {
     using T = decltype(zero);
-    const auto write = [](const auto& values, int64_t count, const View& to, const char* name) {
-      T* p = result<T>(to, count, name);
-      for (int64_t i = 0; i < count; ++i) p[i] = static_cast<T>(values[i]);
-    };
-    write(master(w, units, w.columns, "controller_weight"), w.count(), to_w, "w");
+    write_as<T>(master(w, units, w.columns, "controller_weight"), w.count(), to_w, "w");
     Floats pb = widened_rows(master(bias, 1, units, "controller_bias"), 1, units, whole_vectors(units));
     round_to_type<T>(pb);
     copy(pb, to_bias);
     for (const auto& [rows, bound, to] : {std::tuple(&gamma, clamp_range, &to_gamma), std::tuple(&beta, max_beta, &to_beta)})
-      if (rows->is_there()) write(bounded<T>(*rows, rows->rows, scaling, bound), rows->count(), *to, "gamma or beta");
+      if (rows->is_there()) write_as<T>(bounded<T>(*rows, rows->rows, scaling, bound), rows->count(), *to, "gamma or beta");
   });
 }
 

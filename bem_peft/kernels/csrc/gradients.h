@@ -70,6 +70,13 @@ inline void copy(const Floats& w, const View& to) {
   std::copy(w.begin(), w.end(), result<float>(to, static_cast<int64_t>(w.size()), "a gradient"));
 }
 
+// numbers that were rounded to T, as T
+template <typename T, typename Values>
+void write_as(const Values& values, int64_t count, const View& to, const char* name) {
+  T* p = result<T>(to, count, name);
+  for (int64_t i = 0; i < count; ++i) p[i] = static_cast<T>(values[i]);
+}
+
 // sum (RANKS, VECTORS) over `rows` rows of z (rows, z_stride) times x (rows, width), and times `times` if it is there
 template <int RANKS, int VECTORS, typename T>
 inline void sum_block(const float* z, int64_t z_stride, const T* x, const T* times, int64_t rows, int64_t width, float* out) {

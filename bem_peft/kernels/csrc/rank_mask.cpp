@@ -245,8 +245,23 @@ void rank_mask_backward(const View& gradient, const View& x, const View& a, cons
   });
 }
 
+// what `rank_mask` reads, of the masters as `rank_mask_train` folds them: H A and B^T H in the dtype of `like`, the control
+// padded in float32
+void rank_mask_pack(const View& like, const View& a, const View& b, const View& c, const View& m, bool is_task_mask,
+                    bool has_hadamard, const View& to_a, const View& to_b, const View& to_c, const View& to_m) {
+  for_type(like, [&](auto zero) {
+    using T = decltype(zero);
+    const RankMask<T> w(a, b, c, m, a.columns, b.rows, 1, is_task_mask, has_hadamard);
+    write_as<T>(w.a, a.count(), to_a, "H A");
+    write_as<T>(w.b, b.count(), to_b, "B^T H");
+    if (c.is_there()) copy(w.c_t, to_c);
+    copy(w.m_t, to_m);
+  });
+}
+
 [[maybe_unused]] const bool is_added = add_operator<rank_mask>("rank_mask") &&
                                        add_operator<rank_mask_train>("rank_mask_train") &&
-                                       add_operator<rank_mask_backward>("rank_mask_backward");
+                                       add_operator<rank_mask_backward>("rank_mask_backward") &&
+                                       add_operator<rank_mask_pack>("rank_mask_pack");
 
 }  // namespace

@@ -24,14 +24,15 @@ class CppForm:
     masters: the parameters that the training operator takes, in that order.
     pack(adapter, dtype): what the operator reads in inference, wide weights in `dtype`, small ones in float32 of their
         values rounded to it. sizes(adapter): its arguments after these.
-    train(adapter, x, y): the operator that autograd knows, on contiguous rows of one dtype.
+    train(adapter, x, y, overwrite): the operator that autograd knows, on contiguous rows of one dtype; or, with
+        `overwrite`, without gradients, y' in the place of y.
     fits_training(adapter): whether that knows what the adapter does in training.
     """
 
     masters: tuple[str, ...]
     pack: Callable[[Any, torch.dtype], Weights]
     sizes: Callable[[Any], tuple[Any, ...]]
-    train: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+    train: Callable[[Any, torch.Tensor, torch.Tensor, bool], torch.Tensor]
     fits_training: Callable[[Any], bool] = lambda adapter: True
 
 
@@ -42,6 +43,11 @@ class _Adapted(cpp_operators.Caller, Protocol):
     def derive(self, dtype: torch.dtype) -> Weights: ...
     def held_masters(self) -> list[torch.Tensor | None]: ...
     def drop(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+def _are_plain(masters: list[torch.Tensor | None]) -> bool:
+    """Whether an operator can pack them: float32, as they are saved."""
+    return all(m is None or (m.dtype is torch.float32 and m.is_contiguous()) for m in masters)
 
 
 # PT1
@@ -64,9 +70,9 @@ def _pack_head_gating(adapter: _HeadGating, dtype: torch.dtype) -> Weights:
     return adapter.A.to(dtype).contiguous(), adapter.B.to(dtype).t().contiguous(), *padded
 
 
-def _train_head_gating(adapter: _HeadGating, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _train_head_gating(adapter: _HeadGating, x: torch.Tensor, y: torch.Tensor, overwrite: bool) -> torch.Tensor:
     sizes = adapter.num_heads, adapter.ranks, adapter.temperature, adapter.scaling
-    return cpp.train(adapter, "head_gating", x, y, adapter.held_masters(), sizes)
+    return cpp.train(adapter, "head_gating", x, y, adapter.held_masters(), sizes, overwrite)
 
 
 def _head_gating_drops_nothing(adapter: _HeadGating) -> bool:
@@ -88,6 +94,11 @@ class _RankMask(_Adapted, Protocol):
 
 def _pack_rank_mask(adapter: _RankMask, dtype: torch.dtype) -> Weights:
     """The control is multiplied in float32, as the training operator does it: both choose by the same logits."""
+    masters = adapter.held_masters()
+    if _are_plain(masters):
+        like = torch.empty(0, dtype=dtype)
+        packed: Weights = cpp_operators.call("rank_mask_pack", like, *masters, adapter.is_task_mask, adapter.hadamard)
+        return packed
     a, b_t, *_ = adapter.derive(dtype)
     root = math.sqrt(b_t.shape[0])
     gate = adapter.C.float().t() * root if adapter.has_value_gate else b_t.new_zeros(0, b_t.shape[0])
@@ -96,10 +107,10 @@ def _pack_rank_mask(adapter: _RankMask, dtype: torch.dtype) -> Weights:
     return a.t().to(dtype).contiguous(), b_t.contiguous(), cpp.padded(gate), cpp.padded(mask)
 
 
-def _train_rank_mask(adapter: _RankMask, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _train_rank_mask(adapter: _RankMask, x: torch.Tensor, y: torch.Tensor, overwrite: bool) -> torch.Tensor:
     temperature = adapter.temperature if adapter.training else math.inf  # no slope: the mask has no gradient
     sizes = adapter.active_rank, adapter.is_task_mask, adapter.hadamard, temperature, adapter.scaling
-    return cpp.train(adapter, "rank_mask", adapter.drop(x), y, adapter.held_masters(), sizes)
+    return cpp.train(adapter, "rank_mask", adapter.drop(x), y, adapter.held_masters(), sizes, overwrite)
 
 
 # PT3
@@ -114,8 +125,8 @@ def _pack_kronecker(adapter: _Kronecker, dtype: torch.dtype) -> Weights:
     return u.float().contiguous(), cpp.padded(v.t()), b_t.contiguous()
 
 
-def _train_kronecker(adapter: _Kronecker, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return cpp.train(adapter, "kronecker", adapter.drop(x), y, adapter.held_masters(), (adapter.scaling,))
+def _train_kronecker(adapter: _Kronecker, x: torch.Tensor, y: torch.Tensor, overwrite: bool) -> torch.Tensor:
+    return cpp.train(adapter, "kronecker", adapter.drop(x), y, adapter.held_masters(), (adapter.scaling,), overwrite)
 
 
 # PT4
@@ -135,7 +146,7 @@ class _FiLM(_Adapted, Protocol):
 
 def _pack_film(adapter: _FiLM, dtype: torch.dtype) -> Weights:
     masters = adapter.held_masters()
-    if all(m is None or (m.dtype is torch.float32 and m.is_contiguous()) for m in masters):
+    if _are_plain(masters):
         like, bounds = torch.empty(0, dtype=dtype), (adapter.scaling, adapter.clamp_range, adapter.max_beta)
         packed: Weights = cpp_operators.call("film_pack", like, *masters, *bounds)
         return packed
@@ -146,11 +157,12 @@ def _pack_film(adapter: _FiLM, dtype: torch.dtype) -> Weights:
     return weight.t().contiguous(), cpp.padded(bias.unsqueeze(0)), gamma.contiguous(), beta.contiguous()
 
 
-def _train_film(adapter: _FiLM, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _train_film(adapter: _FiLM, x: torch.Tensor, y: torch.Tensor, overwrite: bool) -> torch.Tensor:
     """The operator judges its output itself, and sets `unstable`."""
     unstable = torch.zeros((), dtype=torch.bool, device=y.device) if adapter.is_watching_output() else None
     bounds = adapter.scaling, adapter.clamp_range, adapter.max_beta, adapter.is_relative, adapter.is_rms
-    out = cpp.train(adapter, "film", x, y, adapter.held_masters(), (*bounds, unstable, adapter.explosion_threshold))
+    options = (*bounds, unstable, adapter.explosion_threshold)
+    out = cpp.train(adapter, "film", x, y, adapter.held_masters(), options, overwrite)
     if unstable is not None:
         adapter.flag_with_gradient(out, unstable)
     return out

@@ -101,7 +101,8 @@ class Formula(Penalised, Watched):
                 return out
         if self.has_operator and backend.chosen.is_cpp and y.is_cpu and self.is_plain_call(x, y):
             if kept is None and self.fits_operator(y) and self.fits_masters(y):  # folds them sooner than Python packs
-                return self.training_operator(x.to(y.dtype).contiguous(), y.contiguous())
+                rows = x.to(y.dtype).contiguous(), y.contiguous()
+                return self.training_operator(*rows, overwrite=may_overwrite and rows[1] is y)
             if self.fits_operator(y):
                 packed = self.weights(y.dtype, PACKED)
                 if kept is not None and (y.dtype, PACKED, None) in kept:
@@ -190,9 +191,12 @@ class Formula(Penalised, Watched):
         out: torch.Tensor = cpp_operators.call(name, x, y, *packed, *CPP_FORMS[self.kernel].sizes(self))
         return out
 
-    def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """`transform` by an operator that autograd knows; x (..., in) and y (..., out) contiguous, of one dtype."""
-        return CPP_FORMS[self.kernel].train(self, x, y)
+    def training_operator(self, x: torch.Tensor, y: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """`transform` by an operator that autograd knows; x (..., in) and y (..., out) contiguous, of one dtype.
+
+        overwrite: the result may stand in y, and nothing wants a gradient.
+        """
+        return CPP_FORMS[self.kernel].train(self, x, y, overwrite)
 
     def torch_gradients(
         self, is_training: bool, inputs: list[torch.Tensor | None], gradient: torch.Tensor
