@@ -196,7 +196,7 @@ class Phase:
     kind: str
     batch: int
     tokens: int
-    steps: int = 32  # decoding steps a run: a short answer of `generate`, which derives the weights once
+    steps: int = 16  # decoding steps a run: a very short answer of `generate`, which derives the weights once
 
     def __str__(self) -> str:
         sizes = f"{self.tokens}" if self.kind == "prefill" else f"batch {self.batch}"

@@ -121,15 +121,10 @@ def _load(path: Path) -> None:
 
 def train(
     adapter: cpp_operators.Caller, name: str, x: torch.Tensor, y: torch.Tensor,
-    masters: Sequence[torch.Tensor | None], options: tuple[Any, ...], overwrite: bool = False,
+    masters: Sequence[torch.Tensor | None], options: tuple[Any, ...],
 ) -> torch.Tensor:  # fmt: skip
-    """y' by a training operator; autograd knows it, and asks the adapter where its backward is differentiated again.
-
-    overwrite: without gradients, y' in the place of y.
-    """
+    """y' by a training operator; autograd knows it, and asks the adapter where its backward is differentiated again."""
     build()
-    if overwrite:
-        return cpp_operators.overwritten(name, x, y, *masters, *options)
     return cpp_operators.trained(adapter, name, x, y, masters, options)
 
 

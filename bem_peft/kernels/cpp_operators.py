@@ -48,7 +48,6 @@ BACKWARD = {
 }
 Run = Callable[[str, tuple[Any, ...]], None]  # (operator, its arguments and results)
 _computing: dict[str, Callable[..., Any]] = {}  # operator -> what computes it of plain tensors on the CPU
-_run: Run | None = None  # of the library that computes
 _usual_keys = 0  # of the dispatcher, that a plain tensor has
 _modes, _profiled = torch._C._len_torch_dispatch_stack, torch._C._autograd._profiler_enabled
 
@@ -78,8 +77,7 @@ def schemas() -> dict[str, str]:
 
 def define(run: Run) -> torch.library.Library:
     """The operators, there for as long as what is returned is."""
-    global _usual_keys, _run
-    _run = run
+    global _usual_keys
     with torch.inference_mode(False):
         _usual_keys = torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -99,18 +97,6 @@ def call(name: str, *arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.bem_peft_cpu, name)(*arguments)
     return _computing[name](*arguments)
-
-
-def overwritten(name: str, x: torch.Tensor, y: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """y' of a training operator in the place of y, without autograd; where others see operators, a new tensor."""
-    operator = f"{name}_train"
-    if _modes() or _profiled() or not (_has_usual_keys(x) and _has_usual_keys(y)):
-        out: torch.Tensor = call(operator, x, y, *rest)[0]
-        return out
-    _, *kept = FAKES[operator](x, y[..., :0], *rest)  # type: ignore[misc]  # no room for y', whose place there is
-    assert _run is not None
-    _run(operator, (x, y, *rest, y, *kept))
-    return y
 
 
 def _has_usual_keys(tensor: torch.Tensor) -> bool:

@@ -220,7 +220,7 @@ def test_the_pristine_base_is_written_into() -> None:
     original = type(adapter).forward
     try:
         type(adapter).forward = lambda self, x, y, over=False: (keep(kept, y), original(self, x, y, over))[1]
-        run(model, "kept")
+        run(model, "open")
     finally:
         type(adapter).forward = original
     assert not any(torch.equal(now, then) for now, then in zip(kept[::2], kept[1::2], strict=True))

@@ -24,15 +24,14 @@ class CppForm:
     masters: the parameters that the training operator takes, in that order.
     pack(adapter, dtype): what the operator reads in inference, wide weights in `dtype`, small ones in float32 of their
         values rounded to it. sizes(adapter): its arguments after these.
-    train(adapter, x, y, overwrite): the operator that autograd knows, on contiguous rows of one dtype; or, with
-        `overwrite`, without gradients, y' in the place of y.
+    train(adapter, x, y): the operator that autograd knows, on contiguous rows of one dtype.
     fits_training(adapter): whether that knows what the adapter does in training.
     """
 
     masters: tuple[str, ...]
     pack: Callable[[Any, torch.dtype], Weights]
     sizes: Callable[[Any], tuple[Any, ...]]
-    train: Callable[[Any, torch.Tensor, torch.Tensor, bool], torch.Tensor]
+    train: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
     fits_training: Callable[[Any], bool] = lambda adapter: True
 
 
@@ -70,9 +69,9 @@ def _pack_head_gating(adapter: _HeadGating, dtype: torch.dtype) -> Weights:
     return adapter.A.to(dtype).contiguous(), adapter.B.to(dtype).t().contiguous(), *padded
 
 
-def _train_head_gating(adapter: _HeadGating, x: torch.Tensor, y: torch.Tensor, overwrite: bool) -> torch.Tensor:
+def _train_head_gating(adapter: _HeadGating, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     sizes = adapter.num_heads, adapter.ranks, adapter.temperature, adapter.scaling
-    return cpp.train(adapter, "head_gating", x, y, adapter.held_masters(), sizes, overwrite)
+    return cpp.train(adapter, "head_gating", x, y, adapter.held_masters(), sizes)
 
 
 def _head_gating_drops_nothing(adapter: _HeadGating) -> bool:
@@ -107,10 +106,10 @@ def _pack_rank_mask(adapter: _RankMask, dtype: torch.dtype) -> Weights:
     return a.t().to(dtype).contiguous(), b_t.contiguous(), cpp.padded(gate), cpp.padded(mask)
 
 
-def _train_rank_mask(adapter: _RankMask, x: torch.Tensor, y: torch.Tensor, overwrite: bool) -> torch.Tensor:
+def _train_rank_mask(adapter: _RankMask, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     temperature = adapter.temperature if adapter.training else math.inf  # no slope: the mask has no gradient
     sizes = adapter.active_rank, adapter.is_task_mask, adapter.hadamard, temperature, adapter.scaling
-    return cpp.train(adapter, "rank_mask", adapter.drop(x), y, adapter.held_masters(), sizes, overwrite)
+    return cpp.train(adapter, "rank_mask", adapter.drop(x), y, adapter.held_masters(), sizes)
 
 
 # PT3
@@ -125,8 +124,8 @@ def _pack_kronecker(adapter: _Kronecker, dtype: torch.dtype) -> Weights:
     return u.float().contiguous(), cpp.padded(v.t()), b_t.contiguous()
 
 
-def _train_kronecker(adapter: _Kronecker, x: torch.Tensor, y: torch.Tensor, overwrite: bool) -> torch.Tensor:
-    return cpp.train(adapter, "kronecker", adapter.drop(x), y, adapter.held_masters(), (adapter.scaling,), overwrite)
+def _train_kronecker(adapter: _Kronecker, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return cpp.train(adapter, "kronecker", adapter.drop(x), y, adapter.held_masters(), (adapter.scaling,))
 
 
 # PT4
@@ -157,12 +156,12 @@ def _pack_film(adapter: _FiLM, dtype: torch.dtype) -> Weights:
     return weight.t().contiguous(), cpp.padded(bias.unsqueeze(0)), gamma.contiguous(), beta.contiguous()
 
 
-def _train_film(adapter: _FiLM, x: torch.Tensor, y: torch.Tensor, overwrite: bool) -> torch.Tensor:
+def _train_film(adapter: _FiLM, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The operator judges its output itself, and sets `unstable`."""
     unstable = torch.zeros((), dtype=torch.bool, device=y.device) if adapter.is_watching_output() else None
     bounds = adapter.scaling, adapter.clamp_range, adapter.max_beta, adapter.is_relative, adapter.is_rms
     options = (*bounds, unstable, adapter.explosion_threshold)
-    out = cpp.train(adapter, "film", x, y, adapter.held_masters(), options, overwrite)
+    out = cpp.train(adapter, "film", x, y, adapter.held_masters(), options)
     if unstable is not None:
         adapter.flag_with_gradient(out, unstable)
     return out

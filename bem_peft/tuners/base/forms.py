@@ -100,9 +100,6 @@ class Formula(Penalised, Watched):
             if out is not None:
                 return out
         if self.has_operator and backend.chosen.is_cpp and y.is_cpu and self.is_plain_call(x, y):
-            if kept is None and self.fits_operator(y) and self.fits_masters(y):  # folds them sooner than Python packs
-                rows = x.to(y.dtype).contiguous(), y.contiguous()
-                return self.training_operator(*rows, overwrite=may_overwrite and rows[1] is y)
             if self.fits_operator(y):
                 packed = self.weights(y.dtype, PACKED)
                 if kept is not None and (y.dtype, PACKED, None) in kept:
@@ -170,11 +167,7 @@ class Formula(Penalised, Watched):
 
         In training without gradients too: a reentrant checkpoint's first pass is what its second one recomputes.
         """
-        return (grad_enabled() or self.training) and self.fits_masters(y)
-
-    def fits_masters(self, y: torch.Tensor) -> bool:
-        """Whether the C++ operator that reads the masters themselves knows this call, with or without gradients."""
-        if not (y.is_cpu and y.dtype in cpp.DTYPES and self.observer is None):
+        if not ((grad_enabled() or self.training) and y.is_cpu and y.dtype in cpp.DTYPES and self.observer is None):
             return False
         if torch.compiler.is_compiling() or not CPP_FORMS[self.kernel].fits_training(self):
             return False
@@ -191,12 +184,9 @@ class Formula(Penalised, Watched):
         out: torch.Tensor = cpp_operators.call(name, x, y, *packed, *CPP_FORMS[self.kernel].sizes(self))
         return out
 
-    def training_operator(self, x: torch.Tensor, y: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-        """`transform` by an operator that autograd knows; x (..., in) and y (..., out) contiguous, of one dtype.
-
-        overwrite: the result may stand in y, and nothing wants a gradient.
-        """
-        return CPP_FORMS[self.kernel].train(self, x, y, overwrite)
+    def training_operator(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """`transform` by an operator that autograd knows; x (..., in) and y (..., out) contiguous, of one dtype."""
+        return CPP_FORMS[self.kernel].train(self, x, y)
 
     def torch_gradients(
         self, is_training: bool, inputs: list[torch.Tensor | None], gradient: torch.Tensor
