@@ -43,6 +43,10 @@ $(VENV)/.release: $(BIN)/python pyproject.toml requirements.lock
 	$(INSTALL) -e ".[release]" "setuptools>=77"
 	touch $@
 
+$(VENV)/.benchmarks: $(BIN)/python pyproject.toml requirements.lock
+	$(INSTALL) -e ".[benchmarks]"
+	touch $@
+
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
@@ -78,7 +82,7 @@ newest: $(VENV)/.dev
 lock: $(VENV)/.dev
 	$(BIN)/python tests/versions/lock.py
 
-overhead: $(VENV)/.dev
+overhead: $(VENV)/.dev $(VENV)/.benchmarks
 	$(BIN)/python examples/smollm2.py demo_run/SmolLM2-135M-Instruct
 	$(BIN)/python benchmarks/overhead.py
 

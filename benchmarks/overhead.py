@@ -184,7 +184,10 @@ def measure(
 
 def svg_pyplot() -> Any:
     """matplotlib's pyplot, set to draw the same file for the same figures."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise SystemExit('the plot needs matplotlib: pip install -e ".[benchmarks]"') from error
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "bem_peft"
@@ -250,6 +253,8 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     transformers.utils.logging.disable_progress_bar()
     table = ResultsTable(args.out, f"{args.name}.csv", COLUMNS)
+    if table.path is not None:
+        svg_pyplot()  # what is missing is told before an hour of work
     if not args.skip_parity:
         parity_is_green()
     for dtype in args.dtype:

