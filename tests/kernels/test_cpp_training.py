@@ -305,7 +305,7 @@ def trained(model: Any, kernels: str, steps: int, calls: list[str], **context: A
     for module in model.modules():
         if isinstance(module, Adapter):
             original = module.training_operator
-            module.training_operator = lambda *a, _f=original, **k: (calls.append("operator"), _f(*a, **k))[1]  # type: ignore[method-assign]
+            module.training_operator = lambda *a, _f=original: (calls.append("operator"), _f(*a))[1]  # type: ignore[method-assign]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
     ids, losses = torch.arange(3, 43).view(4, 10), []
@@ -382,7 +382,7 @@ def test_penalties_of_parameters_are_carried_beside_the_operator(checkpointing: 
         for module in model.modules():
             if isinstance(module, Adapter):
                 run = module.training_operator
-                module.training_operator = lambda *a, _f=run, **k: (calls.append(kernels), _f(*a, **k))[1]  # type: ignore[method-assign]  # noqa: B023
+                module.training_operator = lambda *a, _f=run: (calls.append(kernels), _f(*a))[1]  # type: ignore[method-assign]  # noqa: B023
         ids = torch.arange(3, 43).view(4, 10)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
