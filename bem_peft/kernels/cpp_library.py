@@ -170,7 +170,7 @@ def fitting_sets() -> list[str]:
 def _obstacle(path: Path, mark: Path) -> str | None:
     """What is wrong with a library that has a mark."""
     for file in (path, mark):
-        if os.name == "posix" and file.stat().st_uid not in (0, os.getuid()):
+        if is_of_another_user(file):
             return f"{file} belongs to another user"
     try:
         held = read_json(mark)
@@ -184,6 +184,11 @@ def _obstacle(path: Path, mark: Path) -> str | None:
     if held.get("sha256") != sha256(path):
         return f"{path} is not the file that was proved right (its sha256 differs)"
     return None
+
+
+def is_of_another_user(file: Path) -> bool:
+    """Whether somebody else could have written it: neither this user nor the system's."""
+    return os.name == "posix" and file.stat().st_uid not in (0, os.getuid())
 
 
 def sha256(path: Path) -> str:

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def obstacle(device: torch.device) -> str | None:
     path = mark(device)
     if not path.is_file():
         return f"they were not proved right on this device with these versions ({COMMAND})"
-    if os.name == "posix" and path.stat().st_uid not in (0, os.getuid()):
+    if cpp_library.is_of_another_user(path):
         return f"refused: {path} belongs to another user"
     try:
         held = read_json(path)

@@ -244,7 +244,7 @@ def test_a_mark_of_something_else_is_not_believed(
         triton_mark.mark(gpu).write_text("{")
         assert "is broken" in str(triton_mark.obstacle(gpu))
     else:
-        monkeypatch.setattr(triton_mark.os, "getuid", lambda: 12345)
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
         os.chown(triton_mark.mark(gpu), 54321, -1)
         assert "belongs to another user" in str(triton_mark.obstacle(gpu))
     assert not takes_triton(gpu)
