@@ -3,6 +3,7 @@ runs that are committed are those of the grid."""
 
 from __future__ import annotations
 
+import collections
 import gzip
 import importlib
 import json
@@ -91,6 +92,18 @@ def test_slice_b_does_not_depend_on_how_much_is_trained_on(parts: Any) -> None:
     of_b = [[item["id"] for item in found if item["slice"] == "B"] for found in (small, large)]
     assert of_b[0] == of_b[1]
     assert len(of_b[0]) == 30
+
+
+def test_slice_b_of_the_verses_is_spread_over_chapters_that_no_run_had_touched(parts: Any) -> None:
+    """It was 300 verses of 16 chapters at first, on which no interval bore a claim."""
+    items = parts["study"].items_of("verses")
+    of_a_chapter = collections.Counter(item["group"] for item in items if item["slice"] == "B")
+    assert max(of_a_chapter.values()) == 3
+    assert len(of_a_chapter) >= 100
+    first = sorted((STUDY / "results" / "first_reading").glob("verses/*/*.json.gz"))
+    assert first, "the runs of the first reading are kept"
+    touched = {item["id"].rpartition(":")[0] for item in parts["splits"].read_items(first[0])[0]["items"]}
+    assert touched.isdisjoint(of_a_chapter)
 
 
 @pytest.mark.parametrize(

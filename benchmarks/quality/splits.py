@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def assign_slices(items: Sequence[dict[str, Any]], sizes: Sizes) -> list[dict[st
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for item in items:
         groups[item["group"]].append(item)
-    order = sorted(groups, key=lambda group: hashlib.sha256(group.encode()).hexdigest())
+    order = sorted(groups, key=_hash)
     found: list[dict[str, Any]] = []
     wanted = iter((("B", sizes.b), ("A", sizes.a), ("train", sizes.train)))
     name, left = next(wanted)
@@ -45,6 +45,19 @@ def assign_slices(items: Sequence[dict[str, Any]], sizes: Sizes) -> list[dict[st
             found.append({"slice": name, **item})
             left -= 1
     return found
+
+
+def spread_slice(items: Sequence[dict[str, Any]], taken: Set[str], size: int, of_a_group: int) -> list[dict[str, Any]]:
+    """`size` items of groups that are not `taken`, at most `of_a_group` of each, in an order by hash."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for item in sorted(items, key=lambda item: _hash(item["id"])):
+        if item["group"] not in taken and len(groups[item["group"]]) < of_a_group:
+            groups[item["group"]].append(item)
+    return [item for group in sorted(groups, key=_hash) for item in groups[group]][:size]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_items(name: str, items: Sequence[dict[str, Any]]) -> None:

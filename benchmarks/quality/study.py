@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from grid import GRID, Losses, Run, wanted_runs
 from results_table import clean_commit, device_name
-from splits import DATA, Sizes, assign_slices, read_items, write_lines
+from splits import DATA, Sizes, assign_slices, read_items, spread_slice, write_lines
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -42,6 +42,8 @@ def items_of(task: str) -> list[dict[str, Any]]:
     if task == "verses":
         verses = [{"id": v["ref"], "group": v["ref"].rpartition(":")[0], **v} for v in read_items(VERSES)]
         items = assign_slices(verses, Sizes(**GRID["slices"]))
+        untouched = spread_slice(verses, {i["group"] for i in items}, GRID["slices"]["b"], GRID["verses_of_a_chapter"])
+        items = [item for item in items if item["slice"] != "B"] + [{"slice": "B", **item} for item in untouched]
     else:
         items = read_items(DATA / f"{task}.jsonl.gz")
     slices = {"train": "train", "a": "A", "b": "B"}
@@ -77,7 +79,7 @@ def experiment_of(run: Run, checkpoint: str, slices: Path, out: Path) -> dict[st
         evaluation["retain"] = str(DATA / "general.jsonl")
     return {
         "name": run.system,
-        "model": {"path": checkpoint, "dtype": GRID["dtype"]},
+        "model": {"path": checkpoint, **GRID["load"]},
         "adapter": {**system["config"], "task_type": "CAUSAL_LM"},
         "data": {
             "train": str(slices / f"{run.task}-train.jsonl"),
@@ -97,8 +99,8 @@ def experiment_of(run: Run, checkpoint: str, slices: Path, out: Path) -> dict[st
     }  # fmt: skip
 
 
-def perform(run: Run, checkpoint: str, slices: Path, commit: str) -> None:
-    """Train, score, and write the run's file."""
+def perform(run: Run, checkpoint: str, slices: Path, commit: str, keep: str | None = None) -> None:
+    """Train, score, and write the run's file; the adapter under `keep`, if that is given."""
     from bem_peft.experiments.evaluate import evaluate_adapter
     from bem_peft.experiments.experiment import ExperimentError, check_experiment
     from bem_peft.experiments.fields import Problems
@@ -124,13 +126,15 @@ def perform(run: Run, checkpoint: str, slices: Path, commit: str) -> None:
             ]
             generated = evaluate_adapter(
                 str(folder / "adapter"), DataSection(**{**document["data"], "eval_items": task["generated"]}),
-                out / "generated", name=run.system, seed=run.seed, dtype=GRID["dtype"], batch=30,
+                out / "generated", name=run.system, seed=run.seed, batch=30, **GRID["load"],
                 evaluation=EvaluationSection(["nll", *task["metrics"]], task["max_new_tokens"], stop="\n"),
             )  # fmt: skip
             metrics |= {name: generated["metrics"][name] for name in task["metrics"]}
             texts = {i["id"]: i for i in read_lines(out / "generated" / f"seed-{run.seed}" / "items.jsonl")}
             for item in items:
                 item |= {k: texts[item["id"]][k] for k in ("prediction", "reference")} if item["id"] in texts else {}
+        if keep:
+            shutil.copytree(folder / "adapter", Path(keep) / run.name, dirs_exist_ok=True)
     kept = ("id", "nll", "tokens", "prediction", "reference")
     record = {
         "task": run.task, "system": run.system, "k": run.k, "seed": run.seed, "learning_rate": run.rate,
@@ -138,7 +142,8 @@ def perform(run: Run, checkpoint: str, slices: Path, commit: str) -> None:
         "curve": finite(result["curve"]), "training_seconds": round(result["training_seconds"], 1),
         "seconds": round(time.monotonic() - start, 1),
         "items": [{k: finite(i[k]) for k in kept if k in i} for i in items],
-        "retained": retained, "grid": GRID["systems"][run.system], "provenance": result["provenance"]["versions"],
+        "retained": retained, "grid": GRID["systems"][run.system], "load": GRID["load"],
+        "provenance": result["provenance"]["versions"],
         "kernels": os.environ.get("BEM_PEFT_KERNELS", "auto"),
         "date": datetime.date.today().isoformat(), "device": device_name(), "commit": commit,
     }  # fmt: skip
@@ -187,7 +192,7 @@ def work_through(options: argparse.Namespace, work: Path, deadline: float, commi
             time.sleep(5)
             continue
         started = time.monotonic()
-        perform(run, options.checkpoint, slices, commit)
+        perform(run, options.checkpoint, slices, commit, options.keep)
         print(f"{run.name}: loss {losses()[run]:.4f}, {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -198,6 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--tasks", nargs="+", choices=list(GRID["tasks"]), default=list(GRID["tasks"]))
     parser.add_argument("--systems", nargs="+", choices=list(GRID["systems"]), default=list(GRID["systems"]))
+    parser.add_argument("--keep", metavar="FOLDER", help="for the runs' adapters; else they are not kept")
     parser.add_argument("--list", action="store_true", help="print what is to be run now, and run nothing")
     parser.add_argument("--job", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
@@ -217,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_slices(task, work / "slices")
     environment = {"BEM_PEFT_KERNELS": "cpp", **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, str(Path(options.checkpoint).resolve()), "--tasks", *options.tasks]
-    command += ["--systems", *options.systems]
+    command += ["--systems", *options.systems, *(["--keep", str(Path(options.keep).resolve())] if options.keep else [])]
     jobs = [
         subprocess.Popen([*command, "--job", str(work), "--deadline", str(deadline)], env=environment)
         for _ in range(options.jobs)
