@@ -4,6 +4,7 @@ runs that are committed are those of the grid."""
 from __future__ import annotations
 
 import collections
+import copy
 import gzip
 import importlib
 import json
@@ -13,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bem_peft import count_parameters
+from bem_peft.tuners.adapter_spec import config_of
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "quality"
 PARTS = ("grid", "splits", "study", "records_json", "hub", "tables")
@@ -133,13 +139,37 @@ def test_scores_of_json(parts: Any, prediction: str, scores: tuple[float, ...]) 
 
 def test_what_is_trained_on_too_is_not_read_in_slice_b(parts: Any) -> None:
     """A verse that stands twice in the Bible ("And the LORD spake unto Moses, saying,") may lie in two slices."""
-    for task, count in (("verses", 298), ("records", 300), ("definitions", 300)):
+    for task, count in (("verses", 298 + 239), ("records", 300), ("definitions", 300)):
         items = {item["id"]: item for item in parts["study"].items_of(task)}
         kept = parts["tables"].unseen(task)
         assert len(kept) == count
         fields = {"verses": ("archaic", "modern"), "records": ("text", "json"), "definitions": ("question", "answer")}
-        met = {tuple(i[name] for name in fields[task]) for i in items.values() if i["slice"] != "B"}
+        met = {tuple(i[name] for name in fields[task]) for i in items.values() if i["slice"] in ("train", "A")}
         assert not [key for key in kept if tuple(items[key][name] for name in fields[task]) in met]
+
+
+def test_every_system_and_ablation_of_the_grid_is_a_config_and_meets_its_anchor(parts: Any) -> None:
+    """In parameters, within 4 %: of the systems, their anchors'; of the ablations, their parent's, but where less is
+    the point."""
+    grid = parts["grid"]
+    block = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=576, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=9, num_key_value_heads=3,
+            vocab_size=128,
+        )
+    )  # fmt: skip
+
+    def size(system: str) -> int:
+        config = config_of({**grid.system_of(system)["config"], "task_type": "CAUSAL_LM"}, system)
+        return count_parameters(get_peft_model(copy.deepcopy(block), config)).trainable
+
+    names = [*grid.GRID["systems"], *grid.ablations(grid.GRID["systems"])]
+    sizes = {name: size(name) for name in names}
+    smaller = {"pt2-task_mask", "pt2-no_value_gate", "pt4-spatial", "pt4-static", "pt3-u_dim_48", "pt3-u_dim_96"}
+    for name in names:
+        anchors = [name.partition("-")[0]] if "-" in name else grid.GRID["systems"][name].get("anchors", [])
+        for anchor in anchors:
+            assert name in smaller or sizes[name] == pytest.approx(sizes[anchor], rel=0.04), (name, sizes[name])
 
 
 def test_a_dataset_of_the_hub_becomes_items(parts: Any) -> None:
@@ -158,8 +188,8 @@ def test_the_committed_runs_are_those_of_the_grid(parts: Any) -> None:
         run = grid.Run(**{name: document[name] for name in ("task", "system", "k", "seed")})
         assert study.result_path(run) == path
         assert document["learning_rate"] == run.rate
-        assert document["grid"] == grid.GRID["systems"][run.system]
-        assert document["slice"] == ("A" if run.is_search else "B")
+        assert document["grid"] == grid.system_of(run.system)
+        assert document["slice"] == run.slice
         expected = {item["id"] for item in items[run.task] if item["slice"] == document["slice"]}
         assert {item["id"] for item in document["items"]} == expected
         loss = sum(item["nll"] for item in document["items"]) / sum(item["tokens"] for item in document["items"])

@@ -15,7 +15,10 @@ GRID: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("grid.yaml").read
 
 @dataclass(frozen=True, order=True)
 class Run:
-    """One training: a system on a task, at the rate base * 2^(k/2), with a seed."""
+    """One training: a system on a task, at the rate base * 2^(k/2), with a seed.
+
+    An ablation's system is PARENT-CHANGE, of grid.yaml's `ablations`.
+    """
 
     task: str
     system: str
@@ -23,9 +26,15 @@ class Run:
     seed: int
 
     @property
+    def slice(self) -> str:
+        """What it is scored on: A for a search, B for the seeds, C for an ablation."""
+        if "-" in self.system:
+            return "C"
+        return "A" if self.seed == GRID["search"]["seed"] else "B"
+
+    @property
     def is_search(self) -> bool:
-        """Scored on Slice-A; else on Slice-B."""
-        return self.seed == GRID["search"]["seed"]
+        return self.slice == "A"
 
     @property
     def rate(self) -> float:
@@ -37,6 +46,33 @@ class Run:
 
 
 Losses = Mapping[Run, float]  # of the runs that are there; infinite where one diverged
+
+
+def system_of(name: str) -> dict[str, Any]:
+    """The entry of a system in the grid; of an ablation, its parent's with the changes."""
+    parent, _, change = name.partition("-")
+    system: dict[str, Any] = GRID["systems"][parent]
+    if not change:
+        return system
+    changes = dict(GRID["ablations"]["of"][parent][change])
+    training = {**system.get("training", {}), **changes.pop("training", {})}
+    config = {name: value for name, value in {**system["config"], **changes}.items() if value is not None}
+    return {"config": config, "training": training}
+
+
+def ablations(names: Collection[str]) -> list[str]:
+    """Of these parents, seed by seed the same."""
+    return [f"{parent}-{change}" for parent, of in GRID["ablations"]["of"].items() if parent in names for change in of]
+
+
+def wanted_ablations(losses: Losses, names: Collection[str]) -> Iterator[Run]:
+    """What is to be run now: seed by seed, of the parents whose rate is known."""
+    task = GRID["ablations"]["task"]
+    for seed in GRID["ablations"]["seeds"]:
+        for system in ablations(names):
+            best = best_rate(losses, task, system.partition("-")[0])
+            if best is not None and Run(task, system, best, seed) not in losses:
+                yield Run(task, system, best, seed)
 
 
 def systems_of(task: str) -> list[str]:

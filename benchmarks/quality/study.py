@@ -8,7 +8,8 @@ a run that has its file in results/ is not run again, so that the study goes on 
 Each job is a process of one thread, and two of them on two cores do more than one on both.
 
 results/TASK/SYSTEM/kK-seedS.json.gz: losses and predictions item by item, metrics, sizes, settings, versions, date,
-device and commit. A search's run is scored on Slice-A; a run of the five seeds on Slice-B, which nothing else reads.
+device and commit. A search's run is scored on Slice-A; a run of the five seeds on Slice-B, which nothing else reads;
+an ablation's (--ablations) on Slice-C.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from grid import GRID, Losses, Run, wanted_runs
+from grid import GRID, Losses, Run, system_of, wanted_ablations, wanted_runs
 from results_table import clean_commit, device_name
 from splits import DATA, Sizes, assign_slices, read_items, spread_slice, write_lines
 
@@ -42,17 +43,23 @@ def items_of(task: str) -> list[dict[str, Any]]:
     if task == "verses":
         verses = [{"id": v["ref"], "group": v["ref"].rpartition(":")[0], **v} for v in read_items(VERSES)]
         items = assign_slices(verses, Sizes(**GRID["slices"]))
-        untouched = spread_slice(verses, {i["group"] for i in items}, GRID["slices"]["b"], GRID["verses_of_a_chapter"])
-        items = [item for item in items if item["slice"] != "B"] + [{"slice": "B", **item} for item in untouched]
+        taken = {item["group"] for item in items}
+        items = [item for item in items if item["slice"] != "B"]
+        for name, size in (("B", GRID["slices"]["b"]), ("C", GRID["ablations"]["size"])):
+            untouched = spread_slice(verses, taken, size, GRID["verses_of_a_chapter"])
+            taken |= {item["group"] for item in untouched}
+            items += [{"slice": name, **item} for item in untouched]
     else:
         items = read_items(DATA / f"{task}.jsonl.gz")
-    slices = {"train": "train", "a": "A", "b": "B"}
-    return [i for name, size in GRID["slices"].items() for i in [i for i in items if i["slice"] == slices[name]][:size]]
+    sizes = {"train": GRID["slices"]["train"], "A": GRID["slices"]["a"], "B": GRID["slices"]["b"]}
+    sizes["C"] = GRID["ablations"]["size"]
+    return [i for name, size in sizes.items() for i in [i for i in items if i["slice"] == name][:size]]
 
 
 def write_slices(task: str, folder: Path) -> None:
-    for name in ("train", "A", "B"):
-        lines = [json.dumps(item, ensure_ascii=False) for item in items_of(task) if item["slice"] == name]
+    items = items_of(task)
+    for name in {item["slice"] for item in items}:
+        lines = [json.dumps(item, ensure_ascii=False) for item in items if item["slice"] == name]
         (folder / f"{task}-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -73,7 +80,7 @@ def losses() -> Losses:
 
 def experiment_of(run: Run, checkpoint: str, slices: Path, out: Path) -> dict[str, Any]:
     """The run as an experiment's document: its training, and the loss on its slice."""
-    task, system = GRID["tasks"][run.task], GRID["systems"][run.system]
+    task, system = GRID["tasks"][run.task], system_of(run.system)
     evaluation: dict[str, Any] = {"metrics": ["nll"]}
     if not run.is_search:
         evaluation["retain"] = str(DATA / "general.jsonl")
@@ -83,7 +90,7 @@ def experiment_of(run: Run, checkpoint: str, slices: Path, out: Path) -> dict[st
         "adapter": {**system["config"], "task_type": "CAUSAL_LM"},
         "data": {
             "train": str(slices / f"{run.task}-train.jsonl"),
-            "eval": str(slices / f"{run.task}-{'A' if run.is_search else 'B'}.jsonl"),
+            "eval": str(slices / f"{run.task}-{run.slice}.jsonl"),
             "prompt": task["prompt"], "completion": task["completion"], "id": "{id}", "max_tokens": 256,
         },
         "evaluation": evaluation,
@@ -120,10 +127,11 @@ def perform(run: Run, checkpoint: str, slices: Path, commit: str, keep: str | No
         items = read_lines(folder / "items.jsonl")
         metrics, retained = dict(result["metrics"]), None
         if not run.is_search:
-            task = GRID["tasks"][run.task]
             retained = [
                 {k: line[k] for k in ("nll", "base_nll", "tokens")} for line in read_lines(folder / "retain.jsonl")
             ]
+        if run.slice == "B":
+            task = GRID["tasks"][run.task]
             generated = evaluate_adapter(
                 str(folder / "adapter"), DataSection(**{**document["data"], "eval_items": task["generated"]}),
                 out / "generated", name=run.system, seed=run.seed, batch=30, **GRID["load"],
@@ -138,11 +146,11 @@ def perform(run: Run, checkpoint: str, slices: Path, commit: str, keep: str | No
     kept = ("id", "nll", "tokens", "prediction", "reference")
     record = {
         "task": run.task, "system": run.system, "k": run.k, "seed": run.seed, "learning_rate": run.rate,
-        "slice": "A" if run.is_search else "B", "metrics": finite(metrics), "parameters": result["parameters"],
+        "slice": run.slice, "metrics": finite(metrics), "parameters": result["parameters"],
         "curve": finite(result["curve"]), "training_seconds": round(result["training_seconds"], 1),
         "seconds": round(time.monotonic() - start, 1),
         "items": [{k: finite(i[k]) for k in kept if k in i} for i in items],
-        "retained": retained, "grid": GRID["systems"][run.system], "load": GRID["load"],
+        "retained": retained, "grid": system_of(run.system), "load": GRID["load"],
         "provenance": result["provenance"]["versions"],
         "kernels": os.environ.get("BEM_PEFT_KERNELS", "auto"),
         "date": datetime.date.today().isoformat(), "device": device_name(), "commit": commit,
@@ -184,7 +192,7 @@ def work_through(options: argparse.Namespace, work: Path, deadline: float, commi
     """Run what is wanted until the deadline; a search whose next rate depends on a run of another job is waited for."""
     slices = work / "slices"
     while time.time() < deadline:
-        wanted = list(wanted_runs(losses(), options.tasks, options.systems))
+        wanted = wanted_now(options)
         if not wanted:
             return
         run = next((run for run in wanted if claim(run, work)), None)
@@ -196,6 +204,12 @@ def work_through(options: argparse.Namespace, work: Path, deadline: float, commi
         print(f"{run.name}: loss {losses()[run]:.4f}, {time.monotonic() - started:.0f} s", flush=True)
 
 
+def wanted_now(options: argparse.Namespace) -> list[Run]:
+    if options.ablations:
+        return list(wanted_ablations(losses(), options.systems))
+    return list(wanted_runs(losses(), options.tasks, options.systems))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
@@ -203,14 +217,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--tasks", nargs="+", choices=list(GRID["tasks"]), default=list(GRID["tasks"]))
     parser.add_argument("--systems", nargs="+", choices=list(GRID["systems"]), default=list(GRID["systems"]))
+    parser.add_argument("--ablations", action="store_true", help="run those of the systems, and nothing else")
     parser.add_argument("--keep", metavar="FOLDER", help="for the runs' adapters; else they are not kept")
     parser.add_argument("--list", action="store_true", help="print what is to be run now, and run nothing")
     parser.add_argument("--job", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.list:
-        for run in wanted_runs(losses(), options.tasks, options.systems):
-            print(run.name)
+        print(*(run.name for run in wanted_now(options)), sep="\n")
         return
     commit = clean_commit(("bem_peft", ":(glob)benchmarks/quality/*.py", f"{HERE / 'grid.yaml'}", f"{DATA}"))
     if options.job:
@@ -223,7 +237,8 @@ def main(arguments: list[str] | None = None) -> None:
         write_slices(task, work / "slices")
     environment = {"BEM_PEFT_KERNELS": "cpp", **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, str(Path(options.checkpoint).resolve()), "--tasks", *options.tasks]
-    command += ["--systems", *options.systems, *(["--keep", str(Path(options.keep).resolve())] if options.keep else [])]
+    command += ["--systems", *options.systems, *(["--ablations"] if options.ablations else [])]
+    command += ["--keep", str(Path(options.keep).resolve())] if options.keep else []
     jobs = [
         subprocess.Popen([*command, "--job", str(work), "--deadline", str(deadline)], env=environment)
         for _ in range(options.jobs)

@@ -2,10 +2,11 @@
 
     python benchmarks/quality/tables.py [--reports]
 
-Writes results/search.csv (losses on Slice-A by rate), results/slice_b.csv (a row a comparison and metric), and with
---reports the tables and pages of `bem-peft compare` in results/reports/. An item of Slice-B whose prompt and answer
-also stand in the training slice or in Slice-A is left out. Differences are paired by seed and item and mean "better"
-above zero; p is corrected by Holm over all comparisons of a task and metric.
+Writes results/search.csv (losses on Slice-A by rate), results/slice_b.csv (a row a comparison and metric),
+results/ablations.csv (each change against its method as it is, on Slice-C), and with --reports the tables and pages of
+`bem-peft compare` in results/reports/. An item of Slice-B or Slice-C whose prompt and answer also stand in the training
+slice or in Slice-A is left out. Differences are paired by seed and item and mean "better" above zero; p is corrected by
+Holm over all comparisons of a metric in a table's task.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import math
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grid import GRID, Losses, Run, best_rate, searched, systems_of
+from grid import GRID, Losses, Run, ablations, best_rate, searched, systems_of
 from records_json import record_scores
 from splits import read_items
 from study import RESULTS, items_of, losses
@@ -37,22 +39,25 @@ LOWER_IS_BETTER = ("nll", "forgetting")
 
 def finals(known: Losses, task: str, system: str) -> dict[int, dict[str, Any]]:
     """seed -> the run of the chosen rate."""
-    best = best_rate(known, task, system)
+    return _of_seeds(task, system, best_rate(known, task, system), GRID["seeds"])
+
+
+def _of_seeds(task: str, system: str, k: int | None, seeds: Sequence[int]) -> dict[int, dict[str, Any]]:
     found = {}
-    for seed in GRID["seeds"]:
-        path = RESULTS / f"{Run(task, system, best or 0, seed).name}.json.gz"
-        if best is not None and path.is_file():
+    for seed in seeds:
+        path = RESULTS / f"{Run(task, system, k or 0, seed).name}.json.gz"
+        if k is not None and path.is_file():
             (found[seed],) = read_items(path)
     return found
 
 
 @functools.cache
 def unseen(task: str) -> frozenset[str]:
-    """The items of Slice-B whose prompt and answer nobody has trained on or chosen by."""
+    """The items of Slices B and C whose prompt and answer nobody has trained on or chosen a rate by."""
     asked = GRID["tasks"][task]["prompt"] + GRID["tasks"][task]["completion"]
     texts = [(item, asked.format_map(item)) for item in items_of(task)]
-    met = {text for item, text in texts if item["slice"] != "B"}
-    return frozenset(item["id"] for item, text in texts if item["slice"] == "B" and text not in met)
+    met = {text for item, text in texts if item["slice"] in ("train", "A")}
+    return frozenset(item["id"] for item, text in texts if item["slice"] in ("B", "C") and text not in met)
 
 
 def values_of(task: str, runs: dict[int, dict[str, Any]]) -> dict[str, Values]:
@@ -80,6 +85,29 @@ def values_of(task: str, runs: dict[int, dict[str, Any]]) -> dict[str, Values]:
     return dict(found)
 
 
+def ablation_rows(known: Losses) -> list[dict[str, Any]]:
+    """Every change against its parent as it is, on Slice-C, on the seeds that both have."""
+    task = GRID["ablations"]["task"]
+    groups = {item["id"]: item["group"] for item in items_of(task)}
+    rows: list[dict[str, Any]] = []
+    for parent in GRID["ablations"]["of"]:
+        names = ablations([parent])
+        whole = {name: values_of(task, ablated(known, task, name)) for name in names}
+        for name in names[1:]:
+            for metric in ("nll", "forgetting"):
+                row = _compared(task, name, names[0], metric, whole, groups)
+                if row is not None:
+                    rows.append(row)
+    _adjust(rows)
+    return rows
+
+
+def ablated(known: Losses, task: str, system: str) -> dict[int, dict[str, Any]]:
+    """seed -> the run of an ablation."""
+    best = best_rate(known, task, system.partition("-")[0])
+    return _of_seeds(task, system, best, GRID["ablations"]["seeds"])
+
+
 def compare(known: Losses, task: str) -> list[dict[str, Any]]:
     """Every system against its anchors, on the seeds and items that both have."""
     groups = {item["id"]: item["group"] for item in items_of(task)}
@@ -93,11 +121,16 @@ def compare(known: Losses, task: str) -> list[dict[str, Any]]:
                 row = _compared(task, system, anchor, metric, whole, groups)
                 if row is not None:
                     rows.append(row)
+    _adjust(rows)
+    return rows
+
+
+def _adjust(rows: list[dict[str, Any]]) -> None:
+    """Holm over the comparisons of a metric."""
     for metric in {row["metric"] for row in rows}:
         mine = {(row["system"], row["anchor"]): row for row in rows if row["metric"] == metric}
         for key, p in adjusted_p_values({key: float(row["p"]) for key, row in mine.items()}).items():
             mine[key]["adjusted_p"] = f"{p:.4g}"
-    return rows
 
 
 def _compared(
@@ -173,7 +206,9 @@ def main() -> None:
     write(RESULTS / "search.csv", search_rows(known))
     rows = [row for task in GRID["tasks"] for row in compare(known, task)]
     write(RESULTS / "slice_b.csv", rows)
-    for row in rows:
+    changes = ablation_rows(known)
+    write(RESULTS / "ablations.csv", changes)
+    for row in rows + changes:
         print(*(f"{row[name]}" for name in row), sep="  ")
     if options.reports:
         for task in GRID["tasks"]:
