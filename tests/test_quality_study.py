@@ -56,6 +56,19 @@ def test_the_search_goes_on_until_the_best_rate_lies_inside(parts: Any, best: in
     assert len(set(tried)) == len(tried) >= 5
 
 
+def test_other_sizes_are_searched_around_the_rate_of_the_first_and_an_edge_is_no_end(parts: Any) -> None:
+    grid = parts["grid"]
+    known = {run: 1.0 + abs(run.k - 1) for run in grid.wanted_runs({}, ["verses"]) if run.system == "pt3"}
+    assert grid.best_rate(known, "verses", "pt3") == 1
+    assert {run.system for run in grid.wanted_transfers(known, grid.GRID["systems"])} == {"pt3@4", "pt3@16", "pt3@64"}
+    while wanted := list(grid.wanted_transfers(known, ["pt3"])):
+        known |= {run: 2.0 + abs(run.k + 5) for run in wanted}  # the best k is -5
+    for rank in (4, 16, 64):
+        tried = grid.searched(known, "verses", f"pt3@{rank}")
+        assert grid.best_rate(known, "verses", f"pt3@{rank}") == -5
+        assert min(tried) == -6
+
+
 def test_a_search_that_diverges_goes_down_and_one_that_never_ends_is_bounded(parts: Any) -> None:
     search = parts["grid"].GRID["search"]
     chosen, _ = searched_through(parts, lambda k: math.inf if k > -5 else 2.0 - 0.1 * k)
@@ -166,6 +179,12 @@ def test_every_system_and_ablation_of_the_grid_is_a_config_and_meets_its_anchor(
     names = [*grid.GRID["systems"], *grid.ablations(grid.GRID["systems"])]
     sizes = {name: size(name) for name in names}
     smaller = {"pt2-task_mask", "pt2-no_value_gate", "pt4-spatial", "pt4-static", "pt3-u_dim_48", "pt3-u_dim_96"}
+    for parent, of in grid.GRID["transfer"]["of"].items():
+        lora = "lora_o" if parent == "pt1_o" else "lora_down" if parent == "pt3" else "lora_both"
+        for rank in of:
+            # PT2's ranks are powers of two, and its masks and gates grow with their square
+            most = 1.1 if parent == "pt2" else 1.04
+            assert 0.96 < size(f"{parent}@{rank}") / (sizes[lora] * rank / 8) < most, (parent, rank)
     for name in names:
         anchors = [name.partition("-")[0]] if "-" in name else grid.GRID["systems"][name].get("anchors", [])
         for anchor in anchors:

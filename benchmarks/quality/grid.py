@@ -17,7 +17,7 @@ GRID: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("grid.yaml").read
 class Run:
     """One training: a system on a task, at the rate base * 2^(k/2), with a seed.
 
-    An ablation's system is PARENT-CHANGE, of grid.yaml's `ablations`.
+    An ablation's system is PARENT-CHANGE, of grid.yaml's `ablations`; one of another size PARENT@RANK, of `transfer`.
     """
 
     task: str
@@ -49,7 +49,10 @@ Losses = Mapping[Run, float]  # of the runs that are there; infinite where one d
 
 
 def system_of(name: str) -> dict[str, Any]:
-    """The entry of a system in the grid; of an ablation, its parent's with the changes."""
+    """The entry of a system in the grid; of an ablation or another size, its parent's with the changes."""
+    parent, _, rank = name.partition("@")
+    if rank:
+        return {"config": {**GRID["systems"][parent]["config"], **GRID["transfer"]["of"][parent][int(rank)]}}
     parent, _, change = name.partition("-")
     system: dict[str, Any] = GRID["systems"][parent]
     if not change:
@@ -75,6 +78,21 @@ def wanted_ablations(losses: Losses, names: Collection[str]) -> Iterator[Run]:
                 yield Run(task, system, best, seed)
 
 
+def transfers() -> list[str]:
+    """The systems of other sizes."""
+    return [f"{parent}@{rank}" for parent, sizes in GRID["transfer"]["of"].items() for rank in sizes]
+
+
+def wanted_transfers(losses: Losses, names: Collection[str]) -> Iterator[Run]:
+    """What is to be run now: the searches at other sizes, of the parents whose rate is known."""
+    task = GRID["transfer"]["task"]
+    for system in transfers():
+        parent = system.partition("@")[0]
+        if parent in names and best_rate(losses, task, parent) is not None:
+            for k in next_rates(losses, task, system):
+                yield Run(task, system, k, GRID["search"]["seed"])
+
+
 def systems_of(task: str) -> list[str]:
     return [name for name, system in GRID["systems"].items() if task in system.get("tasks", list(GRID["tasks"]))]
 
@@ -84,11 +102,23 @@ def searched(losses: Losses, task: str, system: str) -> dict[int, float]:
     return {run.k: loss for run, loss in losses.items() if (run.task, run.system) == (task, system) and run.is_search}
 
 
+def first_rates(losses: Losses, task: str, system: str) -> Sequence[int]:
+    """The ks with which a search begins."""
+    parent, _, rank = system.partition("@")
+    if not rank:
+        first: Sequence[int] = GRID["systems"][system].get("first", GRID["search"]["first"])
+        return first
+    best = best_rate(losses, task, parent)
+    assert best is not None, f"the search of {parent} comes first"
+    middle = best - GRID["transfer"]["below"][int(rank)]
+    return [middle - 1, middle, middle + 1]
+
+
 def next_rates(losses: Losses, task: str, system: str) -> list[int]:
     """The ks to be tried now; none where the search has ended."""
     search = GRID["search"]
     found = searched(losses, task, system)
-    first: Sequence[int] = GRID["systems"][system].get("first", search["first"])
+    first = first_rates(losses, task, system)
     missing = [k for k in first if k not in found]
     if missing:
         return missing

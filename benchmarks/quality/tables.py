@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grid import GRID, Losses, Run, ablations, best_rate, searched, systems_of
+from grid import GRID, Losses, Run, ablations, best_rate, searched, systems_of, transfers
 from records_json import record_scores
 from splits import read_items
 from study import RESULTS, items_of, losses
@@ -162,7 +162,7 @@ def search_rows(found: Losses) -> list[dict[str, Any]]:
             "task": task, "system": system, "k": k, "learning_rate": f"{Run(task, system, k, 0).rate:.4g}",
             "loss": "" if loss == math.inf else f"{loss:.4f}", "is_best": k == best_rate(found, task, system),
         }
-        for task in GRID["tasks"] for system in systems_of(task)
+        for task in GRID["tasks"] for system in (*systems_of(task), *transfers())
         for k, loss in sorted(searched(found, task, system).items())
     ]  # fmt: skip
 
