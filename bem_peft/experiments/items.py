@@ -201,13 +201,18 @@ def _unit(text: str) -> float:
 def score_items(
     model: nn.Module, encoded: Sequence[Encoded], collator: Collator, batch: int, progress: Progress
 ) -> list[tuple[float, int]]:
-    """(negative log likelihood in nats, summed over the completion's tokens; number of tokens) of each item."""
+    """(negative log likelihood in nats, summed over the completion's tokens; number of tokens) of each item.
+
+    Batches are of items of like length, so that little is padding; the order is that of `encoded`.
+    """
     model.eval()
     device = next(model.parameters()).device
     is_seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
-    scores: list[tuple[float, int]] = []
-    for start in progress(range(0, len(encoded), batch)):
-        inputs = {k: v.to(device) for k, v in collator(list(encoded[start : start + batch])).items()}
+    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]["input_ids"]), i))
+    scores: dict[int, tuple[float, int]] = {}
+    for start in progress(range(0, len(order), batch)):
+        rows = order[start : start + batch]
+        inputs = {k: v.to(device) for k, v in collator([encoded[i] for i in rows]).items()}
         labels = inputs["labels"] if is_seq2seq else inputs.pop("labels")
         logits = model(**inputs).logits
         if not is_seq2seq:
@@ -216,5 +221,5 @@ def score_items(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         ).view(labels.shape)
         counts = (labels != IGNORED).sum(1)
-        scores += list(zip(losses.sum(1).tolist(), counts.tolist(), strict=True))
-    return scores
+        scores |= zip(rows, zip(losses.sum(1).tolist(), counts.tolist(), strict=True), strict=True)
+    return [scores[i] for i in range(len(encoded))]
