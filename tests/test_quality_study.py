@@ -191,6 +191,18 @@ def test_every_system_and_ablation_of_the_grid_is_a_config_and_meets_its_anchor(
             assert name in smaller or sizes[name] == pytest.approx(sizes[anchor], rel=0.04), (name, sizes[name])
 
 
+def test_the_leaderboard_is_only_added_to(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = parts["tables"]
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    row = {"task": "verses", "system": "pt3", "anchor": "lora_down", "commit": "a", "nll": "1.0"}
+    tables.add_to_leaderboard([row])
+    first = (tmp_path / "leaderboard.csv").read_text()
+    tables.add_to_leaderboard([{**row, "nll": "0.5"}])
+    assert (tmp_path / "leaderboard.csv").read_text() == first
+    tables.add_to_leaderboard([{**row, "nll": "0.5", "commit": "b"}])
+    assert (tmp_path / "leaderboard.csv").read_text() == first + first.splitlines()[1].replace("a,1.0", "b,0.5") + "\n"
+
+
 def test_a_dataset_of_the_hub_becomes_items(parts: Any) -> None:
     records = [{"question": f"q{i // 2}", "answer": str(i)} for i in range(10)] + [{"question": "q0", "answer": "0"}]
     items = parts["hub"].items_from(records, "question", 100)

@@ -3,10 +3,11 @@
     python benchmarks/quality/tables.py [--reports]
 
 Writes results/search.csv (losses on Slice-A by rate), results/slice_b.csv (a row a comparison and metric),
-results/ablations.csv (each change against its method as it is, on Slice-C), and with --reports the tables and pages of
-`bem-peft compare` in results/reports/. An item of Slice-B or Slice-C whose prompt and answer also stand in the training
-slice or in Slice-A is left out. Differences are paired by seed and item and mean "better" above zero; p is corrected by
-Holm over all comparisons of a metric in a table's task.
+results/ablations.csv (each change against its method as it is, on Slice-C), appends to results/leaderboard.csv every
+system that has all its seeds, and with --reports the tables and pages of `bem-peft compare` in results/reports/. An
+item of Slice-B or Slice-C whose prompt and answer also stand in the training slice or in Slice-A is left out.
+Differences are paired by seed and item and mean "better" above zero; p is corrected by Holm over all comparisons of a
+metric in a table's task.
 """
 
 from __future__ import annotations
@@ -175,6 +176,41 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
             table.writerows(rows)
 
 
+def leaderboard_rows(known: Losses, task: str, compared: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """A row for each system that has all seeds, against its first anchor, or alone."""
+    rows = []
+    for system in systems_of(task):
+        runs = finals(known, task, system)
+        if len(runs) < len(GRID["seeds"]):
+            continue
+        mine = {row["metric"]: row for row in reversed(compared) if (row["task"], row["system"]) == (task, system)}
+        values = {
+            name: np.mean([[*of_items.values()] for of_items in seeds.values()])
+            for name, seeds in values_of(task, runs).items()
+        }
+        against = mine.get("nll", {})
+        rows.append({
+            "date": max(run["date"] for run in runs.values()), "task": task, "system": system,
+            "parameters": str(runs[0]["parameters"]["trainable"]), "learning_rate": f"{runs[0]['learning_rate']:.4g}",
+            "seeds": str(len(runs)), **{name: f"{values[name]:.4f}" for name in ("nll", "forgetting")},
+            **{name: against.get(name, "") for name in ("anchor", "percent", "low", "high", "adjusted_p", "refusal")},
+            "commit": "+".join(sorted({run["commit"][:7] for run in runs.values()})),
+        })  # fmt: skip
+    return rows
+
+
+def add_to_leaderboard(rows: list[dict[str, str]]) -> None:
+    """Append what is not there: a system's runs of the same commits are one row, and no row is ever changed."""
+    path = RESULTS / "leaderboard.csv"
+    old = []
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            old = list(csv.DictReader(file))
+    key = ("task", "system", "anchor", "commit")
+    there = {tuple(row[name] for name in key) for row in old}
+    write(path, old + [row for row in rows if tuple(row[name] for name in key) not in there])
+
+
 def report(known: Losses, task: str, anchor: str) -> None:
     """`bem-peft compare` of all systems of the task that have every seed, as a plain table, against the anchor."""
     groups = {item["id"]: item["group"] for item in items_of(task)}
@@ -206,6 +242,7 @@ def main() -> None:
     write(RESULTS / "search.csv", search_rows(known))
     rows = [row for task in GRID["tasks"] for row in compare(known, task)]
     write(RESULTS / "slice_b.csv", rows)
+    add_to_leaderboard([row for task in GRID["tasks"] for row in leaderboard_rows(known, task, rows)])
     changes = ablation_rows(known)
     write(RESULTS / "ablations.csv", changes)
     for row in rows + changes:
