@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from bem_peft import field_checks as check
-from bem_peft.kernels.hadamard import hadamard_matrix, hadamard_transform, is_power_of_two
+from bem_peft.kernels.hadamard import hadamard_basis, hadamard_transform, is_power_of_two
 from bem_peft.kernels.rank_mask import (
     choice_dtype,
     choice_projection,
@@ -161,8 +161,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         a: torch.Tensor = self.A
         b: torch.Tensor = self.B
         if self.hadamard:  # H z = (H A) x and B H h = (B H) h
-            h = hadamard_matrix(self.rank, a.dtype, a.device)
-            a, b = h @ a, b @ h
+            a, b = hadamard_basis(a, b)
         wide = choice_dtype(dtype, a.device)
         a = a.to(dtype)
         control: list[torch.Tensor] = [self.C] if self.has_value_gate else []
