@@ -174,6 +174,15 @@ def test_modules_trained_whole_answer_each_request_as_if_alone() -> None:
 # -- one thread
 
 
+@pytest.mark.parametrize("name", ["retrieval_qualty", "retrieval_score", "retrievals"])
+def test_a_misspelt_name_is_refused(name: str) -> None:
+    model, ids = gated(), tokens()
+    with pytest.raises(ValueError, match=f"`{name}` is no argument of LlamaForCausalLM: write 'retrieval_quality' or"):
+        model(**{"input_ids": ids, name: torch.ones(2)})
+    assert is_clean(model)
+    answer(model, input_ids=ids, retrieval_quality=torch.ones(2))
+
+
 def test_async_tasks_do_not_see_each_other() -> None:
     model, ids = gated(), tokens()
     values = [torch.full((2,), value) for value in (0.0, 0.3, 0.6, 1.0)]

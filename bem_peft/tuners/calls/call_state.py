@@ -20,7 +20,7 @@ from torch import nn
 from bem_peft.tuners.calls.attention_stats import register_exact
 from bem_peft.tuners.calls.call_frame import CallFrames, CallValues
 from bem_peft.tuners.calls.penalty_call import LoopScale, PenaltyLog, penalty_call
-from bem_peft.tuners.calls.retrieval import CHECKS, check_quality, check_scores
+from bem_peft.tuners.calls.retrieval import CHECKS, check_quality, check_scores, refuse_misspelt
 from bem_peft.tuners.steps.optimizer_hooks import refuse_partitioned
 
 Values = torch.Tensor | Sequence[Any]
@@ -93,6 +93,9 @@ class _ReceiveCall:
             scores = check_scores(kwargs["retrieval_scores"], state.retrieval)
         if "retrieval_quality" in kwargs or "retrieval_scores" in kwargs:
             kwargs = {k: v for k, v in kwargs.items() if k not in ("retrieval_quality", "retrieval_scores")}
+        misspelt = [name for name in kwargs if name.startswith("retr")]
+        if misspelt:
+            refuse_misspelt(model, misspelt)
         if state.is_watched and model.training and torch.is_grad_enabled():
             refuse_partitioned(model)
         penalty = None

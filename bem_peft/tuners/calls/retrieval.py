@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 
@@ -40,3 +43,11 @@ def check_scores(scores: object, kinds: set[str]) -> torch.Tensor:
 
 
 CHECKS = {"retrieval_quality": check_quality, "retrieval_scores": check_scores}
+
+
+def refuse_misspelt(model: nn.Module, names: list[str]) -> None:
+    """Raise ValueError where one of a call's `names`, nearly one of `CHECKS`, is no argument of the model: models take
+    what they do not know without a word."""
+    taken = inspect.signature(model.forward).parameters
+    for name in [name for name in names if name not in taken]:
+        raise ValueError(f"`{name}` is no argument of {type(model).__name__}: write {' or '.join(map(repr, CHECKS))}.")
