@@ -157,6 +157,33 @@ def _compared(
     }  # fmt: skip
 
 
+NAMES = {
+    "lora_o": "W_O", "lora_down": "W_down", "lora_both": "both",
+    "pt1_o": "PT1 at W_O", "pt1_o_large": "PT1 at W_O, larger", "pt2": "PT2 at both", "pt3": "PT3 at W_down",
+    "pt4": "PT4 at both", "composite": "PT1 and PT3 composed",
+}  # fmt: skip
+
+
+def markdown(rows: list[dict[str, Any]], task: str) -> list[str]:
+    """A task's rows as docs/choosing.md has them: NLL and forgetting of each method beside LoRA's at its site."""
+    found = {(row["system"], row["anchor"], row["metric"]): row for row in rows if row["task"] == task}
+    lines = []
+    for system, anchor, metric in found:
+        if metric != "nll" or system not in NAMES:
+            continue
+        nll, forgetting = found[system, anchor, "nll"], found[system, anchor, "forgetting"]
+        of = float(nll["anchor_mean"])
+        ends = " to ".join(f"{100 * float(nll[end]) / of:+.1f}" for end in ("low", "high"))
+        gain = f"{float(nll['percent']):+.1f} ({ends})"
+        worse, low, high = (-float(forgetting[name]) for name in ("difference", "high", "low"))
+        lines.append(
+            f"| {NAMES[system]} | {NAMES[anchor]} | {of:.3f} | {float(nll['mean']):.3f} | {gain} | "
+            f"{float(nll['adjusted_p']):.3f} | {float(forgetting['anchor_mean']):.2f} | "
+            f"{float(forgetting['mean']):.2f} | {worse:+.2f} ({low:+.2f} to {high:+.2f}) |"
+        )
+    return lines
+
+
 def search_rows(found: Losses) -> list[dict[str, Any]]:
     return [
         {
@@ -247,6 +274,8 @@ def main() -> None:
     write(RESULTS / "ablations.csv", changes)
     for row in rows + changes:
         print(*(f"{row[name]}" for name in row), sep="  ")
+    for task in GRID["tasks"]:
+        print(f"\n{task}", *markdown(rows, task), sep="\n")
     if options.reports:
         for task in GRID["tasks"]:
             if any(row["task"] == task for row in rows):
