@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import csv
 import gzip
 import importlib
 import json
@@ -201,6 +202,20 @@ def test_the_leaderboard_is_only_added_to(parts: Any, tmp_path: Path, monkeypatc
     assert (tmp_path / "leaderboard.csv").read_text() == first
     tables.add_to_leaderboard([{**row, "nll": "0.5", "commit": "b"}])
     assert (tmp_path / "leaderboard.csv").read_text() == first + first.splitlines()[1].replace("a,1.0", "b,0.5") + "\n"
+
+
+def test_what_the_docs_say_of_quality_is_what_was_measured(parts: Any) -> None:
+    with (STUDY / "results" / "slice_b.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {name: str(value) for name, value in row.items()}
+        for task in parts["grid"].GRID["tasks"]
+        for row in parts["tables"].compare(parts["study"].losses(), task)
+    ], "run benchmarks/quality/tables.py"
+    page = (STUDY.parents[1] / "docs" / "choosing.md").read_text(encoding="utf-8").splitlines()
+    for task in parts["grid"].GRID["tasks"]:
+        for line in parts["tables"].markdown(rows, task):
+            assert line in page
 
 
 def test_a_dataset_of_the_hub_becomes_items(parts: Any) -> None:
