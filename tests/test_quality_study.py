@@ -57,6 +57,22 @@ def test_the_search_goes_on_until_the_best_rate_lies_inside(parts: Any, best: in
     assert len(set(tried)) == len(tried) >= 5
 
 
+def test_a_parabola_is_not_led_by_one_lucky_run(parts: Any) -> None:
+    grid = parts["grid"]
+    assert [grid.GRID["tasks"][task]["choose"] for task in ("verses", "records")] == ["lowest", "parabola"]
+
+    def chosen(task: str, losses: dict[int, float]) -> int | None:
+        known = {grid.Run(task, "pt4", k, grid.GRID["search"]["seed"]): loss for k, loss in losses.items()}
+        return grid.best_rate(known, task, "pt4")
+
+    lucky = {-2: 1.0620, -1: 1.0519, 0: 1.0521, 1: 1.0558, 2: 1.0430, 3: 1.0941}
+    assert chosen("verses", lucky) == 2
+    assert chosen("records", lucky) == 0
+    assert chosen("records", {k: (k - 1.2) ** 2 for k in range(-2, 4)}) == 1
+    assert chosen("records", {-2: 1.0, -1: 0.9, 0: 0.8, 1: math.inf, 2: math.inf}) == 0
+    assert chosen("records", {k: 1.0 + 0.1 * abs(k) for k in range(-2, 2)}) is None, "2 was not run"
+
+
 def test_other_sizes_are_searched_around_the_rate_of_the_first_and_an_edge_is_no_end(parts: Any) -> None:
     grid = parts["grid"]
     known = {run: 1.0 + abs(run.k - 1) for run in grid.wanted_runs({}, ["verses"]) if run.system == "pt3"}

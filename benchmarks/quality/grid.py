@@ -8,6 +8,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 GRID: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("grid.yaml").read_text(encoding="utf-8"))
@@ -133,11 +134,20 @@ def next_rates(losses: Losses, task: str, system: str) -> list[int]:
 
 
 def best_rate(losses: Losses, task: str, system: str) -> int | None:
-    """The k that the search has chosen, or None before its end."""
+    """The k that the search has chosen, or None before its end.
+
+    It is the one of the lowest loss; where the task says `parabola`, the one next to the lowest point of a parabola
+    through the losses within three steps of it, which one run's luck moves less.
+    """
     if next_rates(losses, task, system):
         return None
     found = searched(losses, task, system)
-    return min(found, key=lambda k: (found[k], k))
+    lowest = min(found, key=lambda k: (found[k], k))
+    near = {k: loss for k, loss in found.items() if abs(k - lowest) <= 3 and loss < inf}
+    if GRID["tasks"][task]["choose"] == "lowest" or len(near) < 3:
+        return lowest
+    square, slope, _ = np.polyfit(list(near), list(near.values()), 2)
+    return min(near, key=lambda k: (abs(k + slope / (2 * square)), k)) if square > 0 else lowest
 
 
 def wanted_runs(losses: Losses, tasks: Sequence[str], names: Collection[str] = GRID["systems"]) -> Iterator[Run]:
