@@ -228,6 +228,10 @@ def test_what_the_docs_say_of_quality_is_what_was_measured(parts: Any) -> None:
         for task in parts["grid"].GRID["tasks"]
         for row in parts["tables"].compare(parts["study"].losses(), task)
     ], "run benchmarks/quality/tables.py"
+    with (STUDY / "results" / "ablations.csv").open(encoding="utf-8") as file:
+        changes = list(csv.DictReader(file))
+    found = parts["tables"].ablation_rows(parts["study"].losses())
+    assert changes == [{name: str(value) for name, value in row.items()} for row in found]
     page = (STUDY.parents[1] / "docs" / "choosing.md").read_text(encoding="utf-8").splitlines()
     for task in parts["grid"].GRID["tasks"]:
         for line in parts["tables"].markdown(rows, task):

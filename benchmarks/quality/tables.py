@@ -74,6 +74,8 @@ def values_of(task: str, runs: dict[int, dict[str, Any]]) -> dict[str, Values]:
             str(i): (text["nll"] - text["base_nll"]) / tokens for i, text in enumerate(general)
         }
         texts = [item for item in items if "prediction" in item]
+        if not texts:  # of an ablation
+            continue
         predictions, references = [i["prediction"] for i in texts], [i["reference"] for i in texts]
         if task == "records":
             scores = record_scores(predictions, references)
