@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -64,6 +65,11 @@ def system_of(name: str) -> dict[str, Any]:
     return {"config": config, "training": training}
 
 
+def parent_of(system: str) -> str:
+    """Whose change or other size a system is."""
+    return re.split("[-@]", system)[0]
+
+
 def ablations(names: Collection[str]) -> list[str]:
     """Of these parents, seed by seed the same."""
     return [f"{parent}-{change}" for parent, of in GRID["ablations"]["of"].items() if parent in names for change in of]
@@ -74,7 +80,7 @@ def wanted_ablations(losses: Losses, names: Collection[str]) -> Iterator[Run]:
     task = GRID["ablations"]["task"]
     for seed in GRID["ablations"]["seeds"]:
         for system in ablations(names):
-            best = best_rate(losses, task, system.partition("-")[0])
+            best = best_rate(losses, task, parent_of(system))
             if best is not None and Run(task, system, best, seed) not in losses:
                 yield Run(task, system, best, seed)
 
@@ -88,7 +94,7 @@ def wanted_transfers(losses: Losses, names: Collection[str]) -> Iterator[Run]:
     """What is to be run now: the searches at other sizes, of the parents whose rate is known."""
     task = GRID["transfer"]["task"]
     for system in transfers():
-        parent = system.partition("@")[0]
+        parent = parent_of(system)
         if parent in names and best_rate(losses, task, parent) is not None:
             for k in next_rates(losses, task, system):
                 yield Run(task, system, k, GRID["search"]["seed"])

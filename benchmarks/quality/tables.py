@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grid import GRID, Losses, Run, ablations, best_rate, searched, systems_of, transfers
+from grid import GRID, Losses, Run, ablations, best_rate, parent_of, searched, systems_of, transfers
 from records_json import record_scores
 from splits import read_items
 from study import RESULTS, items_of, losses
@@ -44,10 +44,12 @@ def finals(known: Losses, task: str, system: str) -> dict[int, dict[str, Any]]:
 
 
 def _of_seeds(task: str, system: str, k: int | None, seeds: Sequence[int]) -> dict[int, dict[str, Any]]:
-    found = {}
+    found: dict[int, dict[str, Any]] = {}
+    if k is None:
+        return found
     for seed in seeds:
-        path = RESULTS / f"{Run(task, system, k or 0, seed).name}.json.gz"
-        if k is not None and path.is_file():
+        path = RESULTS / f"{Run(task, system, k, seed).name}.json.gz"
+        if path.is_file():
             (found[seed],) = read_items(path)
     return found
 
@@ -107,8 +109,7 @@ def ablation_rows(known: Losses) -> list[dict[str, Any]]:
 
 def ablated(known: Losses, task: str, system: str) -> dict[int, dict[str, Any]]:
     """seed -> the run of an ablation."""
-    best = best_rate(known, task, system.partition("-")[0])
-    return _of_seeds(task, system, best, GRID["ablations"]["seeds"])
+    return _of_seeds(task, system, best_rate(known, task, parent_of(system)), GRID["ablations"]["seeds"])
 
 
 def compare(known: Losses, task: str) -> list[dict[str, Any]]:
