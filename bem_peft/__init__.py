@@ -15,7 +15,7 @@ from bem_peft.budget.match import BudgetMatch, match_budget
 from bem_peft.budget.memory import MemoryCount, count_memory
 from bem_peft.budget.parameters import ParameterCount, count_parameters
 from bem_peft.budget.report import BudgetError, BudgetLine, BudgetReport
-from bem_peft.dial import choose_sizes
+from bem_peft.dial import choose_sizes, rate_of
 from bem_peft.hub import push_run, push_to_hub
 from bem_peft.kept import kept_weights
 from bem_peft.kernels.backend import use_kernels
@@ -36,7 +36,7 @@ from bem_peft.tuners.pt3_kronecker import KroneckerConfig, KroneckerModel
 from bem_peft.tuners.pt4_film import ResidualFiLMConfig, ResidualFiLMModel
 from bem_peft.tuners.steps.brake import emergency_stabilize
 
-_match.parse_anchor, _registry.choose_sizes = parse_adapter, choose_sizes
+_match.parse_anchor, _match.suggest_rate, _registry.choose_sizes = parse_adapter, rate_of, choose_sizes
 
 if TYPE_CHECKING:
     from bem_peft.evaluation.evaluator import ComprehensiveEvaluator

@@ -1,13 +1,15 @@
-"""One dial: `budget="lora:r=8"` of a config. Its sizes are chosen when the model is known."""
+"""One dial: `budget="lora:r=8"` of a config. Its sizes are chosen when the model is known, and a learning rate."""
 
 from __future__ import annotations
 
 import dataclasses
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from bem_peft.budget.match import match_budget
+from bem_peft.training.suggested_rates import is_measured, suggested_rate
 from bem_peft.tuners.base.adapter_config import AdapterConfig
 
 
@@ -29,3 +31,11 @@ def choose_sizes(model: nn.Module, config: AdapterConfig) -> None:
     for field in dataclasses.fields(config):
         if field.name != "budget":
             setattr(config, field.name, getattr(match.config, field.name))
+
+
+def rate_of(model: nn.Module, config: PeftConfig) -> tuple[float, str] | None:
+    """The learning rate that was measured for an adapter on the base `model`, and where it comes from."""
+    if not is_measured(config):
+        return None
+    found = suggested_rate(model, config)
+    return found.learning_rate, found.source

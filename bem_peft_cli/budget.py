@@ -76,6 +76,8 @@ def _match(arguments: argparse.Namespace) -> int:
     free = None if arguments.free is None else dict(arguments.free)
     match = match_budget(model, config, anchor, free=free, match=arguments.match, tolerance_ratio=arguments.tolerance)
     print(match)
+    if match.learning_rate is not None:
+        print(f"learning rate {match.learning_rate_source}")
     print(f"config: {shlex.quote(adapter_text(match.config))}")
     return 0 if match.is_met else NOT_MET
 

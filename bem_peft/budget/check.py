@@ -240,12 +240,23 @@ def at_sites_of(anchor: PeftConfig, adapted: Callable[[], PeftModel]) -> PeftCon
     """`anchor` as it is, or, where it names no target_modules, a copy at the sites of `adapted()`.
 
     A model that is built for this alone is built on the meta device.
+
+    Raises:
+        ValueError: these are fused experts, at which `anchor`'s method adapts no module.
     """
     if getattr(anchor, "target_modules", "") is not None:
         return anchor
     placed = copy.deepcopy(anchor)
     with torch.device("meta"):
-        placed.target_modules = adapted_sites(adapted())
+        model = adapted()
+    placed.target_modules = adapted_sites(model)
+    fused = [name for name, m in model.get_base_model().named_modules() if hasattr(m, "experts_site")]
+    if fused and not hasattr(anchor, "expert_sharing"):
+        raise ValueError(
+            f"the anchor {type(anchor).__name__} names no sites, and the adapter's own are fused experts ({fused[0]}, "
+            "...), whose parameters PEFT adapts whole, at another cost: set the sizes yourself; or name the anchor's "
+            "target_modules, or target_parameters with match=['params'] (`match_budget`)."
+        )
     return placed
 
 

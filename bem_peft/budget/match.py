@@ -22,13 +22,20 @@ from bem_peft.budget.check import adapted_copy, at_sites_of, check_positive
 from bem_peft.budget.site_cost import MATCHED, ModelCost
 from bem_peft.budget.sizes import Sizes, sizes_of
 
-parse_anchor: Callable[[str], PeftConfig] | None = None  # set by the package: budgets know no method
+# set by the package, since budgets know no method: an adapter in one line, and (rate, source) of what was measured for
+# an adapter, None for a method for which nothing was
+parse_anchor: Callable[[str], PeftConfig] | None = None
+suggest_rate: Callable[[nn.Module, PeftConfig], tuple[float, str] | None] | None = None
 FIRST = 256  # a size that fits no site from 1 to here fits none
 
 
 @dataclass(frozen=True)
 class BudgetMatch:
-    """The best config, and how far each matched quantity is from the anchor's (measured / anchor - 1)."""
+    """The best config, and how far each matched quantity is from the anchor's (measured / anchor - 1).
+
+    `learning_rate` is `LearningRates.suggest`'s for the config; None where none was measured for its method, and
+    `learning_rate_source` then is empty.
+    """
 
     config: PeftConfig
     sizes: Mapping[str, int]
@@ -37,6 +44,8 @@ class BudgetMatch:
     deviation_ratio: Mapping[str, float]
     tolerance_ratio: float
     tried: int
+    learning_rate: float | None = None
+    learning_rate_source: str = ""
 
     @property
     def is_met(self) -> bool:
@@ -166,6 +175,8 @@ def match_budget(
     sizes = search.sizes
     chosen = sizes.config_with(values)
     assert chosen is not None
+    assert suggest_rate is not None
+    rate = suggest_rate(model, chosen)
     return BudgetMatch(
         config=chosen,
         sizes=dict(zip(sizes.names, values, strict=True)),
@@ -174,6 +185,8 @@ def match_budget(
         deviation_ratio=deviation.ratios,
         tolerance_ratio=tolerance_ratio,
         tried=len(search.tried),
+        learning_rate=None if rate is None else rate[0],
+        learning_rate_source="" if rate is None else rate[1],
     )
 
 

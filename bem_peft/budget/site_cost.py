@@ -58,6 +58,13 @@ class ModelCost:
         """The input widths of the sites of each method, each kind of site once."""
         return [[_width(module) for module in part.modules.values()] for part in self.parts]
 
+    def lora_params(self, rank: int) -> int:
+        """What LoRA of `rank` would train at the same projections; at fused experts, one for all of them."""
+        sides: dict[str, int] = {}
+        for part in self.parts:  # which may stand at the same sites
+            sides |= part.sides
+        return rank * sum(sides.values())
+
     def try_sizes(self, config: PeftConfig) -> dict[str, float] | None:
         """As a call, or None where the sizes do not fit a site."""
         try:
@@ -80,6 +87,7 @@ class MethodCost:
         kinds: dict[Any, list[str]] = {}
         heads: dict[str, int | None] = {}
         experts: dict[str, _Experts | None] = {}
+        self.sides: dict[str, int] = {}  # in + out of every projection
         base = skeleton.get_base_model()
         layers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
         self.of_parameters = 0  # what PEFT's adapters of whole parameters train, as the config gives their size
@@ -89,6 +97,7 @@ class MethodCost:
         for name, module in layers.items():
             experts[name] = _experts_of(name, module)
             inner = _projection_of(name, module)
+            self.sides[name] = sum(inner.weight.shape)  # type: ignore[arg-type]
             count = next((m.num_heads for m in module.modules() if hasattr(m, "num_heads")), 0)
             heads[name] = count or None
             kind = (

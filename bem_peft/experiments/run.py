@@ -91,7 +91,7 @@ def _run_seed(
     if experiment.budget is not None and (experiment.budget.match is None or experiment.budget.match):
         config = _matched(experiment, model, report)
     options = dict(experiment.training)
-    if isinstance(experiment.document.get("budget"), str) and "learning_rate" not in options:
+    if options.get("learning_rate") is None:
         rates = LearningRates.suggest(model, config)
         options["learning_rate"] = rates.learning_rate
         report(f"learning rate {rates.source}")

@@ -6,7 +6,6 @@ made here, of a tiny model, with its optimizer and scheduler, in a folder that i
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import tempfile
 import warnings
@@ -19,6 +18,7 @@ from transformers.utils import is_liger_kernel_available
 
 from bem_peft.experiments.fields import Problems, blamed, check_keys
 from bem_peft.experiments.sections import Experiment
+from bem_peft.training.suggested_rates import is_measured, refusal
 
 # set for each seed, or from another section
 RESERVED = ("output_dir", "seed", "data_seed", "budget_anchor", "budget_policy", "budget_tolerance_ratio")
@@ -53,6 +53,8 @@ def check_training(training: dict[str, Any], adapter: PeftConfig | None, problem
             problems.append(f"training.max_steps = {value}: must be at least 1, or -1 for num_train_epochs")
         elif is_number and name == "num_train_epochs" and value <= 0:
             problems.append(f"training.num_train_epochs = {value}: must be above 0")
+    if training.get("learning_rate") is None and adapter is not None and not is_measured(adapter):
+        problems.append(f"training.learning_rate: is missing; {refusal(adapter)}")
     right = check_keys(PTTrainingConfig, training, "training", problems)
     given = {name: value for name, value in training.items() if name in right}
     made = blamed(PTTrainingConfig, given, "training", problems)
@@ -67,16 +69,11 @@ def check_training(training: dict[str, Any], adapter: PeftConfig | None, problem
 
 def rate_told(experiment: Experiment) -> str | None:
     """What is used where the file gives no learning rate; None where it gives one."""
-    from bem_peft.training.trainer import PTTrainingConfig
-
-    if "learning_rate" in experiment.training:
+    if experiment.training.get("learning_rate") is not None:
         return None
-    if isinstance(experiment.document.get("budget"), str):
-        return "learning rate: `training` has none, so that `budget` chooses it when the model is loaded"
-    (default,) = [f.default for f in dataclasses.fields(PTTrainingConfig) if f.name == "learning_rate"]
     return (
-        f"learning rate {default:.1e}: the Trainer's default, since `training` has none; about 8e-3 was best here, for "
-        "LoRA too (docs/learning_rates.md)"
+        "learning rate: `training` has none, so that the one measured for the method is taken when the model is "
+        "loaded (docs/learning_rates.md)"
     )
 
 
@@ -114,6 +111,8 @@ def _rehearsed(**given: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         off: dict[str, Any] = {"push_to_hub": False, **dict.fromkeys(CAPS)}
+        if given.get("learning_rate") is None:  # chosen for the run's own adapter
+            off["learning_rate"] = 1e-3
         arguments = PTTrainingConfig(folder, **{"report_to": "none", **given, **off})
         try:
             sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}

@@ -52,14 +52,14 @@ class LearningRates:
     source: str = ""
 
     @classmethod
-    def suggest(cls, model: nn.Module, config: PeftConfig) -> LearningRates:
+    def suggest(cls, model: nn.Module, config: PeftConfig | None = None) -> LearningRates:
         """The rate that was best for the method where it was measured; `source` says where, and for which size.
 
         Args:
-            model: the base model; its weights are not read.
+            model: the base model, or, without `config`, a PeftModel; its weights are not read.
 
         Raises:
-            ValueError: no rate was measured for the method, or `model` is adapted already.
+            ValueError: no rate was measured for the method; `model` is adapted already, or, without `config`, not.
         """
         found = suggested_rate(model, config)
         return cls(found.learning_rate, source=found.source)
@@ -102,8 +102,12 @@ def parameter_groups(model: nn.Module, config: LearningRates | TrainingArguments
         "PT1/controller/no_decay". Each trainable parameter is in exactly one; the order depends on the methods alone.
 
     Raises:
-        ValueError: the model has nothing to train.
+        ValueError: the model has nothing to train, or `config` has no learning rate.
     """
+    if config.learning_rate is None:  # of a PTTrainingConfig
+        raise ValueError(
+            "`learning_rate` = None: is chosen by PTTrainer; elsewhere give one, as LearningRates.suggest(model)'s."
+        )
     multipliers = {name: getattr(config, name, {}) or {} for name in ("variant_lr_multipliers", "group_lr_multipliers")}
     owners = {
         id(parameter): f"{module.variant}/{module.lr_groups[name]}" if name in module.lr_groups else OTHER

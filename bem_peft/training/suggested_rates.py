@@ -6,15 +6,15 @@ rates half an octave apart or more, the best on Slice-A (search.csv). Sizes: LoR
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
-from bem_peft.budget.check import adapted_copy, at_sites_of
+from bem_peft.budget.check import adapted_copy, unadapted_copy
 from bem_peft.budget.site_cost import ModelCost
 
 BASE = 8e-3  # the search's rates are BASE * 2^(k/2)
@@ -38,22 +38,40 @@ class SuggestedRate:
     source: str
 
 
-def suggested_rate(model: nn.Module, config: PeftConfig) -> SuggestedRate:
-    """For an adapter of `config` on the base `model`, whose weights are not read.
+def is_measured(config: PeftConfig) -> bool:
+    """Whether there is a rate to suggest for the method."""
+    return _method(config) in MEASURED
+
+
+def refusal(config: PeftConfig) -> str:
+    """Why there is no rate to suggest."""
+    return (
+        f"no learning rate was measured for {type(config).__name__}, only for {', '.join(MEASURED)}: search its own "
+        "(half an octave apart, the best not at an edge), or give `learning_rate`."
+    )
+
+
+def suggested_rate(model: nn.Module, config: PeftConfig | None = None) -> SuggestedRate:
+    """For an adapter of `config` on the base `model`, whose weights are not read; None: for the one that `model` has.
 
     Raises:
-        ValueError: no rate was measured for the method, or `model` is adapted already.
+        ValueError: no rate was measured for the method; `model` is adapted already, or, without `config`, no PeftModel.
     """
-    method = str(getattr(config.peft_type, "value", config.peft_type)).upper()
-    if method not in MEASURED:
-        raise ValueError(
-            f"no learning rate was measured for {type(config).__name__}, only for {', '.join(MEASURED)}: search its "
-            "own (half an octave apart, the best not at an edge), or give `learning_rate`."
-        )
-    system, k = MEASURED[method]
-    with torch.device("meta"):
-        lora: Any = at_sites_of(LoraConfig(r=RANK), lambda: adapted_copy(model, config))
-        size = ModelCost(model, config)(config)["params"] / ModelCost(model, lora)(lora)["params"]
+    is_adapted = config is None
+    if config is None:
+        if not isinstance(model, PeftModel):
+            raise ValueError(
+                f"{type(model).__name__} is no PeftModel, whose adapter a learning rate could be suggested for: give "
+                "`config` and the base model, or a `learning_rate`."
+            )
+        config = model.active_peft_config
+    if not is_measured(config):
+        raise ValueError(refusal(config))
+    if is_adapted:
+        model = unadapted_copy(model)
+    config = _with_sizes(model, config, is_adapted)
+    system, k = MEASURED[_method(config)]
+    size = _size(model, config)
     rate = BASE * 2 ** (k / 2)
     source = (
         f"{rate:.1e}: the best of a search at LoRA r={RANK}'s size (benchmarks/quality, {system}: SmolLM2-135M, 48 "
@@ -61,4 +79,44 @@ def suggested_rate(model: nn.Module, config: PeftConfig) -> SuggestedRate:
     )
     if not 0.4 <= size <= 2.5:
         source += ", where nothing was measured: larger adapters want lower rates, smaller ones higher"
+    for scale, measured in _scales(config):
+        if scale != measured:
+            source += f"; its update is scaled by {scale:g} where {measured:g} was: a larger scale wants a lower rate"
     return SuggestedRate(rate, f"{source}.")
+
+
+def _method(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type)).upper()
+
+
+def _with_sizes(model: nn.Module, config: PeftConfig, are_chosen: bool) -> PeftConfig:
+    """`config` with the sizes that its `budget` gives it on `model`, and without the budget."""
+    if getattr(config, "budget", None) is None:
+        return config
+    if not are_chosen:
+        with torch.device("meta"):
+            config = adapted_copy(model, config).active_peft_config
+    config = copy.copy(config)
+    config.budget = None
+    return config
+
+
+def _size(model: nn.Module, config: PeftConfig) -> float:
+    """Parameters over those of LoRA of rank `RANK` at the same sites; at fused experts, of the adapter of one."""
+    if isinstance(config, LoraConfig):
+        return config.r / RANK
+    config = copy.deepcopy(config)
+    for part in getattr(config, "methods", [config]):
+        part.expert_sharing = "shared"
+    with torch.device("meta"):
+        cost = ModelCost(model, config)
+        return cost(config)["params"] / cost.lora_params(RANK)
+
+
+def _scales(config: PeftConfig) -> Iterator[tuple[float, float]]:
+    """What the update is multiplied by, and what it was where the rate was measured, of each method."""
+    if isinstance(config, LoraConfig):
+        yield config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r), 1.0
+    for part in getattr(config, "methods", [config]):
+        if "scaling" not in getattr(part, "inert_fields", dict)() and hasattr(part, "scaling"):
+            yield part.scaling, type(part).scaling

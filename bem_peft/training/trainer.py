@@ -6,6 +6,8 @@ All of it works without this class too: `parameter_groups`, `BudgetCallback`, `S
 
 from __future__ import annotations
 
+import copy
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +20,13 @@ from bem_peft.budget.check import BudgetConstraints, budget_of
 from bem_peft.budget.enforce import POLICIES, BudgetCallback
 from bem_peft.training.checkpoints import last_complete_checkpoint
 from bem_peft.training.parameter_groups import VARIANT_LR_MULTIPLIERS, check_multipliers, parameter_groups
+from bem_peft.training.suggested_rates import suggested_rate
 from bem_peft.tuners.adapter_spec import parse_adapter
 from bem_peft.tuners.base.adapter_config import AdapterConfig, add_loading_section
 from bem_peft.tuners.calls.loop import AdapterCallback
 from bem_peft.tuners.governance import SpectralGovernance
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,6 +37,10 @@ class PTTrainingConfig(TrainingArguments):
         ValueError, TypeError: a multiplier, cap, policy or tolerance that does not exist or is out of range.
     """
 
+    learning_rate: float | None = field(  # a float in a Trainer's hands
+        default=None,
+        metadata={"help": "None: what was measured for the adapter's method, `LearningRates.suggest(model)`'s."},
+    )
     variant_lr_multipliers: dict[str, float] = field(
         default_factory=lambda: dict(VARIANT_LR_MULTIPLIERS),
         metadata={"help": "Learning rate of a method over `learning_rate`: for 'PT1' to 'PT4'."},
@@ -85,7 +94,8 @@ class PTTrainer(Trainer):
         budget: what the run must keep, in place of `budget_anchor`. Everything else as for Trainer.
 
     Raises:
-        ValueError: both `budget` and `budget_anchor`, or a cap without an additive update to cap.
+        ValueError: both `budget` and `budget_anchor`, a cap without an additive update to cap, or no `learning_rate`
+            and none that was measured for the method.
     """
 
     def __init__(
@@ -96,6 +106,10 @@ class PTTrainer(Trainer):
         budget: BudgetConstraints | None = None,
         **kwargs: Any,
     ) -> None:
+        if args is not None and args.learning_rate is None:
+            args = copy.copy(args)  # which may be for other adapters too
+            if model is not None:
+                choose_rate(args, model)
         super().__init__(model, args, *pos, **kwargs)
         config = self.args
         if budget is not None and getattr(config, "budget_anchor", None) is not None:
@@ -113,6 +127,13 @@ class PTTrainer(Trainer):
             own = [AdapterCallback()]
             self.callback_handler.callbacks.insert(0, own[0])
         own[0].trainer = self
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As Trainer's; the model's learning rate is chosen where none is given."""
+        model: nn.Module = super().call_model_init(trial)
+        if self.args.learning_rate is None:
+            choose_rate(self.args, model)
+        return model
 
     def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """The optimizer that `args.optim` names, over the methods' parameter groups."""
@@ -143,3 +164,10 @@ class PTTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"no complete checkpoint in output_dir = {self.args.output_dir!r} to go on from.")
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def choose_rate(args: TrainingArguments, model: nn.Module) -> None:
+    """Give `args` the learning rate that was measured for the adapter of `model`, and say so."""
+    found = suggested_rate(model)
+    args.learning_rate = found.learning_rate
+    logger.warning("learning rate %s", found.source)

@@ -342,14 +342,21 @@ def test_a_learning_rate_that_is_left_out_is_told(folder: Path, capsys: pytest.C
     del given["training"]["learning_rate"]
     given["training"] |= {"logging_steps": 1, "lr_scheduler_type": "constant"}
     path = str(write(folder, given))
+    told = "the one measured for the method is taken"
     assert main(["validate", path]) == 0
-    assert "learning rate 5.0e-05: the Trainer's default" in capsys.readouterr().out
+    assert told in capsys.readouterr().out
     assert main(["run", path, "--set", "seeds=[0]"]) == 0
-    assert "learning rate 5.0e-05: the Trainer's default" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert told in said
+    assert "learning rate 8.0e-03: the best of a search" in said
     curve = json.loads((folder / "runs/seed-0/result.json").read_text())["curve"]
-    assert {line["learning_rate"] for line in curve} == {5e-5}, "what is told is what is used"
+    assert {line["learning_rate"] for line in curve} == {8e-3}, "what is told is used"
     assert main(["validate", path, "--set", "budget=lora:r=2"]) == 0
-    assert "`budget` chooses it" in capsys.readouterr().out
+    assert told in capsys.readouterr().out
+    given["adapter"] = {"method": "lokr", "r": 2, "target_modules": ["o_proj"], "task_type": "CAUSAL_LM"}
+    (folder / "lokr.yaml").write_text(yaml.safe_dump(given))
+    with pytest.raises(ExperimentError, match=r"training.learning_rate: is missing; no learning rate was measured for"):
+        read_experiment(folder / "lokr.yaml")
 
 
 def test_groups_are_not_split_and_every_seed_has_the_same_items(folder: Path) -> None:

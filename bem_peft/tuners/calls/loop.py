@@ -64,6 +64,11 @@ class AdapterCallback(TrainerCallback):
         self._caps: Caps | None = None  # of the model that the Trainer was made with
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.learning_rate is None:  # of a PTTrainingConfig
+            raise ValueError(
+                "`learning_rate` = None: is chosen by PTTrainer; give this Trainer one, as "
+                "LearningRates.suggest(model).learning_rate."
+            )
         call = self._call(kwargs)
         self._caps = None if call is None else call.caps
 
