@@ -112,10 +112,10 @@ def test_slices_share_no_group_and_have_the_sizes_of_the_grid(parts: Any, task: 
     groups: dict[str, set[str]] = {}
     for item in items:
         groups.setdefault(item["slice"], set()).add(item["group"])
+    held_out = [groups[name] for name in ("A", "B", "C", "D") if name in groups]
+    assert len(set().union(groups["train"], *held_out)) == len(groups["train"]) + sum(map(len, held_out))
     counts = [sum(item["slice"] == name for item in items) for name in ("train", "A", "B")]
     assert counts == [sizes["train"], sizes["a"], sizes["b"]]
-    assert groups["train"].isdisjoint(groups["A"] | groups["B"])
-    assert groups["A"].isdisjoint(groups["B"])
     assert len({item["id"] for item in items}) == len(items)
     for name in ("prompt", "completion"):
         assert all(parts["grid"].GRID["tasks"][task][name].format(**item) for item in items)
@@ -169,7 +169,7 @@ def test_scores_of_json(parts: Any, prediction: str, scores: tuple[float, ...]) 
 
 def test_what_is_trained_on_too_is_not_read_in_slice_b(parts: Any) -> None:
     """A verse that stands twice in the Bible ("And the LORD spake unto Moses, saying,") may lie in two slices."""
-    for task, count in (("verses", 298 + 239), ("records", 300), ("definitions", 300)):
+    for task, count in (("verses", 298 + 239 + 299), ("records", 300), ("definitions", 300)):
         items = {item["id"]: item for item in parts["study"].items_of(task)}
         kept = parts["tables"].unseen(task)
         assert len(kept) == count
@@ -232,6 +232,10 @@ def test_what_the_docs_say_of_quality_is_what_was_measured(parts: Any) -> None:
         changes = list(csv.DictReader(file))
     found = parts["tables"].ablation_rows(parts["study"].losses())
     assert changes == [{name: str(value) for name, value in row.items()} for row in found]
+    later = parts["tables"].again_rows()
+    text = STUDY / "results" / "again.csv"
+    written = list(csv.DictReader(text.read_text(encoding="utf-8").splitlines())) if text.is_file() else []
+    assert written == [{name: str(value) for name, value in row.items()} for row in later]
     page = (STUDY.parents[1] / "docs" / "choosing.md").read_text(encoding="utf-8").splitlines()
     for task in parts["grid"].GRID["tasks"]:
         for line in parts["tables"].markdown(rows, task):

@@ -29,9 +29,11 @@ class Run:
 
     @property
     def slice(self) -> str:
-        """What it is scored on: A for a search, B for the seeds, C for an ablation."""
+        """What it is scored on: A for a search, B for the seeds, C for an ablation, D for what was changed after B."""
         if "-" in self.system:
             return "C"
+        if self.seed in GRID["again"]["seeds"]:
+            return "D"
         return "A" if self.seed == GRID["search"]["seed"] else "B"
 
     @property
@@ -83,6 +85,15 @@ def wanted_ablations(losses: Losses, names: Collection[str]) -> Iterator[Run]:
             best = best_rate(losses, task, parent_of(system))
             if best is not None and Run(task, system, best, seed) not in losses:
                 yield Run(task, system, best, seed)
+
+
+def wanted_again(losses: Losses, names: Collection[str]) -> Iterator[Run]:
+    """What is to be run now of what was changed after Slice-B had been read: seed by seed, at the grid's own k."""
+    again = GRID["again"]
+    for seed in again["seeds"]:
+        for system, k in again["of"].items():
+            if system in names and Run(again["task"], system, k, seed) not in losses:
+                yield Run(again["task"], system, k, seed)
 
 
 def transfers() -> list[str]:

@@ -9,7 +9,8 @@ Each job is a process of one thread, and two of them on two cores do more than o
 
 results/TASK/SYSTEM/kK-seedS.json.gz: losses and predictions item by item, metrics, sizes, settings, versions, date,
 device and commit. A search's run is scored on Slice-A; a run of the five seeds on Slice-B, which nothing else reads;
-an ablation's (--ablations) on Slice-C. --transfer runs the searches at other sizes.
+an ablation's (--ablations) on Slice-C. --again runs what was changed after Slice-B had been read, on Slice-D, and
+--transfer the searches at other sizes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from grid import GRID, Losses, Run, system_of, wanted_ablations, wanted_runs, wanted_transfers
+from grid import GRID, Losses, Run, system_of, wanted_ablations, wanted_again, wanted_runs, wanted_transfers
 from results_table import clean_commit, device_name
 from splits import DATA, Sizes, assign_slices, read_items, spread_slice, write_lines
 
@@ -45,14 +46,15 @@ def items_of(task: str) -> list[dict[str, Any]]:
         items = assign_slices(verses, Sizes(**GRID["slices"]))
         taken = {item["group"] for item in items}
         items = [item for item in items if item["slice"] != "B"]
-        for name, size in (("B", GRID["slices"]["b"]), ("C", GRID["ablations"]["size"])):
+        wanted = {"B": GRID["slices"]["b"], "C": GRID["ablations"]["size"], "D": GRID["again"]["size"]}
+        for name, size in wanted.items():
             untouched = spread_slice(verses, taken, size, GRID["verses_of_a_chapter"])
             taken |= {item["group"] for item in untouched}
             items += [{"slice": name, **item} for item in untouched]
     else:
         items = read_items(DATA / f"{task}.jsonl.gz")
     sizes = {"train": GRID["slices"]["train"], "A": GRID["slices"]["a"], "B": GRID["slices"]["b"]}
-    sizes["C"] = GRID["ablations"]["size"]
+    sizes |= {"C": GRID["ablations"]["size"], "D": GRID["again"]["size"]}
     return [i for name, size in sizes.items() for i in [i for i in items if i["slice"] == name][:size]]
 
 
@@ -207,6 +209,8 @@ def work_through(options: argparse.Namespace, work: Path, deadline: float, commi
 def wanted_now(options: argparse.Namespace) -> list[Run]:
     if options.ablations:
         return list(wanted_ablations(losses(), options.systems))
+    if options.again:
+        return list(wanted_again(losses(), options.systems))
     if options.transfer:
         return list(wanted_transfers(losses(), options.systems))
     return list(wanted_runs(losses(), options.tasks, options.systems))
@@ -220,6 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(GRID["tasks"]), default=list(GRID["tasks"]))
     parser.add_argument("--systems", nargs="+", choices=list(GRID["systems"]), default=list(GRID["systems"]))
     parser.add_argument("--ablations", action="store_true", help="run those of the systems, and nothing else")
+    parser.add_argument("--again", action="store_true", help="run what was changed after Slice-B, and nothing else")
     parser.add_argument("--transfer", action="store_true", help="run the searches at other sizes, and nothing else")
     parser.add_argument("--keep", metavar="FOLDER", help="for the runs' adapters; else they are not kept")
     parser.add_argument("--list", action="store_true", help="print what is to be run now, and run nothing")
@@ -241,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
     environment = {"BEM_PEFT_KERNELS": "cpp", **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, str(Path(options.checkpoint).resolve()), "--tasks", *options.tasks]
     command += ["--systems", *options.systems, *(["--ablations"] if options.ablations else [])]
-    command += ["--transfer"] if options.transfer else []
+    command += [f"--{name}" for name in ("again", "transfer") if getattr(options, name)]
     command += ["--keep", str(Path(options.keep).resolve())] if options.keep else []
     jobs = [
         subprocess.Popen([*command, "--job", str(work), "--deadline", str(deadline)], env=environment)

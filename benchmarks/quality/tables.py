@@ -3,9 +3,10 @@
     python benchmarks/quality/tables.py [--reports]
 
 Writes results/search.csv (losses on Slice-A by rate), results/slice_b.csv (a row a comparison and metric),
-results/ablations.csv (each change against its method as it is, on Slice-C), appends to results/leaderboard.csv every
+results/ablations.csv (each change against its method as it is, on Slice-C), results/again.csv (what was changed after
+Slice-B had been read, on Slice-D), appends to results/leaderboard.csv every
 system that has all its seeds, and with --reports the tables and pages of `bem-peft compare` in results/reports/. An
-item of Slice-B or Slice-C whose prompt and answer also stand in the training slice or in Slice-A is left out.
+item of these slices whose prompt and answer also stand in the training slice or in Slice-A is left out.
 Differences are paired by seed and item and mean "better" above zero; p is corrected by Holm over all comparisons of a
 metric in a table's task.
 """
@@ -56,11 +57,11 @@ def _of_seeds(task: str, system: str, k: int | None, seeds: Sequence[int]) -> di
 
 @functools.cache
 def unseen(task: str) -> frozenset[str]:
-    """The items of Slices B and C whose prompt and answer nobody has trained on or chosen a rate by."""
+    """The items of Slices B, C and D whose prompt and answer nobody has trained on or chosen a rate by."""
     asked = GRID["tasks"][task]["prompt"] + GRID["tasks"][task]["completion"]
     texts = [(item, asked.format_map(item)) for item in items_of(task)]
     met = {text for item, text in texts if item["slice"] in ("train", "A")}
-    return frozenset(item["id"] for item, text in texts if item["slice"] in ("B", "C") and text not in met)
+    return frozenset(item["id"] for item, text in texts if item["slice"] in ("B", "C", "D") and text not in met)
 
 
 def values_of(task: str, runs: dict[int, dict[str, Any]]) -> dict[str, Values]:
@@ -76,7 +77,7 @@ def values_of(task: str, runs: dict[int, dict[str, Any]]) -> dict[str, Values]:
             str(i): (text["nll"] - text["base_nll"]) / tokens for i, text in enumerate(general)
         }
         texts = [item for item in items if "prediction" in item]
-        if not texts:  # of an ablation
+        if not texts:  # no answers were generated
             continue
         predictions, references = [i["prediction"] for i in texts], [i["reference"] for i in texts]
         if task == "records":
@@ -110,6 +111,23 @@ def ablation_rows(known: Losses) -> list[dict[str, Any]]:
 def ablated(known: Losses, task: str, system: str) -> dict[int, dict[str, Any]]:
     """seed -> the run of an ablation."""
     return _of_seeds(task, system, best_rate(known, task, parent_of(system)), GRID["ablations"]["seeds"])
+
+
+def again_rows() -> list[dict[str, Any]]:
+    """What was changed after Slice-B had been read against its anchors, on Slice-D."""
+    again = GRID["again"]
+    groups = {item["id"]: item["group"] for item in items_of(again["task"])}
+    runs = {system: _of_seeds(again["task"], system, k, again["seeds"]) for system, k in again["of"].items()}
+    whole = {system: values_of(again["task"], found) for system, found in runs.items()}
+    rows = [
+        _compared(again["task"], system, anchor, metric, whole, groups)
+        for system in again["of"]
+        for anchor in GRID["systems"][system].get("anchors", [])
+        for metric in ("nll", "forgetting")
+    ]
+    found = [row for row in rows if row is not None]
+    _adjust(found)
+    return found
 
 
 def compare(known: Losses, task: str) -> list[dict[str, Any]]:
@@ -275,7 +293,9 @@ def main() -> None:
     add_to_leaderboard([row for task in GRID["tasks"] for row in leaderboard_rows(known, task, rows)])
     changes = ablation_rows(known)
     write(RESULTS / "ablations.csv", changes)
-    for row in rows + changes:
+    later = again_rows()
+    write(RESULTS / "again.csv", later)
+    for row in rows + changes + later:
         print(*(f"{row[name]}" for name in row), sep="  ")
     for task in GRID["tasks"]:
         print(f"\n{task}", *markdown(rows, task), sep="\n")

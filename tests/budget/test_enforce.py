@@ -216,13 +216,12 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[st
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
     environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     found = {}
-    for case in ("kept", "broken", "one_fails", "fsdp2"):
-        # torchrun, which `accelerate launch` starts for several processes; with --cpu it starts one only
-        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", "2", "-m", "tests.budget.two_processes", str(folder), case]
-        run = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
-        )
+    cases = ("kept", "broken", "one_fails", "fsdp2")
+    # torchrun, which `accelerate launch` starts for several processes; with --cpu it starts one only
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "tests.budget.two_processes", str(folder), *cases]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    for case in cases:
         files = [folder / f"{case}_{rank}.txt" for rank in range(2)]
         assert all(file.is_file() for file in files), run.stdout[-2000:] + run.stderr[-4000:]
         found[case] = [file.read_text() for file in files]

@@ -1,4 +1,4 @@
-"""One process of `test_enforce.py`'s accelerate run: torchrun --nproc_per_node 2 -m THIS FOLDER CASE."""
+"""One process of `test_enforce.py`'s accelerate run: torchrun --nproc_per_node 2 -m THIS FOLDER CASE [CASE ...]."""
 
 from __future__ import annotations
 
@@ -54,4 +54,5 @@ def sharded(folder: Path, rank: int) -> str:
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(150, exit=True)
-    main(Path(sys.argv[1]), sys.argv[2])
+    for case in sys.argv[2:]:
+        main(Path(sys.argv[1]), case)
