@@ -77,12 +77,19 @@ def ablations(names: Collection[str]) -> list[str]:
     return [f"{parent}-{change}" for parent, of in GRID["ablations"]["of"].items() if parent in names for change in of]
 
 
+def ablation_rate(losses: Losses, system: str) -> int | None:
+    """The k of an ablation, or None before its parent's search has ended."""
+    given: dict[str, int] = GRID["ablations"]["k"]
+    parent = parent_of(system)
+    return given[parent] if parent in given else best_rate(losses, GRID["ablations"]["task"], parent)
+
+
 def wanted_ablations(losses: Losses, names: Collection[str]) -> Iterator[Run]:
     """What is to be run now: seed by seed, of the parents whose rate is known."""
     task = GRID["ablations"]["task"]
     for seed in GRID["ablations"]["seeds"]:
         for system in ablations(names):
-            best = best_rate(losses, task, parent_of(system))
+            best = ablation_rate(losses, system)
             if best is not None and Run(task, system, best, seed) not in losses:
                 yield Run(task, system, best, seed)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grid import GRID, Losses, Run, ablations, best_rate, parent_of, searched, systems_of, transfers
+from grid import GRID, Losses, Run, ablation_rate, ablations, best_rate, searched, systems_of, transfers
 from records_json import record_scores
 from splits import read_items
 from study import RESULTS, items_of, losses
@@ -110,7 +110,7 @@ def ablation_rows(known: Losses) -> list[dict[str, Any]]:
 
 def ablated(known: Losses, task: str, system: str) -> dict[int, dict[str, Any]]:
     """seed -> the run of an ablation."""
-    return _of_seeds(task, system, best_rate(known, task, parent_of(system)), GRID["ablations"]["seeds"])
+    return _of_seeds(task, system, ablation_rate(known, system), GRID["ablations"]["seeds"])
 
 
 def again_rows() -> list[dict[str, Any]]:
