@@ -71,6 +71,9 @@ def test_a_parabola_is_not_led_by_one_lucky_run(parts: Any) -> None:
     assert chosen("records", {k: (k - 1.2) ** 2 for k in range(-2, 4)}) == 1
     assert chosen("records", {-2: 1.0, -1: 0.9, 0: 0.8, 1: math.inf, 2: math.inf}) == 0
     assert chosen("records", {k: 1.0 + 0.1 * abs(k) for k in range(-2, 2)}) is None, "2 was not run"
+    flat = {-2: 0.435, -1: 0.436, 0: 0.438, 1: 0.409, 2: 0.355, 3: 0.390}  # the lowest is 2, the parabola's is 3
+    assert chosen("records", flat) is None, "what is chosen does not lie at an edge"
+    assert chosen("records", flat | {4: 0.43}) == 2
 
 
 def test_other_sizes_are_searched_around_the_rate_of_the_first_and_an_edge_is_no_end(parts: Any) -> None:

@@ -147,25 +147,26 @@ def next_rates(losses: Losses, task: str, system: str) -> list[int]:
     missing = [k for k in first if k not in found]
     if missing:
         return missing
-    best = min(found, key=lambda k: (found[k], k))
-    if found[best] == inf:
+    lowest = min(found, key=lambda k: (found[k], k))
+    if found[lowest] == inf:
         return [min(found) - 1] if min(found) > search["lowest"] else []
-    if best == min(found) and best > search["lowest"]:
-        return [best - 1]
-    if best == max(found) and best < search["highest"]:
-        return [best + 1]
+    for best in (lowest, _chosen(found, task)):
+        if best == min(found) and best > search["lowest"]:
+            return [best - 1]
+        if best == max(found) and best < search["highest"]:
+            return [best + 1]
     return []
 
 
 def best_rate(losses: Losses, task: str, system: str) -> int | None:
-    """The k that the search has chosen, or None before its end.
+    """The k that the search has chosen, or None before its end."""
+    return None if next_rates(losses, task, system) else _chosen(searched(losses, task, system), task)
 
-    It is the one of the lowest loss; where the task says `parabola`, the one next to the lowest point of a parabola
-    through the losses within three steps of it, which one run's luck moves less.
+
+def _chosen(found: Mapping[int, float], task: str) -> int:
+    """Of k -> loss the k of the lowest loss; where the task says `parabola`, the one next to the lowest point of a
+    parabola through the losses within three steps of it, which one run's luck moves less.
     """
-    if next_rates(losses, task, system):
-        return None
-    found = searched(losses, task, system)
     lowest = min(found, key=lambda k: (found[k], k))
     near = {k: loss for k, loss in found.items() if abs(k - lowest) <= 3 and loss < inf}
     if GRID["tasks"][task]["choose"] == "lowest" or len(near) < 3:
