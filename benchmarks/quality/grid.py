@@ -164,15 +164,26 @@ def best_rate(losses: Losses, task: str, system: str) -> int | None:
 
 
 def _chosen(found: Mapping[int, float], task: str) -> int:
-    """Of k -> loss the k of the lowest loss; where the task says `parabola`, the one next to the lowest point of a
-    parabola through the losses within three steps of it, which one run's luck moves less.
+    """Of k -> loss the k of the lowest loss; where the task says `parabola`, the one next to a parabola's lowest point,
+    which one run's luck moves less.
     """
     lowest = min(found, key=lambda k: (found[k], k))
+    if GRID["tasks"][task]["choose"] == "lowest":
+        return lowest
+    point = lowest_point(found)
+    return min((k for k in found if abs(k - lowest) <= 3 and found[k] < inf), key=lambda k: (abs(k - point), k))
+
+
+def lowest_point(found: Mapping[int, float]) -> float:
+    """The k at the lowest point of a parabola through the losses within three steps of the lowest, and inside these."""
+    lowest = min(found, key=lambda k: (found[k], k))
     near = {k: loss for k, loss in found.items() if abs(k - lowest) <= 3 and loss < inf}
-    if GRID["tasks"][task]["choose"] == "lowest" or len(near) < 3:
+    if len(near) < 3:
         return lowest
     square, slope, _ = np.polyfit(list(near), list(near.values()), 2)
-    return min(near, key=lambda k: (abs(k + slope / (2 * square)), k)) if square > 0 else lowest
+    if square <= 0:
+        return lowest
+    return float(np.clip(-slope / (2 * square), min(near), max(near)))
 
 
 def wanted_runs(losses: Losses, tasks: Sequence[str], names: Collection[str] = GRID["systems"]) -> Iterator[Run]:

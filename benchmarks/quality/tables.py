@@ -2,11 +2,15 @@
 
     python benchmarks/quality/tables.py [--reports]
 
-Writes results/search.csv (losses on Slice-A by rate), results/slice_b.csv (a row a comparison and metric),
-results/ablations.csv (each change against its method as it is, on Slice-C), results/again.csv (what was changed after
-Slice-B had been read, on Slice-D), appends to results/leaderboard.csv every
-system that has all its seeds, and with --reports the tables and pages of `bem-peft compare` in results/reports/. An
-item of these slices whose prompt and answer also stand in the training slice or in Slice-A is left out.
+Writes into results/
+    search.csv       losses on Slice-A by rate,
+    rates.csv        the best rate of each system: the lowest point of a parabola, at the mean of the tasks,
+    slice_b.csv      a row a comparison and metric,
+    ablations.csv    each change against its method as it is, on Slice-C,
+    again.csv        what was changed after Slice-B had been read, on Slice-D;
+    leaderboard.csv  gets a row for every system that has all its seeds, and none is ever changed,
+and with --reports the tables and pages of `bem-peft compare` into results/reports/. An item of these slices whose
+prompt and answer also stand in the training slice or in Slice-A is left out.
 Differences are paired by seed and item and mean "better" above zero; p is corrected by Holm over all comparisons of a
 metric in a table's task.
 """
@@ -25,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grid import GRID, Losses, Run, ablation_rate, ablations, best_rate, searched, systems_of, transfers
+from grid import GRID, Losses, Run, ablation_rate, ablations, best_rate, lowest_point, searched, systems_of, transfers
 from records_json import record_scores
 from splits import read_items
 from study import RESULTS, items_of, losses
@@ -216,6 +220,24 @@ def search_rows(found: Losses) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def rate_rows(known: Losses) -> list[dict[str, Any]]:
+    """Of every system, the lowest point of each task's search, as a k, and the rate at their mean."""
+    rows = []
+    for system in (*GRID["systems"], *transfers()):
+        points = {
+            task: lowest_point(searched(known, task, system))
+            for task in GRID["tasks"]
+            if searched(known, task, system) and best_rate(known, task, system) is not None
+        }
+        if points:
+            mean = sum(points.values()) / len(points)
+            rows.append({
+                "system": system, **{task: f"{points[task]:.2f}" if task in points else "" for task in GRID["tasks"]},
+                "learning_rate": f"{GRID['base_rate'] * 2 ** (mean / 2):.3g}",
+            })  # fmt: skip
+    return rows
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     if rows:
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -288,6 +310,7 @@ def main() -> None:
     options = parser.parse_args()
     known = losses()
     write(RESULTS / "search.csv", search_rows(known))
+    write(RESULTS / "rates.csv", rate_rows(known))
     rows = [row for task in GRID["tasks"] for row in compare(known, task)]
     write(RESULTS / "slice_b.csv", rows)
     add_to_leaderboard([row for task in GRID["tasks"] for row in leaderboard_rows(known, task, rows)])
