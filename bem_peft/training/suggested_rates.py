@@ -1,9 +1,9 @@
 """Learning rates that were best where methods were compared, each with its own search.
 
-benchmarks/quality: SmolLM2-135M-Instruct, 48 steps of 8 sequences, AdamW, cosine schedule, one seed of each of two tasks
-(archaic to modern English; records to JSON). Of five rates or more, half an octave apart, the lowest point of a
-parabola through their losses on Slice-A, at the mean of the tasks (rates.csv). Sizes: LoRA r=8's parameters at the same
-sites.
+benchmarks/quality: SmolLM2-135M-Instruct, 48 steps of 8 sequences, AdamW, cosine schedule, one seed of each of two
+tasks (archaic to modern English; records to JSON). Of five rates or more, half an octave apart, the lowest point of a
+parabola through their losses on Slice-A, at the mean of the tasks (rates.csv). Sizes: LoRA r=8's parameters at the
+same sites.
 """
 
 from __future__ import annotations
