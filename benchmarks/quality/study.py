@@ -41,20 +41,19 @@ VERSES = HERE.parents[1] / "examples" / "data" / "archaic_modern.jsonl.gz"
 
 def items_of(task: str) -> list[dict[str, Any]]:
     """The task's items, each with `id` and `slice`, as many as the grid says."""
+    sizes = {"train": GRID["slices"]["train"], "A": GRID["slices"]["a"], "B": GRID["slices"]["b"]}
+    sizes |= {"C": GRID["ablations"]["size"], "D": GRID["again"]["size"]}
     if task == "verses":
         verses = [{"id": v["ref"], "group": v["ref"].rpartition(":")[0], **v} for v in read_items(VERSES)]
         items = assign_slices(verses, Sizes(**GRID["slices"]))
         taken = {item["group"] for item in items}
         items = [item for item in items if item["slice"] != "B"]
-        wanted = {"B": GRID["slices"]["b"], "C": GRID["ablations"]["size"], "D": GRID["again"]["size"]}
-        for name, size in wanted.items():
-            untouched = spread_slice(verses, taken, size, GRID["verses_of_a_chapter"])
+        for name in ("B", "C", "D"):
+            untouched = spread_slice(verses, taken, sizes[name], GRID["verses_of_a_chapter"])
             taken |= {item["group"] for item in untouched}
             items += [{"slice": name, **item} for item in untouched]
     else:
         items = read_items(DATA / f"{task}.jsonl.gz")
-    sizes = {"train": GRID["slices"]["train"], "A": GRID["slices"]["a"], "B": GRID["slices"]["b"]}
-    sizes |= {"C": GRID["ablations"]["size"], "D": GRID["again"]["size"]}
     return [i for name, size in sizes.items() for i in [i for i in items if i["slice"] == name][:size]]
 
 
@@ -245,8 +244,8 @@ def main(arguments: list[str] | None = None) -> None:
         write_slices(task, work / "slices")
     environment = {"BEM_PEFT_KERNELS": "cpp", **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, str(Path(options.checkpoint).resolve()), "--tasks", *options.tasks]
-    command += ["--systems", *options.systems, *(["--ablations"] if options.ablations else [])]
-    command += [f"--{name}" for name in ("again", "transfer") if getattr(options, name)]
+    command += ["--systems", *options.systems]
+    command += [f"--{name}" for name in ("ablations", "again", "transfer") if getattr(options, name)]
     command += ["--keep", str(Path(options.keep).resolve())] if options.keep else []
     jobs = [
         subprocess.Popen([*command, "--job", str(work), "--deadline", str(deadline)], env=environment)
