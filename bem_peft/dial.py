@@ -8,7 +8,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from bem_peft.budget.match import match_budget
+from bem_peft.budget.match import match_sizes
 from bem_peft.training.suggested_rates import is_measured, suggested_rate
 from bem_peft.tuners.base.adapter_config import AdapterConfig
 
@@ -25,7 +25,7 @@ def choose_sizes(model: nn.Module, config: AdapterConfig) -> None:
             f"`budget` = {config.budget!r}: the model has an adapter already, and sizes are counted on the base alone; "
             "choose them before, match_budget(base, config, budget).config, and add that."
         )
-    match = match_budget(model, config, config.budget)
+    match = match_sizes(model, config, config.budget)
     if not match.is_met:
         raise ValueError(f"`budget` = {config.budget!r} is not met: {match}")
     for field in dataclasses.fields(config):

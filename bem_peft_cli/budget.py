@@ -55,7 +55,8 @@ def _free(text: str) -> tuple[str, Sequence[int] | None]:
 def _budget(arguments: argparse.Namespace) -> int:
     import torch
 
-    from bem_peft.budget.check import BudgetConstraints, BudgetValidator, adapted_copy
+    from bem_peft.budget.check import BudgetConstraints, BudgetValidator
+    from bem_peft.budget.copies import adapted_copy
 
     model, config, anchor = _model_and_configs(arguments)
     constraints = BudgetConstraints.from_anchor(
@@ -84,7 +85,7 @@ def _match(arguments: argparse.Namespace) -> int:
 
 def _model_and_configs(arguments: argparse.Namespace) -> tuple[nn.Module, PeftConfig, PeftConfig]:
     """The model on the meta device; the anchor stands at the sites of the config where it names none."""
-    from bem_peft.budget.check import adapted_copy, at_sites_of
+    from bem_peft.budget.copies import adapted_copy, at_sites_of
     from bem_peft.sites.find import build_meta
     from bem_peft.tuners.adapter_spec import parse_adapter
 

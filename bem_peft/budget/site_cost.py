@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from bem_peft.budget.check import adapted_copy
+from bem_peft.budget.copies import adapted_copy
 from bem_peft.budget.fake_run import FakeRun, adapters_off, mode_of
 from bem_peft.budget.flops import DECIDES_BY_VALUES, count_passes, trained_numbers
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel
 
-from bem_peft.budget.check import copy_around_weights
+from bem_peft.budget.copies import copy_around_weights
 from bem_peft.evaluation.profile_document import ProfileDocument
 from bem_peft.evaluation.profiler import ANCHOR, PerformanceProfiler, Workload
 from bem_peft.experiments.loading import load_model

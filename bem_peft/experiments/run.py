@@ -20,9 +20,10 @@ import transformers
 from peft import PeftConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel
 
-from bem_peft.budget.check import BudgetConstraints, adapted_copy, at_sites_of, budget_of
+from bem_peft.budget.check import BudgetConstraints, budget_of
+from bem_peft.budget.copies import adapted_copy, at_sites_of
 from bem_peft.budget.enforce import BudgetCallback
-from bem_peft.budget.match import match_budget
+from bem_peft.budget.match import match_sizes
 from bem_peft.experiments.items import read_items, trained_on
 from bem_peft.experiments.loading import load_model, load_tokenizer
 from bem_peft.experiments.prepared import PreparedData, prepare
@@ -148,10 +149,7 @@ def _matched(experiment: Experiment, model: PreTrainedModel, report: Callable[[s
     assert budget is not None
     assert experiment.anchor is not None
     anchor = at_sites_of(experiment.anchor, lambda: adapted_copy(model, experiment.adapter))
-    match = match_budget(
-        model, experiment.adapter, anchor, free=budget.match, match=budget.quantities,
-        tolerance_ratio=budget.tolerance_ratio,
-    )  # fmt: skip
+    match = match_sizes(model, experiment.adapter, anchor, budget.match, budget.quantities, budget.tolerance_ratio)
     if not match.is_met and budget.policy == "raise":
         raise ValueError(f"no sizes meet the anchor: {match}")
     report(str(match))

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
-from bem_peft.budget.check import adapted_copy, unadapted_copy
+from bem_peft.budget.copies import adapted_copy, unadapted_copy
 from bem_peft.budget.site_cost import ModelCost
 
 # PEFT type -> the system of the search, and its best rate

@@ -24,7 +24,7 @@ from bem_peft import (
     KroneckerConfig,
     check_budget,
 )
-from bem_peft.budget.check import adapted_copy
+from bem_peft.budget.copies import adapted_copy
 from bem_peft.budget.enforce import CARD_START, write_report
 from tests.tiny_models import build, tokens
 

@@ -22,7 +22,7 @@ from bem_peft import (
     ResidualFiLMConfig,
     match_budget,
 )
-from bem_peft.budget.check import adapted_copy
+from bem_peft.budget.copies import adapted_copy
 from bem_peft.budget.site_cost import ModelCost
 from tests.tiny_models import build
 

@@ -21,7 +21,7 @@ from bem_peft import (
     count_memory,
     count_parameters,
 )
-from bem_peft.budget.check import adapted_copy
+from bem_peft.budget.copies import adapted_copy
 from bem_peft.budget.flops import formulas
 from bem_peft.budget.latency import equivalence, interval, why_inconclusive
 from bem_peft.budget.memory import LiveBytes

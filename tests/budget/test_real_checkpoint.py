@@ -21,7 +21,8 @@ from bem_peft import (
     count_memory,
     match_budget,
 )
-from bem_peft.budget.check import adapted_copy, example_inputs
+from bem_peft.budget.check import example_inputs
+from bem_peft.budget.copies import adapted_copy
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 

@@ -344,7 +344,8 @@ def test_a_budget_counts_and_matches_an_adapter_with_penalties() -> None:
     from peft import LoraConfig
 
     from bem_peft import KroneckerConfig, count_flops, match_budget
-    from bem_peft.budget.check import adapted_copy, example_inputs
+    from bem_peft.budget.check import example_inputs
+    from bem_peft.budget.copies import adapted_copy
 
     anchor = LoraConfig(r=2, target_modules=["down_proj"])
     configs = [

@@ -50,6 +50,18 @@ def test_the_adapter_costs_what_the_named_one_costs(method: str, tmp_path: Path)
     assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
 
 
+def test_no_rate_is_counted_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate costs two counts of the whole model."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a learning rate was counted")
+
+    monkeypatch.setattr("bem_peft.budget.match.suggest_rate", refuse)
+    get_peft_model(build("llama"), ResidualFiLMConfig(budget="lora:r=10"))
+    with pytest.raises(AssertionError, match="was counted"):
+        match_budget(build("llama"), ResidualFiLMConfig(), "lora:r=10")
+
+
 def test_what_no_sizes_can_be_chosen_for_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`budget` = 'lora:r=8' is not met: DynamicRankMaskConfig.*no choice of"):
         get_peft_model(build("llama"), DynamicRankMaskConfig(budget="lora:r=8"))

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from bem_peft import KroneckerConfig, count_parameters
-from bem_peft.budget.check import adapted_copy
+from bem_peft.budget.copies import adapted_copy
 from tests.contract.methods import CONFIGS, METHODS, randomize
 
 IN, OUT = 64, 32
