@@ -1,6 +1,6 @@
 """The study's tables, from the runs in results/: what was chosen, and each method against its anchor on Slice-B.
 
-    python benchmarks/quality/tables.py [--reports]
+    python benchmarks/quality/tables.py
 
 Writes into results/
     search.csv       losses on Slice-A by rate,
@@ -8,21 +8,17 @@ Writes into results/
     slice_b.csv      a row a comparison and metric,
     ablations.csv    each change against its method as it is, on Slice-C,
     again.csv        what was changed after Slice-B had been read, on Slice-D;
-    leaderboard.csv  gets a row for every system that has all its seeds, and none is ever changed,
-and with --reports the tables and pages of `bem-peft compare` into results/reports/. An item of these slices whose
-prompt and answer also stand in the training slice or in Slice-A is left out.
+    leaderboard.csv  gets a row for every system that has all its seeds, and none is ever changed.
+An item of these slices whose prompt and answer also stand in the training slice or in Slice-A is left out.
 Differences are paired by seed and item and mean "better" above zero; p is corrected by Holm over all comparisons of a
 metric in a table's task.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import functools
 import math
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -281,33 +277,7 @@ def add_to_leaderboard(rows: list[dict[str, str]]) -> None:
     write(path, old + [row for row in rows if tuple(row[name] for name in key) not in there])
 
 
-def report(known: Losses, task: str, anchor: str) -> None:
-    """`bem-peft compare` of all systems of the task that have every seed, as a plain table, against the anchor."""
-    groups = {item["id"]: item["group"] for item in items_of(task)}
-    rows = []
-    for system in systems_of(task):
-        runs = finals(known, task, system)
-        if len(runs) < len(GRID["seeds"]):
-            continue
-        for metric, values in values_of(task, runs).items():
-            better = str(metric not in LOWER_IS_BETTER).lower()
-            rows += [
-                {"system": system, "seed": seed, "item": item, "metric": metric, "value": value,
-                 "cluster": groups.get(item, item), "higher_is_better": better}
-                for seed, of_items in values.items() for item, value in of_items.items()
-            ]  # fmt: skip
-    table = RESULTS / "reports" / f"{task}.csv"
-    table.parent.mkdir(parents=True, exist_ok=True)
-    write(table, rows)
-    command = [sys.executable, "-m", "bem_peft_cli", "compare", str(table), "--anchor", anchor, "--held-out"]
-    subprocess.run([*command, "--out", str(table.with_suffix("")), "--title", f"Quality: {task}"], check=True)
-    table.unlink()
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reports", action="store_true")
-    options = parser.parse_args()
     known = losses()
     write(RESULTS / "search.csv", search_rows(known))
     write(RESULTS / "rates.csv", rate_rows(known))
@@ -322,10 +292,6 @@ def main() -> None:
         print(*(f"{row[name]}" for name in row), sep="  ")
     for task in GRID["tasks"]:
         print(f"\n{task}", *markdown(rows, task), sep="\n")
-    if options.reports:
-        for task in GRID["tasks"]:
-            if any(row["task"] == task for row in rows):
-                report(known, task, "lora_both")
 
 
 if __name__ == "__main__":
