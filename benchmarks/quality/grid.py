@@ -29,10 +29,10 @@ class Run:
 
     @property
     def slice(self) -> str:
-        """What it is scored on: A for a search, B for the seeds, C for an ablation, D for what was changed after B."""
+        """What it is scored on: A for a search, B for the seeds, C for an ablation, D for what was run after B."""
         if "-" in self.system:
             return "C"
-        if self.seed in GRID["again"]["seeds"]:
+        if self.seed in GRID["again"].get(self.task, {"seeds": []})["seeds"]:
             return "D"
         return "A" if self.seed == GRID["search"]["seed"] else "B"
 
@@ -94,13 +94,14 @@ def wanted_ablations(losses: Losses, names: Collection[str]) -> Iterator[Run]:
                 yield Run(task, system, best, seed)
 
 
-def wanted_again(losses: Losses, names: Collection[str]) -> Iterator[Run]:
-    """What is to be run now of what was changed after Slice-B had been read: seed by seed, at the grid's own k."""
-    again = GRID["again"]
-    for seed in again["seeds"]:
-        for system, k in again["of"].items():
-            if system in names and Run(again["task"], system, k, seed) not in losses:
-                yield Run(again["task"], system, k, seed)
+def wanted_again(losses: Losses, tasks: Sequence[str], names: Collection[str]) -> Iterator[Run]:
+    """What is to be run now of what is run once more after Slice-B was read: seed by seed, at the grid's own k."""
+    for task in tasks:
+        again = GRID["again"].get(task, {"seeds": []})
+        for seed in again["seeds"]:
+            for system, k in again["of"].items():
+                if system in names and Run(task, system, k, seed) not in losses:
+                    yield Run(task, system, k, seed)
 
 
 def transfers() -> list[str]:

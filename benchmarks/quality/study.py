@@ -9,7 +9,7 @@ Each job is a process of one thread, and two of them on two cores do more than o
 
 results/TASK/SYSTEM/kK-seedS.json.gz: losses and predictions item by item, metrics, sizes, settings, versions, date,
 device and commit. A search's run is scored on Slice-A; a run of the five seeds on Slice-B, which nothing else reads;
-an ablation's (--ablations) on Slice-C. --again runs what was changed after Slice-B had been read, on Slice-D, and
+an ablation's (--ablations) on Slice-C. --again runs what is run once more after Slice-B was read, on Slice-D, and
 --transfer the searches at other sizes.
 """
 
@@ -42,7 +42,7 @@ VERSES = HERE.parents[1] / "examples" / "data" / "archaic_modern.jsonl.gz"
 def items_of(task: str) -> list[dict[str, Any]]:
     """The task's items, each with `id` and `slice`, as many as the grid says."""
     sizes = {"train": GRID["slices"]["train"], "A": GRID["slices"]["a"], "B": GRID["slices"]["b"]}
-    sizes |= {"C": GRID["ablations"]["size"], "D": GRID["again"]["size"]}
+    sizes |= {"C": GRID["ablations"]["size"], "D": GRID["again"].get(task, {"size": 0})["size"]}
     if task == "verses":
         verses = [{"id": v["ref"], "group": v["ref"].rpartition(":")[0], **v} for v in read_items(VERSES)]
         items = assign_slices(verses, Sizes(**GRID["slices"]))
@@ -54,6 +54,10 @@ def items_of(task: str) -> list[dict[str, Any]]:
             items += [{"slice": name, **item} for item in untouched]
     else:
         items = read_items(DATA / f"{task}.jsonl.gz")
+        of_slice = {name: [item for item in items if item["slice"] == name] for name in sizes}
+        taken = {item["group"] for name in ("train", "A", "B") for item in of_slice[name][: sizes[name]]}
+        beyond = [item for name in ("B", "A") for item in of_slice[name][sizes[name] :]]
+        items += [{**item, "slice": "D"} for item in beyond if item["group"] not in taken]
     return [i for name, size in sizes.items() for i in [i for i in items if i["slice"] == name][:size]]
 
 
@@ -209,7 +213,7 @@ def wanted_now(options: argparse.Namespace) -> list[Run]:
     if options.ablations:
         return list(wanted_ablations(losses(), options.systems))
     if options.again:
-        return list(wanted_again(losses(), options.systems))
+        return list(wanted_again(losses(), options.tasks, options.systems))
     if options.transfer:
         return list(wanted_transfers(losses(), options.systems))
     return list(wanted_runs(losses(), options.tasks, options.systems))
@@ -223,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(GRID["tasks"]), default=list(GRID["tasks"]))
     parser.add_argument("--systems", nargs="+", choices=list(GRID["systems"]), default=list(GRID["systems"]))
     parser.add_argument("--ablations", action="store_true", help="run those of the systems, and nothing else")
-    parser.add_argument("--again", action="store_true", help="run what was changed after Slice-B, and nothing else")
+    parser.add_argument("--again", action="store_true", help="run what comes once more after Slice-B, and nothing else")
     parser.add_argument("--transfer", action="store_true", help="run the searches at other sizes, and nothing else")
     parser.add_argument("--keep", metavar="FOLDER", help="for the runs' adapters; else they are not kept")
     parser.add_argument("--list", action="store_true", help="print what is to be run now, and run nothing")

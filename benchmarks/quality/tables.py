@@ -7,7 +7,7 @@ Writes into results/
     rates.csv        the best rate of each system: the lowest point of a parabola, at the mean of the tasks,
     slice_b.csv      a row a comparison and metric,
     ablations.csv    each change against its method as it is, on Slice-C,
-    again.csv        what was changed after Slice-B had been read, on Slice-D;
+    again.csv        what was run once more after Slice-B had been read, on Slice-D;
     leaderboard.csv  gets a row for every system that has all its seeds, and none is ever changed.
 An item of these slices whose prompt and answer also stand in the training slice or in Slice-A is left out.
 Differences are paired by seed and item and mean "better" above zero; p is corrected by Holm over all comparisons of a
@@ -114,19 +114,21 @@ def ablated(known: Losses, task: str, system: str) -> dict[int, dict[str, Any]]:
 
 
 def again_rows() -> list[dict[str, Any]]:
-    """What was changed after Slice-B had been read against its anchors, on Slice-D."""
-    again = GRID["again"]
-    groups = {item["id"]: item["group"] for item in items_of(again["task"])}
-    runs = {system: _of_seeds(again["task"], system, k, again["seeds"]) for system, k in again["of"].items()}
-    whole = {system: values_of(again["task"], found) for system, found in runs.items()}
-    rows = [
-        _compared(again["task"], system, anchor, metric, whole, groups)
-        for system in again["of"]
-        for anchor in GRID["systems"][system].get("anchors", [])
-        for metric in ("nll", "forgetting")
-    ]
-    found = [row for row in rows if row is not None]
-    _adjust(found)
+    """What was run once more after Slice-B had been read against its anchors, on Slice-D."""
+    found = []
+    for task, again in GRID["again"].items():
+        groups = {item["id"]: item["group"] for item in items_of(task)}
+        runs = {system: _of_seeds(task, system, k, again["seeds"]) for system, k in again["of"].items()}
+        whole = {system: values_of(task, of_seeds) for system, of_seeds in runs.items()}
+        rows = [
+            _compared(task, system, anchor, metric, whole, groups)
+            for system in again["of"]
+            for anchor in GRID["systems"][system].get("anchors", [])
+            for metric in ("nll", "forgetting")
+        ]
+        there = [row for row in rows if row is not None]
+        _adjust(there)
+        found += there
     return found
 
 
