@@ -37,6 +37,7 @@ class SizeSearch:
     def __init__(self, sizes: Sizes, cost: ModelCost, goal: Mapping[str, float]) -> None:
         self.sizes, self.cost, self.goal = sizes, cost, goal
         self.tried: dict[tuple[int, ...], Deviation | None] = {}
+        self.crossing = 0  # place of the last size's value at the crossing that was found last
 
     def deviation(self, values: tuple[int, ...]) -> Deviation | None:
         """Of these sizes from the goal, or None where they do not fit the sites."""
@@ -107,14 +108,24 @@ class SizeSearch:
             found = at(i)
             return found is None or found.is_above
 
-        low, step = 0, 1  # values before `low` lie below the crossing, those from `high` on at or above it
+        low = 0  # values before `low` lie below the crossing, those from `high` on at or above it
         while low + 1 < FIRST and values.get(low + 1) is not None and at(low) is None:
             low += 1  # too small for the sites
-        while not is_above(low + step):  # double first: large sizes are the costly ones to try
-            low, step = low + step, step * 2
-        high = low + step
+        high, step = max(low, self.crossing), 1  # other sizes a little larger move it little: double from there
+        if is_above(high):
+            while low < high:
+                below = max(low, high - step)
+                if not is_above(below):
+                    low = below + 1
+                    break
+                high, step = below, step * 2
+        else:
+            while not is_above(high + step):  # large sizes are the costly ones to try
+                high, step = high + step, step * 2
+            low, high = high + 1, high + step
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if is_above(middle) else (middle + 1, high)
+        self.crossing = high
         near = [values.get(i) for i in (high - 1, high) if i >= 0]
         return [(*outer, value) for value in near if value is not None]

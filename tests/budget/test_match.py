@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoKrConfig, LoraConfig
+from peft import HiraConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, VeraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,7 +25,7 @@ from bem_peft import (
     match_budget,
 )
 from bem_peft.budget.copies import adapted_copy
-from bem_peft.budget.site_cost import ModelCost
+from bem_peft.budget.site_cost import TOKENS, ModelCost, _on_fake_tensors, _on_shapes
 from tests.tiny_models import build
 
 BOTH = ["o_proj", "down_proj"]
@@ -178,6 +180,46 @@ def test_a_module_with_sizes_of_its_own_costs_what_they_cost(config: LoraConfig)
     with torch.device("meta"):
         found = ModelCost(build("llama"), config)(config)
     assert found["params"] == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+ON_SHAPES = {
+    "lora": LoraConfig(r=3),
+    "dora": LoraConfig(r=3, use_dora=True),
+    "lokr": LoKrConfig(r=2),
+    "loha": LoHaConfig(r=2),
+    "hira": HiraConfig(r=2),
+    "oft": OFTConfig(oft_block_size=4),
+    "vera": VeraConfig(r=4),
+    "head_gating": HeadGroupGatingConfig(num_groups=2, num_heads=4),
+    "rank_mask": DynamicRankMaskConfig(total_rank=4, active_rank=2),
+    "kronecker": KroneckerConfig(u_rank=2, v_rank=2),
+    "film": ResidualFiLMConfig(gamma_dim=2, beta_dim=3),
+}
+
+
+@pytest.mark.parametrize("method", ON_SHAPES)
+def test_a_site_counts_the_same_on_shapes_and_on_fake_tensors(method: str) -> None:
+    config = copy.deepcopy(ON_SHAPES[method])
+    config.target_modules = {"site"}
+    with torch.device("meta"):
+        model = get_peft_model(Stack([(16, 32)]), config)
+    (layer,) = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    layer.eval()  # in training LoKr and LoHa draw whether the site is adapted at all
+    found = _on_shapes(layer, 16)
+    assert found == _on_fake_tensors(layer, 16) > 0
+
+
+def test_what_reads_values_is_counted_on_fake_tensors() -> None:
+    """LoKr in training draws whether the site is adapted at all: counted as in evaluation."""
+    config = LoKrConfig(r=2, target_modules=["site"], module_dropout=0.5)
+    with torch.device("meta"):
+        model = Stack([(16, 32)])
+        layer = get_peft_model(copy.deepcopy(model), config).train().base_model.model.layers[0]["site"]
+        with pytest.raises(RuntimeError):
+            _on_shapes(layer, 16)
+        of_adapter = ModelCost(model, config)(config)["flops"]
+        in_evaluation = _on_fake_tensors(layer.eval(), 16) / TOKENS
+    assert 0 < of_adapter < in_evaluation  # with the base's products
 
 
 def test_an_anchor_in_one_line_stands_at_the_sites_of_the_config() -> None:
