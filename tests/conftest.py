@@ -6,6 +6,7 @@ BEM_PEFT_KERNELS says: `BEM_PEFT_KERNELS=cpp make test` runs all of them with th
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -38,6 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
         lines = ["default", "error:::bem_peft", "error:::tests", "error:.*(past_key_values|cache_params).*", *lines]
     for line in lines:
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported is not looked through at every collection
 
 
 @pytest.fixture(autouse=True)
