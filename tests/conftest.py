@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -18,6 +21,7 @@ KERNELS = os.environ.setdefault("BEM_PEFT_KERNELS", "torch")
 
 import pytest
 import torch
+from filelock import FileLock
 
 from bem_peft import use_kernels  # registers the methods
 
@@ -49,3 +53,17 @@ def pytest_collection_finish() -> None:
 def _seed_and_form() -> None:
     torch.manual_seed(0)
     use_kernels(KERNELS)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of SmolLM2-135M-Instruct, written by examples/smollm2.py, once for all test processes."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    checkpoint = folder / "SmolLM2-135M-Instruct"
+    with FileLock(folder / "smollm2.lock"):
+        if not checkpoint.exists():
+            script = Path(__file__).parents[1] / "examples" / "smollm2.py"
+            subprocess.run([sys.executable, "-W", "ignore", str(script), str(checkpoint)], cwd=folder, check=True)
+    return checkpoint

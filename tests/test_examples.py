@@ -38,16 +38,9 @@ def run(script: str, *arguments: str, cwd: Path, **environment: str) -> str:
     return result.stdout
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    run("smollm2.py", str(folder / "SmolLM2"), cwd=folder)
-    return folder / "SmolLM2"
-
-
 @needs_checkpoint
-def test_causal_trainer(checkpoint: Path, tmp_path: Path) -> None:
-    out = run("causal_trainer.py", "--model", str(checkpoint), "--steps", "2", "--batch", "2", cwd=tmp_path)
+def test_causal_trainer(smollm2: Path, tmp_path: Path) -> None:
+    out = run("causal_trainer.py", "--model", str(smollm2), "--steps", "2", "--batch", "2", cwd=tmp_path)
     assert "trainable params" in out
     assert out.count("->") == 2
     assert (tmp_path / "runs/causal/adapter/adapter_model.safetensors").is_file()
@@ -56,8 +49,8 @@ def test_causal_trainer(checkpoint: Path, tmp_path: Path) -> None:
 
 @needs_checkpoint
 @pytest.mark.skipif(find_spec("trl") is None, reason="pip install trl")
-def test_sft_with_a_yaml(checkpoint: Path, tmp_path: Path) -> None:
-    changes = {"model": checkpoint, "sft.max_steps": 1, "sft.logging_steps": 1, "sft.per_device_train_batch_size": 2}
+def test_sft_with_a_yaml(smollm2: Path, tmp_path: Path) -> None:
+    changes = {"model": smollm2, "sft.max_steps": 1, "sft.logging_steps": 1, "sft.per_device_train_batch_size": 2}
     arguments = [text for key, value in changes.items() for text in ("--set", f"{key}={value}")]
     out = run("sft_trl.py", *arguments, cwd=tmp_path)
     assert re.search(r"loss \d+\.\d+.*penalty/gate_entropy 0\.69", out), out
@@ -71,23 +64,23 @@ def test_sft_with_a_yaml(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @needs_checkpoint
-def test_seq2seq_trainer(checkpoint: Path, tmp_path: Path) -> None:
-    arguments = ["--random", str(checkpoint), "--steps", "2", "--eval", "4"]
+def test_seq2seq_trainer(smollm2: Path, tmp_path: Path) -> None:
+    arguments = ["--random", str(smollm2), "--steps", "2", "--eval", "4"]
     out = run("seq2seq_trainer.py", *arguments, cwd=tmp_path)
     assert re.search(r"loss \d+\.\d+, chrF \d+\.\d; emergencies 0", out), out
 
 
 @needs_checkpoint
-def test_accelerate_loop(checkpoint: Path, tmp_path: Path) -> None:
-    out = run("accelerate_loop.py", "--model", str(checkpoint), "--steps", "1", "--batch", "2", cwd=tmp_path)
+def test_accelerate_loop(smollm2: Path, tmp_path: Path) -> None:
+    out = run("accelerate_loop.py", "--model", str(smollm2), "--steps", "1", "--batch", "2", cwd=tmp_path)
     assert re.search(r"step 1: loss \d+\.\d+, penalty/balance 0\.\d+", out), out
     assert (tmp_path / "runs/accelerate/adapter/adapter_model.safetensors").is_file()
 
 
 @needs_checkpoint
 @pytest.mark.skipif(find_spec("bm25s") is None, reason="pip install bm25s")
-def test_retrieval_gating(checkpoint: Path, tmp_path: Path) -> None:
-    out = run("retrieval_gating.py", "--model", str(checkpoint), "--steps", "2", "--batch", "2", cwd=tmp_path)
+def test_retrieval_gating(smollm2: Path, tmp_path: Path) -> None:
+    out = run("retrieval_gating.py", "--model", str(smollm2), "--steps", "2", "--batch", "2", cwd=tmp_path)
     qualities = [float(text) for text in re.findall(r", quality (\d\.\d\d)\n", out)]
     assert len(qualities) == 2
     assert all(0.0 < quality < 1.0 for quality in qualities)

