@@ -68,7 +68,7 @@ fuzz: $(VENV)/.dev
 
 # PEFT's own test suite, from its source package, with the configs of bem_peft
 peft-suite: $(VENV)/.dev
-	$(BIN)/python tests/peft_suite/run.py
+	$(BIN)/python tests/peft_suite/run.py -n $(WORKERS)
 
 # the table of supported versions: a part of the suite in an environment for each row of tests/versions/rows.toml
 versions: $(VENV)/.dev

@@ -12,6 +12,7 @@ left_out.py names, and lifts what the suite states by class because it cannot kn
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 import types
@@ -53,6 +54,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[SUMMARY] = Summary()
     if not hasattr(config, "workerinput"):  # set in the workers of xdist
         config.pluginmanager.register(config.stash[SUMMARY])
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported is not looked through at every collection
 
 
 @contextmanager
