@@ -243,6 +243,12 @@ def test_what_the_docs_say_of_quality_is_what_was_measured(parts: Any) -> None:
     for task in parts["grid"].GRID["tasks"]:
         for line in parts["tables"].markdown(rows, task):
             assert line in page
+    page = (STUDY.parents[1] / "docs" / "learning_rates.md").read_text(encoding="utf-8").splitlines()
+    with (STUDY / "results" / "rates.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            best = [f"{8 * 2 ** (float(row[task]) / 2):.1f}" for task in parts["grid"].GRID["tasks"]]
+            cells = " | ".join([*best, f"{1e3 * float(row['learning_rate']):.1f}"])
+            assert row["system"] == "pt1_o_large" or any(line.endswith(f"| {cells} |") for line in page)
 
 
 def test_a_dataset_of_the_hub_becomes_items(parts: Any) -> None:

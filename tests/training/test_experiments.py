@@ -320,7 +320,7 @@ def test_one_dial_sets_sizes_and_rate(folder: Path, capsys: pytest.CaptureFixtur
     (folder / "dial.yaml").write_text(yaml.safe_dump(given))
     assert main(["run", str(folder / "dial.yaml")]) == 0
     said = capsys.readouterr().out
-    assert "learning rate 9.3e-03: the best of searches" in said
+    assert "learning rate 6.7e-03: the best of searches" in said
     result = json.loads((folder / "runs" / "seed-0" / "result.json").read_text())
     assert {line["quantity"]: line["verdict"] for line in result["budget"]} == {"params": "PASS", "flops": "PASS"}
     assert max(line["learning_rate"] for line in result["curve"]) <= 9.3e-3
@@ -348,7 +348,7 @@ def test_a_learning_rate_that_is_left_out_is_told(folder: Path, capsys: pytest.C
     assert main(["run", path, "--set", "seeds=[0]"]) == 0
     said = capsys.readouterr().out
     assert told in said
-    assert "learning rate 1.1e-02: the best of searches" in said
+    assert "learning rate 9.4e-03: the best of searches" in said
     curve = json.loads((folder / "runs/seed-0/result.json").read_text())["curve"]
     assert {line["learning_rate"] for line in curve} == {1.1e-2}, "what is told is used"
     assert main(["validate", path, "--set", "budget=lora:r=2"]) == 0

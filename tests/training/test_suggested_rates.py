@@ -47,9 +47,12 @@ def test_a_suggested_rate_is_the_best_of_the_search(system: str) -> None:
     found = LearningRates.suggest(build("llama"), CONFIGS[system])
     assert f"{found.learning_rate:.1e}" == f"{float(row['learning_rate']):.1e}"
     tasks = [name for name, value in row.items() if name not in ("system", "learning_rate") and value]
-    assert f"{['one task', 'two tasks', 'three tasks'][len(tasks) - 1]}, one seed each" in found.source
+    ks = [float(row[task]) for task in tasks]
+    lowest, highest = (8e-3 * 2 ** (k / 2) for k in (min(ks), max(ks)))
+    number = ["one task", "two tasks", "three tasks"][len(tasks) - 1]
+    assert f"{number}, one seed each; the best of a task {lowest:.1e} to {highest:.1e}" in found.source
     assert f"benchmarks/quality, {system}" in found.source
-    assert system in {name for name, _ in MEASURED.values()}
+    assert system in {measured.system for measured in MEASURED.values()}
 
 
 def test_a_size_that_was_not_measured_is_said() -> None:
