@@ -350,7 +350,7 @@ def test_a_learning_rate_that_is_left_out_is_told(folder: Path, capsys: pytest.C
     assert told in said
     assert "learning rate 9.4e-03: the best of searches" in said
     curve = json.loads((folder / "runs/seed-0/result.json").read_text())["curve"]
-    assert {line["learning_rate"] for line in curve} == {1.1e-2}, "what is told is used"
+    assert {line["learning_rate"] for line in curve} == {9.4e-3}, "what is told is used"
     assert main(["validate", path, "--set", "budget=lora:r=2"]) == 0
     assert told in capsys.readouterr().out
     given["adapter"] = {"method": "lokr", "r": 2, "target_modules": ["o_proj"], "task_type": "CAUSAL_LM"}
