@@ -23,7 +23,7 @@ from bem_peft.budget.flops import count_flops
 from bem_peft.budget.latency import compare_latency, why_inconclusive
 from bem_peft.budget.memory import count_memory
 from bem_peft.budget.parameters import count_parameters
-from bem_peft.budget.report import FAIL, PASS, BudgetLine, BudgetReport
+from bem_peft.budget.report import BudgetLine, BudgetReport, judged
 
 QUANTITIES = ("params", "flops", "memory", "stored", "latency")
 UNITS = {"params": "parameters", "flops": "FLOPs a token", "memory": "bytes", "stored": "bytes", "latency": "ratio"}
@@ -189,18 +189,12 @@ class BudgetValidator:
         anchor = getattr(self.constraints, quantity)
         if anchor is None:
             raise ValueError(f"`{quantity}` is not constrained by these BudgetConstraints.")
-        tolerance = self.constraints.tolerance_ratio
-        lower, upper = anchor * (1 - tolerance), anchor * (1 + tolerance)
+        measured: float | None = None
         try:
             measured = _measure(quantity, model, self._inputs(model), self.constraints.scope)
         except (ValueError, RuntimeError, NotImplementedError) as error:
-            return BudgetLine(
-                quantity, UNITS[quantity], None, anchor, None, lower, upper, FAIL, f"not measured: {error}"
-            )
-        verdict = PASS if lower <= measured <= upper else FAIL
-        return BudgetLine(
-            quantity, UNITS[quantity], measured, anchor, measured / anchor - 1, lower, upper, verdict, how
-        )
+            how = f"not measured: {error}"
+        return judged(quantity, UNITS[quantity], measured, anchor, self.constraints.tolerance_ratio, how)
 
 
 def check_positive(name: str, value: object) -> None:

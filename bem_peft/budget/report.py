@@ -24,6 +24,17 @@ class BudgetLine:
     how: str
 
 
+def judged(
+    quantity: str, unit: str, measured: float | None, anchor: float, tolerance_ratio: float, how: str
+) -> BudgetLine:
+    """The line of a measured number against the anchor's; None, which could not be measured, fails."""
+    lower, upper = anchor * (1 - tolerance_ratio), anchor * (1 + tolerance_ratio)
+    if measured is None:
+        return BudgetLine(quantity, unit, None, anchor, None, lower, upper, FAIL, how)
+    verdict = PASS if lower <= measured <= upper else FAIL
+    return BudgetLine(quantity, unit, measured, anchor, measured / anchor - 1, lower, upper, verdict, how)
+
+
 @dataclass(frozen=True)
 class BudgetReport:
     """All lines of one check."""

@@ -8,22 +8,20 @@ results/reports/TASK-LORA/   each LoRA, and those that have its sites and parame
 
 from __future__ import annotations
 
-import csv
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from grid import GRID, Losses, systems_of
 from study import RESULTS, items_of, losses
 from tables import LOWER_IS_BETTER, finals, values_of
 
-from bem_peft.budget.report import FAIL, PASS, BudgetLine
+from bem_peft.budget.check import UNITS
+from bem_peft.budget.report import judged
 from bem_peft.evaluation.evaluator import ComprehensiveEvaluator
-from bem_peft.evaluation.formats.read import read_results
 from bem_peft.evaluation.report.files import write_files
-from bem_peft.evaluation.results import SystemResult
+from bem_peft.evaluation.results import SystemResult, system_of_scores
+from bem_peft.evaluation.scores import Scores
 
 TOLERANCE = 0.05
 
@@ -37,34 +35,32 @@ def whole_runs(known: Losses, task: str) -> dict[str, dict[int, dict[str, Any]]]
 def systems_with_sizes(task: str, runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, SystemResult]:
     """Of each its scores, and what it costs."""
     groups = {item["id"]: item["group"] for item in items_of(task)}
-    rows = [
-        {"system": system, "seed": seed, "item": item, "metric": metric, "value": value,
-         "cluster": groups.get(item, item), "higher_is_better": str(metric not in LOWER_IS_BETTER).lower()}
-        for system, of_seeds in runs.items()
-        for metric, values in values_of(task, of_seeds).items()
-        for seed, of_items in values.items() for item, value in of_items.items()
-    ]  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "scores.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
-        found = read_results([path])
-    return {system.name: _with_sizes(system, next(iter(runs[system.name].values()))["parameters"]) for system in found}
+    found = {}
+    for system, of_seeds in runs.items():
+        scores = {
+            metric: Scores.from_records(
+                [
+                    {"seed": seed, "id": item, "value": value, "cluster": groups.get(item, item)}
+                    for seed, of_items in values.items() for item, value in of_items.items()
+                ],
+                system=system, metric=metric, higher_is_better=metric not in LOWER_IS_BETTER,
+            )
+            for metric, values in values_of(task, of_seeds).items()
+        }  # fmt: skip
+        method = GRID["systems"][system]["config"]["method"]
+        found[system] = _with_sizes(system_of_scores(system, method, scores), of_seeds[0]["parameters"])
+    return found
 
 
 def _with_sizes(system: SystemResult, counts: dict[str, int]) -> SystemResult:
     sizes = {"parameters": float(counts["trainable"]), "file_bytes": float(counts["stored_bytes"])}
-    return replace(system, values=system.values | sizes, method=GRID["systems"][system.name]["config"]["method"])
+    return replace(system, values=system.values | sizes)
 
 
 def with_budget(system: SystemResult, anchor: SystemResult) -> SystemResult:
     """The system with the line that says whether it has the anchor's parameters."""
     measured, of = (one.values["parameters"] for one in (system, anchor))
-    bounds = of * (1 - TOLERANCE), of * (1 + TOLERANCE)
-    verdict = PASS if bounds[0] <= measured <= bounds[1] else FAIL
-    line = BudgetLine("params", "parameters", measured, of, measured / of - 1, *bounds, verdict, "exact: counted")
+    line = judged("params", UNITS["params"], measured, of, TOLERANCE, "exact: counted")
     return replace(system, budget=[asdict(line)])
 
 
