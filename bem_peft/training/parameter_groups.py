@@ -3,8 +3,11 @@
     optimizer = torch.optim.AdamW(parameter_groups(model, LearningRates(learning_rate=8e-3)))
     Trainer(model, arguments, optimizers=(optimizer, None), ...)      # SFTTrainer takes it the same way
 
-A group's learning rate is  learning_rate * variant multiplier * group multiplier. A scheduler scales what it finds, and
-a checkpoint stores it, so neither has to know.
+A group's learning rate is  learning_rate * variant multiplier * group multiplier, times `loraplus_lr_ratio` for what
+writes into the output. A scheduler scales what it finds, and a checkpoint stores it, so neither has to know.
+
+Source: the ratio is that of Hayou et al., LoRA+, 2024, arXiv:2402.12354, which PEFT has for LoRA alone
+(`create_loraplus_optimizer`).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ VARIANT_LR_MULTIPLIERS: Mapping[str, float] = {"PT1": 1.0, "PT2": 1.0, "PT3": 1.
 SEED_VARIANT_LR_MULTIPLIERS: Mapping[str, float] = {"PT1": 1.0, "PT2": 0.5, "PT3": 1.5, "PT4": 0.1}
 GROUPS = ("projection", "controller", "mask", "factors", "gamma", "beta")
 OTHER = "other"  # of modules_to_save, or of another PEFT method
+OUTPUT = "/output"  # what `loraplus_lr_ratio` is for, in groups of its own where that is not 1
 
 
 @dataclass
@@ -39,6 +43,8 @@ class LearningRates:
         variant_lr_multipliers: for "PT1" to "PT4", > 0; what is left out is 1.
         group_lr_multipliers: for the groups of a method: "projection", "controller", "mask", "factors", "gamma",
             "beta", or one method's alone as "PT3/factors"; > 0; what is left out is 1.
+        loraplus_lr_ratio: the rate of what writes into the output (B; gamma and beta of PT4; LoRA's lora_B) over that
+            of the rest, > 0.
         source: where the rate comes from; for people.
 
     Raises:
@@ -49,6 +55,7 @@ class LearningRates:
     weight_decay: float = 0.0
     variant_lr_multipliers: dict[str, float] = field(default_factory=lambda: dict(VARIANT_LR_MULTIPLIERS))
     group_lr_multipliers: dict[str, float] = field(default_factory=dict)
+    loraplus_lr_ratio: float = 1.0
     source: str = ""
 
     @classmethod
@@ -71,7 +78,8 @@ class LearningRates:
 
 
 def check_multipliers(config: LearningRates | TrainingArguments) -> None:
-    """Raise ValueError or TypeError where a multiplier's name or value is wrong."""
+    """Raise ValueError or TypeError where a multiplier's name or value, or the ratio, is wrong."""
+    check.check_number(config, "loraplus_lr_ratio", 0.0, exclusive=True)
     pairs = {f"{variant}/{group}" for variant in VARIANT_LR_MULTIPLIERS for group in GROUPS}
     allowed = {
         "variant_lr_multipliers": set(VARIANT_LR_MULTIPLIERS),
@@ -99,7 +107,8 @@ def parameter_groups(model: nn.Module, config: LearningRates | TrainingArguments
 
     Returns:
         Groups {"name": "PT3/factors", "params": [...], "lr": ..., "weight_decay": ...}; biases in groups of their own,
-        "PT1/controller/no_decay". Each trainable parameter is in exactly one; the order depends on the methods alone.
+        "PT1/controller/no_decay", and with a `loraplus_lr_ratio` what writes into the output, "PT1/projection/output".
+        Each trainable parameter is in exactly one; the order depends on the methods alone.
 
     Raises:
         ValueError: the model has nothing to train, or `config` has no learning rate.
@@ -108,41 +117,46 @@ def parameter_groups(model: nn.Module, config: LearningRates | TrainingArguments
         raise ValueError(
             "`learning_rate` = None: is chosen by PTTrainer; elsewhere give one, as LearningRates.suggest(model)'s."
         )
-    multipliers = {name: getattr(config, name, {}) or {} for name in ("variant_lr_multipliers", "group_lr_multipliers")}
-    owners = {
-        id(parameter): f"{module.variant}/{module.lr_groups[name]}" if name in module.lr_groups else OTHER
-        for module in model.modules()
-        if isinstance(module, Adapter)
-        for name, parameter in module.named_parameters(recurse=False)
-    }
+    ratio = getattr(config, "loraplus_lr_ratio", 1.0)
+    owners: dict[int, str] = {}
+    writers: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name in module.lr_groups:
+                    owners[id(parameter)] = f"{module.variant}/{module.lr_groups[name]}"
+                if name in module.factors:
+                    writers.add(id(parameter))
     found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            key = owners.get(id(parameter), OTHER)
+            if ratio != 1.0 and (id(parameter) in writers or (key == OTHER and "lora_B" in name)):
+                key += OUTPUT
             is_bias = parameter.dim() == 1 and "bias" in name.rpartition(".")[2]
-            key = owners.get(id(parameter), OTHER) + ("/no_decay" if is_bias else "")
-            found.setdefault(key, []).append(parameter)
+            found.setdefault(key + "/no_decay" * is_bias, []).append(parameter)
     if not found:
         raise ValueError("the model has no trainable parameter: load the adapter with is_trainable=True.")
     known = [f"{v}/{g}" for v in VARIANT_LR_MULTIPLIERS for g in GROUPS]
-    others = {key.removesuffix("/no_decay") for key in found} - {*known, OTHER}  # of methods that are not ours
+    others = {"/".join(key.split("/")[:2]) for key in found if not key.startswith(OTHER)} - {*known}  # not ours
     order = [*known, *sorted(others), OTHER]
-    names = [name for key in order for name in (key, f"{key}/no_decay") if name in found]
+    ends = ("", "/no_decay", OUTPUT, f"{OUTPUT}/no_decay")
+    names = [f"{key}{end}" for key in order for end in ends if f"{key}{end}" in found]
     return [
         {
             "name": name,
             "params": found[name],
-            "lr": config.learning_rate * _multiplier(name, **multipliers),
+            "lr": config.learning_rate * _multiplier(name, config) * (ratio if OUTPUT in name else 1.0),
             "weight_decay": 0.0 if name.endswith("/no_decay") else config.weight_decay,
         }
         for name in names
     ]
 
 
-def _multiplier(
-    name: str, variant_lr_multipliers: Mapping[str, float], group_lr_multipliers: Mapping[str, float]
-) -> float:
+def _multiplier(name: str, config: LearningRates | TrainingArguments) -> float:
     if name.startswith(OTHER):
         return 1.0
+    of_variants, of_groups = (getattr(config, f"{of}_lr_multipliers", {}) or {} for of in ("variant", "group"))
     variant, group = name.split("/")[:2]
-    own = group_lr_multipliers.get(f"{variant}/{group}", group_lr_multipliers.get(group, 1.0))
-    return variant_lr_multipliers.get(variant, 1.0) * own
+    own = of_groups.get(f"{variant}/{group}", of_groups.get(group, 1.0))
+    return float(of_variants.get(variant, 1.0) * own)

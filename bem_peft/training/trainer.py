@@ -52,6 +52,13 @@ class PTTrainingConfig(TrainingArguments):
             "'gamma', 'beta', or 'PT3/factors' for one method's."
         },
     )
+    loraplus_lr_ratio: float = field(
+        default=1.0,
+        metadata={
+            "help": "Learning rate of what writes into the output (B; gamma and beta of PT4; LoRA's lora_B) over that "
+            "of the rest, as in LoRA+."
+        },
+    )
     max_singular_value: float | None = field(
         default=None, metadata={"help": "Cap on sigma_1 of every additive update, after each step."}
     )

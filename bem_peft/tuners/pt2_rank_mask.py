@@ -115,7 +115,6 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         "mask_weight": "mask",
         "C": "controller",
     }
-    factors = ("B",)
     kernel, has_operator = "rank_mask", True
     has_gates = True
 

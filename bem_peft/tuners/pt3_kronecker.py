@@ -129,8 +129,6 @@ class KroneckerAdapter(LowRankAdapter):
 
     variant = "PT3"
     lr_groups = {"B": "projection", "U": "factors", "V": "factors"}
-
-    factors = ("B",)
     kernel, has_operator = "kronecker", True
     is_mergeable = is_summable = True
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer, TrainingArguments
 
 from bem_peft import (
@@ -89,6 +90,33 @@ def test_what_is_no_adapter_of_ours_stands_in_a_group_of_its_own() -> None:
     assert [g["name"] for g in lora] == ["other"]
 
 
+def rates_by_name(model: torch.nn.Module, groups: list[dict[str, Any]]) -> dict[str, float]:
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    return {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_the_ratio_is_that_of_lora_plus_for_lora() -> None:
+    model = get_peft_model(build("gpt2"), LoraConfig(target_modules=["c_proj"], fan_in_fan_out=True, lora_bias=True))
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    ours = parameter_groups(model, LearningRates(1e-3, loraplus_lr_ratio=16.0))
+    assert [g["name"] for g in ours] == ["other", "other/output", "other/output/no_decay"]
+    assert rates_by_name(model, ours) == pytest.approx(rates_by_name(model, theirs.param_groups))
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_the_ratio_is_for_what_writes_into_the_output(method: str) -> None:
+    """What is zero at the start of a method, but for its gates, and nothing else."""
+    model = adapted(method, "llama")
+    rates = LearningRates(1e-3, variant_lr_multipliers={"PT3": 2.0}, loraplus_lr_ratio=4.0)
+    groups = parameter_groups(model, rates)
+    assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
+    plain = rates_by_name(model, parameter_groups(model, LearningRates(1e-3, variant_lr_multipliers={"PT3": 2.0})))
+    for name, rate in rates_by_name(model, groups).items():
+        writes = name.rpartition(".")[2] in ("B", "gamma", "beta")
+        assert rate == pytest.approx(plain[name] * (4.0 if writes else 1.0)), name
+    torch.optim.AdamW(groups)
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "text"),
     [
@@ -96,6 +124,8 @@ def test_what_is_no_adapter_of_ours_stands_in_a_group_of_its_own() -> None:
         ({"weight_decay": -1.0}, ValueError, "`weight_decay` = -1.0"),
         ({"variant_lr_multipliers": {"PT5": 1.0}}, ValueError, "'PT5' is none of PT1, PT2, PT3, PT4"),
         ({"group_lr_multipliers": {"mask": 0.0}}, ValueError, "'mask' must be above 0"),
+        ({"loraplus_lr_ratio": 0.0}, ValueError, "`loraplus_lr_ratio` = 0.0"),
+        ({"loraplus_lr_ratio": "4"}, TypeError, "`loraplus_lr_ratio` = '4'"),
         ({"group_lr_multipliers": {"masks": 1.0}}, ValueError, "'masks' is none of"),
         ({"group_lr_multipliers": [1.0]}, TypeError, "`group_lr_multipliers`"),
     ],
@@ -125,7 +155,9 @@ def arguments(folder: Path, **changes: Any) -> PTTrainingConfig:
 
 def test_pt_trainer_equals_a_plain_trainer_with_the_same_groups(tmp_path: Path) -> None:
     """The scheduler scales every group; the weights are those of groups given to transformers' Trainer."""
-    multipliers = {"variant_lr_multipliers": {"PT1": 2.0}, "group_lr_multipliers": {"gamma": 0.5}}
+    multipliers = {
+        "variant_lr_multipliers": {"PT1": 2.0}, "group_lr_multipliers": {"gamma": 0.5}, "loraplus_lr_ratio": 4.0,
+    }  # fmt: skip
     weights = []
     for is_ours in (True, False):
         model = adapted("composite", "llama").train()
@@ -149,7 +181,8 @@ def test_pt_trainer_equals_a_plain_trainer_with_the_same_groups(tmp_path: Path) 
         assert set(last.values()) == {0.0}  # the end of a linear schedule, in every group
         initial = {g["name"]: g["initial_lr"] for g in trainer.optimizer.param_groups}
         assert initial["PT1/projection"] == pytest.approx(2e-2)
-        assert initial["PT4/gamma"] == pytest.approx(5e-3)
+        assert initial["PT1/projection/output"] == pytest.approx(8e-2)
+        assert initial["PT4/gamma/output"] == pytest.approx(2e-2)
         weights.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

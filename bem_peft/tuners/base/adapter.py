@@ -47,7 +47,7 @@ class Adapter(Formula):
     lr_groups: ClassVar[dict[str, str]] = {}  # parameter -> group of the optimizer
     obsolete_keys: ClassVar[tuple[str, ...]] = ()  # beginnings of keys that older files hold and nothing reads
     retrieval: str = "none"  # what it reads of retrieval in a call: "quality", "scores" or "none"
-    factors: ClassVar[tuple[str, ...]] = ()  # parameters that each expert has its own of, with expert_sharing="factors"
+    factors: ClassVar[tuple[str, ...]] = ()  # what writes into y; each expert's own with expert_sharing="factors"
     at_experts: bool = False  # its rows are tokens that a router chose
     experts_per_token: int | None = None  # how many of them a token reaches; None: unknown
     stacked: tuple[str, ...] = ()  # those parameters, (experts, ...)

@@ -69,6 +69,7 @@ class LowRankAdapter(Adapter):
     """An additive update Delta = B K with B (out, R) the parameter `B`. A subclass gives `right_root`."""
 
     B: nn.Parameter
+    factors = ("B",)
 
     def __init__(self, config: LowRankConfig, site: SiteShape, call: CallState) -> None:
         super().__init__(config, site, call)
