@@ -87,6 +87,8 @@ def experiment_of(run: Run, checkpoint: str, slices: Path, out: Path) -> dict[st
     """The run as an experiment's document: its training, and the loss on its slice."""
     task, system = GRID["tasks"][run.task], system_of(run.system)
     evaluation: dict[str, Any] = {"metrics": ["nll"]}
+    if answers_all(run):
+        evaluation |= {"metrics": ["nll", *task["metrics"]], "max_new_tokens": task["max_new_tokens"], "stop": "\n"}
     if not run.is_search:
         evaluation["retain"] = str(DATA / "general.jsonl")
     return {
@@ -109,6 +111,11 @@ def experiment_of(run: Run, checkpoint: str, slices: Path, out: Path) -> dict[st
         "seeds": [run.seed],
         "output_dir": str(out),
     }  # fmt: skip
+
+
+def answers_all(run: Run) -> bool:
+    """Whether text is generated for every item of the slice, as its loss is taken; else for the first, afterwards."""
+    return run.slice == "B" and bool(GRID["tasks"][run.task]["generated"] >= GRID["slices"]["b"])
 
 
 def perform(run: Run, checkpoint: str, slices: Path, commit: str, keep: str | None = None) -> None:
@@ -135,7 +142,7 @@ def perform(run: Run, checkpoint: str, slices: Path, commit: str, keep: str | No
             retained = [
                 {k: line[k] for k in ("nll", "base_nll", "tokens")} for line in read_lines(folder / "retain.jsonl")
             ]
-        if run.slice == "B":
+        if run.slice == "B" and not answers_all(run):
             task = GRID["tasks"][run.task]
             generated = evaluate_adapter(
                 str(folder / "adapter"), DataSection(**{**document["data"], "eval_items": task["generated"]}),
