@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import get_peft_model
+import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bem_peft import count_parameters
 from bem_peft.tuners.adapter_spec import config_of
+from tests.contract.methods import adapted, adapter_parameters
+from tests.tiny_models import build
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "quality"
-PARTS = ("grid", "splits", "study", "records_json", "hub", "tables")
+PARTS = ("grid", "splits", "study", "records_json", "hub", "tables", "inside")
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +276,60 @@ def test_the_committed_runs_are_those_of_the_grid(parts: Any) -> None:
         assert {item["id"] for item in document["items"]} == expected
         loss = sum(item["nll"] for item in document["items"]) / sum(item["tokens"] for item in document["items"])
         assert loss == pytest.approx(document["metrics"]["loss"], rel=1e-6)
+
+
+def test_the_largest_eigenvalue_is_that_of_the_whole_hessian(parts: Any) -> None:
+    torch.manual_seed(0)
+    x, weight, other = torch.randn(6, 4), torch.randn(3, 4, requires_grad=True), torch.randn(3, requires_grad=True)
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        return (torch.tanh(x @ weight.t()) * other).square().sum()
+
+    (gradient,) = torch.autograd.grad(loss(weight), [weight], create_graph=True)
+    hessian = torch.func.hessian(loss)(weight.detach()).reshape(12, 12)
+    values = torch.linalg.eigvalsh(hessian)
+    expected = values.detach()[values.abs().argmax()]
+    found = parts["inside"].largest_eigenvalue([gradient], [weight], steps=200)
+    assert found == pytest.approx(float(expected), rel=1e-3)
+
+
+def rows_of(parts: Any, model: Any) -> dict[tuple[str, str], float]:
+    model.set_attn_implementation("eager")  # as the study's; the others' second derivative does not exist
+    ids = torch.arange(12).reshape(2, 6) % 64
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return {(at, quantity): value for at, quantity, value in parts["inside"].look_into(model, batch)}
+
+
+def test_of_a_lora_the_update_and_its_rank_are_told(parts: Any) -> None:
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["o_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    rows = rows_of(parts, get_peft_model(build("llama"), config))
+    assert 1.0 < rows["o_proj", "effective_rank"] <= 2.0
+    assert rows["o_proj", "update"] > 0.0
+    kinds = {at for at, _ in rows}
+    assert kinds == {"o_proj", "o_proj lora_A", "o_proj lora_B"}
+    config = LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM")
+    rows = rows_of(parts, get_peft_model(build("llama"), config))
+    assert rows["o_proj", "update"] == 0.0
+    assert ("o_proj", "effective_rank") not in rows
+    assert rows["o_proj lora_A", "gradient"] == 0.0 < rows["o_proj lora_B", "gradient"]
+
+
+@torch.no_grad()
+def test_dead_gates_ranks_and_saturated_units_are_told(parts: Any) -> None:
+    model = adapted("head_gating", "llama")
+    assert rows_of(parts, model)["o_proj", "dead"] == 0.0
+    for name, parameter in adapter_parameters(model).items():
+        if "gate_" in name:
+            parameter.fill_(-100.0 if "bias" in name else 0.0)
+    rows = rows_of(parts, model)
+    assert (rows["o_proj", "dead"], rows["o_proj", "spread"]) == (1.0, 0.0)
+    rows = rows_of(parts, adapted("rank_mask", "llama", mask_scope="task", value_gate=False))  # 4 of 8
+    assert [rows["down_proj", name] for name in ("never", "always", "saturated")] == [0.5, 0.5, 0.0]
+    model = adapted("film", "llama")
+    assert 0.0 < rows_of(parts, model)["down_proj", "beta_bound_used"] < 1.0
+    for name, parameter in adapter_parameters(model).items():
+        parameter.mul_(1e5 if "controller_weight" in name or "beta" in name else 0.0)
+    rows = rows_of(parts, model)
+    assert rows["down_proj", "saturated"] > 0.99
+    assert rows["down_proj", "beta_bound_used"] == pytest.approx(1.0, abs=1e-3)
+    assert rows["down_proj", "gamma_bound_used"] == 0.0
