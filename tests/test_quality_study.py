@@ -92,6 +92,18 @@ def test_other_sizes_are_searched_around_the_rate_of_the_first_and_an_edge_is_no
         assert min(tried) == -6
 
 
+def test_the_exponent_of_the_size_is_found_again(parts: Any) -> None:
+    """Of searches whose best rate is 8e-3 (size)^-0.41; nothing is told before all sizes of a method are searched."""
+    grid, known = parts["grid"], {}
+    for system, rank in (("pt3", 8), *((f"pt3@{rank}", rank) for rank in (4, 16, 64))):
+        assert parts["tables"].transfer_rows(known) == []
+        best = -2 * 0.41 * math.log2(rank / 8)
+        for k in range(-6, 5):
+            known[grid.Run("verses", system, k, grid.GRID["search"]["seed"])] = 1.0 + 0.01 * (k - best) ** 2
+    (row,) = parts["tables"].transfer_rows(known)
+    assert row == {"system": "pt3", "r=4": "0.82", "r=8": "0.00", "r=16": "-0.82", "r=64": "-2.46", "exponent": "-0.41"}
+
+
 def test_a_search_that_diverges_goes_down_and_one_that_never_ends_is_bounded(parts: Any) -> None:
     search = parts["grid"].GRID["search"]
     chosen, _ = searched_through(parts, lambda k: math.inf if k > -5 else 2.0 - 0.1 * k)

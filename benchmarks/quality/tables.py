@@ -5,6 +5,7 @@
 Writes into results/
     search.csv       losses on Slice-A by rate,
     rates.csv        the best rate of each system: the lowest point of a parabola, at the mean of the tasks,
+    transfer.csv     how that changes with a method's size, LoRA r=4 to r=64's, and the power of the size that fits,
     slice_b.csv      a row a comparison and metric,
     ablations.csv    each change against its method as it is, on Slice-C,
     again.csv        what was run once more after Slice-B had been read, on Slice-D;
@@ -236,6 +237,22 @@ def rate_rows(known: Losses) -> list[dict[str, Any]]:
     return rows
 
 
+def transfer_rows(known: Losses) -> list[dict[str, Any]]:
+    """Of every method, the lowest point of the search at each size, as a k, and the slope of log rate over log size."""
+    task, first = GRID["transfer"]["task"], 8
+    rows = []
+    for parent, sizes in GRID["transfer"]["of"].items():
+        systems = {rank: parent if rank == first else f"{parent}@{rank}" for rank in sorted({first, *sizes})}
+        if any(not searched(known, task, s) or best_rate(known, task, s) is None for s in systems.values()):
+            continue
+        points = {rank: lowest_point(searched(known, task, system)) for rank, system in systems.items()}
+        slope = np.polyfit(np.log2(list(points)), np.array(list(points.values())) / 2, 1)[0]  # a rate is 2^(k/2)
+        rows.append({
+            "system": parent, **{f"r={rank}": f"{k:.2f}" for rank, k in points.items()}, "exponent": f"{slope:+.2f}"
+        })  # fmt: skip
+    return rows
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     if rows:
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -283,6 +300,7 @@ def main() -> None:
     known = losses()
     write(RESULTS / "search.csv", search_rows(known))
     write(RESULTS / "rates.csv", rate_rows(known))
+    write(RESULTS / "transfer.csv", transfer_rows(known))
     rows = [row for task in GRID["tasks"] for row in compare(known, task)]
     write(RESULTS / "slice_b.csv", rows)
     add_to_leaderboard([row for task in GRID["tasks"] for row in leaderboard_rows(known, task, rows)])
