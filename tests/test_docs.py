@@ -131,7 +131,7 @@ def symbols(adapter: Any) -> dict[str, int]:
     if adapter.variant == "PT1":
         found |= {"R": sum(adapter.ranks), "r": max(adapter.ranks), "G": adapter.num_groups, "heads": adapter.num_heads}
     elif adapter.variant == "PT2":
-        found |= {"R": len(adapter.A), "k": adapter.active_rank}
+        found |= {"R": len(adapter.A), "k": adapter.active_rank, "G": adapter.num_blocks}
     elif adapter.variant == "PT3":
         found |= dict(zip(("u_rank", "u_dim", "v_rank", "v_dim"), (*adapter.U.shape, *adapter.V.shape), strict=True))
     elif adapter.variant == "PT4":

@@ -104,21 +104,27 @@ _add(
 # PT2
 
 
+def _rank_mask_mixing(x: Shape, a: Shape, has_hadamard: bool) -> int:
+    """Of the product with H, where A is of blocks and cannot be read as H A."""
+    return a[0] * a[0] if has_hadamard and a[1] != x[-1] else 0
+
+
 def _rank_mask(
-    x: Shape, y: Shape, a_t: Shape, b: Shape, gate_t: Shape, mask_t: Shape, active: int, is_task_mask: bool,
-    *rest: object, **options: object,
+    x: Shape, y: Shape, a: Shape, b: Shape, gate_t: Shape, mask_t: Shape, active: int, is_task_mask: bool,
+    has_hadamard: bool, *rest: object, **options: object,
 ) -> int:  # fmt: skip
     rank = b[0]
     control = (rank if gate_t[0] else 0) + (0 if is_task_mask else rank)
-    return 2 * _rows(y) * (rank * (x[-1] + y[-1]) + rank * control)
+    mixing = _rank_mask_mixing(x, a, has_hadamard)
+    return 2 * _rows(y) * (rank * (a[1] + y[-1]) + mixing + rank * control)
 
 
 def _rank_mask_train(
     x: Shape, y: Shape, a: Shape, b: Shape, c: Shape | None, m: Shape, active: int, is_task_mask: bool,
-    *rest: object, **options: object,
+    has_hadamard: bool, *rest: object, **options: object,
 ) -> int:  # fmt: skip
     control = a[0] * a[0] * ((c is not None) + (not is_task_mask))
-    return 2 * _rows(y) * (a[0] * (x[-1] + y[-1]) + control)
+    return 2 * _rows(y) * (a[0] * (a[1] + y[-1]) + _rank_mask_mixing(x, a, has_hadamard) + control)
 
 
 def _rank_mask_backward(
@@ -126,7 +132,8 @@ def _rank_mask_backward(
     is_task_mask: bool, has_hadamard: bool, temperature: float, scaling: float, needs_x: bool, **options: object,
 ) -> int:  # fmt: skip
     control = a[0] * a[0] * ((c is not None) + (not is_task_mask))
-    return 2 * _rows(gradient) * (a[0] * x[-1] * (1 + needs_x) + 2 * a[0] * gradient[-1] + 2 * control)
+    mixing = _rank_mask_mixing(x, a, has_hadamard)
+    return 2 * _rows(gradient) * (a[0] * a[1] * (1 + needs_x) + 2 * a[0] * gradient[-1] + mixing + 2 * control)
 
 
 def _rank_mask_train_fake(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, *rest: object) -> Results:
@@ -142,8 +149,8 @@ def _rank_mask_backward_fake(
 
 
 def _rank_mask_pack_fake(
-    like: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None, m: torch.Tensor, is_task_mask: bool,
-    has_hadamard: bool,
+    like: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None, m: torch.Tensor, num_blocks: int,
+    is_task_mask: bool, has_hadamard: bool,
 ) -> Results:  # fmt: skip
     rank = a.shape[0]
     gate, mask = (a.new_empty(rows, _whole_vectors(rank)) for rows in (0 if c is None else rank, m.numel() // rank))

@@ -20,7 +20,10 @@ NAMESPACE = "bem_peft_cpu"
 # the arguments of each method's inference after x and y
 INFERENCE = {
     "head_gating": "Tensor a, Tensor b, Tensor gate_w, Tensor gate_bias, int heads, int[] ranks, float scaling",
-    "rank_mask": "Tensor a, Tensor b, Tensor gate_t, Tensor mask_t, int active, bool is_task_mask, float scaling",
+    "rank_mask": (
+        "Tensor a, Tensor b, Tensor gate_t, Tensor mask_t, int active, bool is_task_mask, bool has_hadamard, "
+        "float scaling"
+    ),
     "kronecker": "Tensor u, Tensor v_t, Tensor b, int v_rank, float scaling",
     "film": "Tensor w, Tensor bias, Tensor gamma, Tensor beta, bool is_relative, bool is_rms",
 }
@@ -69,7 +72,8 @@ def schemas() -> dict[str, str]:
             f"(Tensor gradient, Tensor x, {BACKWARD[name]}, bool needs_x) -> {several(gradients)}"
         )
     found["rank_mask_pack"] = (
-        f"(Tensor like, {TRAINING['rank_mask'][0]}, bool is_task_mask, bool has_hadamard) -> {several(4)}"
+        f"(Tensor like, {TRAINING['rank_mask'][0]}, int num_blocks, bool is_task_mask, bool has_hadamard) -> "
+        f"{several(4)}"
     )
     found["film_pack"] = f"(Tensor like, {TRAINING['film'][0]}, {BOUNDS}) -> {several(4)}"
     return found

@@ -111,7 +111,7 @@ CASES = {
     ),
     "rank_mask": _Case(
         ((RANK, IN), (OUT, RANK), (RANK, RANK), (RANK, RANK)), (ACTIVE, False, True, TEMPERATURE, SCALING),
-        (ACTIVE, False, SCALING), _rank_mask, _pack_rank_mask,
+        (ACTIVE, False, True, SCALING), _rank_mask, _pack_rank_mask,
     ),
     "kronecker": _Case(((3, 6), (5, 8), (OUT, 15)), (SCALING,), (5, SCALING), _kronecker, _pack_kronecker),
     "film": _Case(

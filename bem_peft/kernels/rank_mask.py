@@ -24,7 +24,8 @@ def choice_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def choice_projection(x: torch.Tensor, a_t: torch.Tensor) -> torch.Tensor:
-    """z = x A^T (N, R) in `choice_dtype`, from x (N, in) and A^T (in, R) in the dtype of x or in that of z.
+    """z = x A^T (N, R) in `choice_dtype`, from x (N, in) and A^T (in, R) in the dtype of x or in that of z; or from
+    the blocks of A^T (G, in / G, R / G), of which each reads its own part of x.
 
     Its gradients are products in the dtype of x, and nothing is kept for them but x and A^T.
     """
@@ -35,9 +36,31 @@ def choice_projection(x: torch.Tensor, a_t: torch.Tensor) -> torch.Tensor:
     return z
 
 
+def placed_blocks(a: torch.Tensor, blocks: int) -> torch.Tensor:
+    """A (..., R, in) with the rows of (..., R, in / blocks) in their places: R / blocks rows read each part of x."""
+    if blocks == 1:
+        return a
+    *lead, rank, width = a.shape
+    rows = a.view(*lead, blocks, rank // blocks, 1, width)
+    is_own = torch.eye(blocks, dtype=torch.bool, device=a.device).view(blocks, 1, blocks, 1)
+    return torch.where(is_own, rows, 0.0).reshape(*lead, rank, blocks * width)
+
+
 def _wide_product(x: torch.Tensor, a_t: torch.Tensor) -> torch.Tensor:
     wide = choice_dtype(x.dtype, x.device)
+    if a_t.dim() == 3:
+        return _side_by_side(torch.bmm(_parts(x, a_t.shape[0]).to(wide), a_t.to(wide)))
     return torch.mm(x.to(wide), a_t.to(wide))
+
+
+def _parts(x: torch.Tensor, blocks: int) -> torch.Tensor:
+    """(N, width) -> (blocks, N, width / blocks)."""
+    return x.view(x.shape[0], blocks, x.shape[1] // blocks).transpose(0, 1)
+
+
+def _side_by_side(parts: torch.Tensor) -> torch.Tensor:
+    """(blocks, N, width) -> (N, blocks width)."""
+    return parts.transpose(0, 1).flatten(1)
 
 
 class _Projection(torch.autograd.Function):
@@ -54,6 +77,10 @@ class _Projection(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         x, a_t = ctx.saved_tensors
         of_z, (needs_x, needs_a) = gradients[0].to(x.dtype), ctx.needs_input_grad
+        if a_t.dim() == 3:
+            of_parts, blocks = _parts(of_z, a_t.shape[0]), a_t.shape[0]
+            of_x = _side_by_side(torch.bmm(of_parts, a_t.to(x.dtype).mT)) if needs_x else None
+            return of_x, torch.bmm(_parts(x, blocks).mT, of_parts).to(a_t.dtype) if needs_a else None
         return of_z @ a_t.to(x.dtype).t() if needs_x else None, (x.t() @ of_z).to(a_t.dtype) if needs_a else None
 
     @staticmethod

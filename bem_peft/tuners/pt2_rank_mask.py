@@ -5,7 +5,8 @@ with exactly k ones a token: the k largest of the logits W z, W (R, R). The orde
 length of z, nor, by the dtype in which z and they are computed (`kernels.rank_mask`), on what else is in the batch.
 `use_hadamard_path`: A and B are read as H A and B H with the orthonormal Walsh-Hadamard matrix H, so that a mask drops
 a direction, not a column. Every token executes the full R; k are active. With k = R nothing is chosen: a LoRA, gated by
-its own values if `value_gate`.
+its own values if `value_gate`. `num_blocks` G: rank i of A reads the part floor(i G / R) of x, one of G equal ones, so
+that A is stored as (R, in / G), and its parameters go into more ranks of B; H A reads all of x.
 
 Source: Valipour et al., DyLoRA, 2023, arXiv:2210.07558 and Zhang et al., AdaLoRA, 2023, arXiv:2303.10512 choose ranks
 for the whole run; ours chooses them for each token.
@@ -13,9 +14,9 @@ for the whole run; ours chooses them for each token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -27,19 +28,18 @@ from bem_peft.kernels.rank_mask import (
     choice_projection,
     k_hot_mask,
     masked_update,
+    placed_blocks,
     straight_through_k_hot,
 )
 from bem_peft.tuners.base.adapter import SiteShape
 from bem_peft.tuners.base.adapter_config import AdapterConfig, LowRankConfig
 from bem_peft.tuners.base.expert_products import each_rows
 from bem_peft.tuners.base.forms import transposed
-from bem_peft.tuners.base.low_rank import LowRankAdapter, Update, root_of
 from bem_peft.tuners.base.model import AdapterModel
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.calls.penalty import mask_balance
 from bem_peft.tuners.calls.penalty_call import Sequences
-from bem_peft.tuners.mask_bounds import RankMasks
-from bem_peft.tuners.steps.sharded import whole
+from bem_peft.tuners.masked_update import MaskedUpdate
 
 
 @dataclass
@@ -52,6 +52,10 @@ class DynamicRankMaskConfig(LowRankConfig):
         default=True, metadata={"help": "Mask directions of the Walsh-Hadamard basis; R must be a power of two."}
     )
     value_gate: bool = field(default=True, metadata={"help": "Multiply kept ranks by 1 + tanh(C z / rms(z))."})
+    num_blocks: int = field(
+        default=1,
+        metadata={"help": "Equal parts of the input; a rank reads one. Must divide `total_rank` and the width."},
+    )
     mask_scope: str = field(
         default="token", metadata={"help": "'token': a mask for each token; 'task': one learned mask, mergeable."}
     )
@@ -70,7 +74,7 @@ class DynamicRankMaskConfig(LowRankConfig):
         "r": "`total_rank`, of which `active_rank` are used by a token",
         "rank": "`total_rank`, of which `active_rank` are used by a token",
     }
-    rank_fields: ClassVar[tuple[str, ...]] = ("total_rank", "active_rank")
+    rank_fields: ClassVar[tuple[str, ...]] = ("total_rank", "active_rank", "num_blocks")
     size_fields: ClassVar[tuple[str, ...]] = ("total_rank",)  # what a budget search may change
 
     def __post_init__(self) -> None:
@@ -85,6 +89,9 @@ class DynamicRankMaskConfig(LowRankConfig):
                 "must be a power of two with `use_hadamard_path`",
                 f"use {1 << self.total_rank.bit_length()} or set use_hadamard_path=False",
             )
+        check.check_int(self, "num_blocks")
+        if self.total_rank % self.num_blocks:
+            raise check.field_error("num_blocks", self.num_blocks, f"must divide `total_rank` = {self.total_rank}")
         check.check_choice(self, "mask_scope", ("token", "task"))
         check.check_number(self, "mask_temperature", 0.0, exclusive=True)
         check.check_number(self, "balance_strength", 0.0)
@@ -105,7 +112,7 @@ class DynamicRankMaskConfig(LowRankConfig):
         return super().with_sizes(**sizes)
 
 
-class DynamicRankMaskAdapter(LowRankAdapter):
+class DynamicRankMaskAdapter(MaskedUpdate):
     """y' = y + s B (m(x) * (1 + tanh(C z/rms(z))) * z),  z = A x."""
 
     variant = "PT2"
@@ -122,7 +129,10 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         super().__init__(config, site, call)
         rank = config.total_rank
         self.rank, self.active_rank, self.temperature = rank, config.active_rank, config.mask_temperature
-        self.is_whole = config.active_rank == rank
+        self.is_whole, self.num_blocks = config.active_rank == rank, config.num_blocks
+        if site.in_features % config.num_blocks:
+            rule = f"must divide the input width {site.in_features} of {site.name}"
+            raise check.field_error("num_blocks", config.num_blocks, rule, "1, 2, 4 and 8 divide nearly all")
         self.hadamard, self.is_task_mask = config.use_hadamard_path, config.mask_scope == "task"
         self.has_value_gate = config.value_gate
         self.balance_strength = config.balance_strength
@@ -131,7 +141,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
         self.is_mergeable = self.is_summable = self.has_one_mask
         if self.is_task_mask and self.has_value_gate:
             self.merge_refusal = "its value gate depends on the token; set `value_gate=False` with a task mask"
-        self.A = nn.Parameter(torch.empty(rank, site.in_features))
+        self.A = nn.Parameter(torch.empty(rank, site.in_features // self.num_blocks))
         self.B = nn.Parameter(torch.empty(site.out_features, rank))
         shape = (rank,) if self.is_task_mask else (rank, rank)
         self.mask_weight = nn.Parameter(torch.empty(shape))
@@ -140,7 +150,7 @@ class DynamicRankMaskAdapter(LowRankAdapter):
 
     def idle_parameters(self) -> dict[str, int]:
         idle = self.rank - self.active_rank
-        return {"A": idle * self.in_features, "B": idle * self.out_features}
+        return {"A": idle * self.A.shape[-1], "B": idle * self.out_features}
 
     def reset_parameters(self, init_weights: bool, site: SiteShape) -> None:
         nn.init.normal_(self.A, std=self.A.shape[1] ** -0.5)
@@ -155,18 +165,35 @@ class DynamicRankMaskAdapter(LowRankAdapter):
     def derive(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """A^T, B^T; the control sqrt(R) [C^T W^T], (R, 2 R), or (R, R) of one of the two; a task mask's logits, (1, R).
 
-        A config has one of the last two at least. Mirrored: [A^T, -A^T], and the control without its factor.
+        A config has one of the last two at least. Mirrored: [A^T, -A^T], and the control without its factor. Of blocks
+        A^T is (G, in / G, R / G), and H (R, R), with `use_hadamard_path`, comes last.
         """
-        a: torch.Tensor = self.A
+        if self.num_blocks == 1 or self.at_experts:
+            return self._derived(placed_blocks(self.A, self.num_blocks), dtype, is_folded=self.hadamard)
+        a_t, *rest = self._derived(self.A, dtype, is_folded=False)
+        parts = a_t.mT.unflatten(0, (self.num_blocks, -1)).mT
+        if not self.hadamard:
+            return parts, *rest
+        wide = choice_dtype(dtype, a_t.device)
+        return parts, *rest, hadamard_transform(torch.eye(self.rank, dtype=wide, device=a_t.device))
+
+    def derive_few_rows(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """As `derive`, but of blocks one matrix A^T: G times the multiplications, in fewer calls."""
+        return self._derived(placed_blocks(self.A, self.num_blocks), dtype, is_folded=self.hadamard)
+
+    def _derived(self, a: torch.Tensor, dtype: torch.dtype, is_folded: bool) -> tuple[torch.Tensor, ...]:
+        """`derive` for this A; is_folded: it is to be read as H A."""
         b: torch.Tensor = self.B
-        if self.hadamard:  # H z = (H A) x and B H h = (B H) h
+        if is_folded:  # H z = (H A) x and B H h = (B H) h
             a, b = hadamard_basis(a, b)
+        elif self.hadamard:
+            b = hadamard_transform(b.mT).mT
         wide = choice_dtype(dtype, a.device)
         a = a.to(dtype)
         control: list[torch.Tensor] = [self.C] if self.has_value_gate else []
         control += [] if self.is_task_mask else [self.mask_weight]
         factor = rank_root(a)
-        if control and is_mirrored(a):
+        if control and self.is_mirrored(a):
             a, factor = torch.cat((a, -a)), 1.0
         is_wide = not torch.is_grad_enabled() and a.dim() == 2  # of stacks only what rows take is widened, in a product
         weights = [(a.to(wide) if is_wide else a).mT, transposed(b, dtype)]
@@ -177,11 +204,26 @@ class DynamicRankMaskAdapter(LowRankAdapter):
             weights.append(self.mask_weight.float().unsqueeze(-2))
         return tuple(weights)
 
+    def is_mirrored(self, a: torch.Tensor) -> bool:
+        """Whether A is read as [A, -A], (2 R, in): in inference on a GPU, where launches are what a decoding step
+        costs: three fewer a site. Never for blocks, nor for stacks, of each expert's.
+        """
+        is_one = self.num_blocks == 1 and a.dim() == 2
+        return is_one and a.device.type != "cpu" and not torch.is_grad_enabled()
+
+    def projection(self, x: torch.Tensor, a_t: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """z (N, R), or [z, -z], and what `derive` gives after A^T and B^T, without H."""
+        z = choice_projection(x, a_t)
+        if self.hadamard and isinstance(a_t, torch.Tensor) and a_t.dim() == 3:
+            *control, mix = rest
+            return torch.mm(z, mix), *control
+        return z, *rest
+
     def transform(self, x: torch.Tensor, y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         if self.dropout:
             x = self.drop(x)
-        z = choice_projection(x, weights[0])  # (N, R), or [z, -z]
-        logits, gate = self.control(z, *weights[2:])
+        z, *control = self.projection(x, weights[0], *weights[2:])  # (N, R), or [z, -z]
+        logits, gate = self.control(z, *control)
         scaling = self.scaling
         if z.shape[1] > self.rank:
             z = z[:, : self.rank]
@@ -217,8 +259,8 @@ class DynamicRankMaskAdapter(LowRankAdapter):
     @torch.no_grad()
     def gate_values(self, x: torch.Tensor) -> torch.Tensor:
         """m * (1 + tanh(C z/rms(z))), (N, R)."""
-        weights = self.derive(x.dtype)
-        logits, gate = self.control(choice_projection(x, weights[0]), *weights[2:])
+        a_t, _, *rest = self.derive(x.dtype)
+        logits, gate = self.control(*self.projection(x, a_t, *rest))
         mask = k_hot_mask(logits, self.active_rank)
         return (mask if gate is None else mask * (1.0 + torch.tanh(gate))).expand(x.shape[0], -1)
 
@@ -234,89 +276,6 @@ class DynamicRankMaskAdapter(LowRankAdapter):
     def penalise_rows(self, y: torch.Tensor, values: torch.Tensor, sequences: Sequences) -> torch.Tensor:
         mask = straight_through_k_hot(values, self.active_rank, self.temperature)
         return self.penalise(y, "balance", self.balance_strength, mask_balance(mask, self.active_rank, sequences))
-
-    # caps: s B D A with D = diag(m (1 + tanh)); one D for all tokens, or any with k entries in [0, 2]
-
-    @property
-    def has_one_mask(self) -> bool:
-        """Whether every token meets the same update."""
-        return not self.has_value_gate and (self.is_task_mask or self.is_whole)
-
-    def right_root(self) -> tuple[torch.Tensor, torch.Tensor]:
-        root, inverse = root_of(self.masked_a().double())
-        return root * self.scaling, inverse / self.scaling
-
-    def update(self) -> Update:
-        """One update, or the masks and gates that a token may meet, between B and A."""
-        if self.has_one_mask:
-            return super().update()
-        a, kept = whole(self.A.detach()).double(), None
-        if self.hadamard:
-            a = hadamard_transform(a)
-        if self.is_task_mask:
-            kept = k_hot_mask(whole(self.mask_weight.detach()).float(), self.active_rank) > 0
-        largest = 2.0 if self.has_value_gate else 1.0
-        return RankMasks(a * self.scaling, self.active_rank, largest, kept, self.hadamard)
-
-    def masked_a(self) -> torch.Tensor:
-        """The A of the one update that all tokens meet, (R, in): H (m * (H A)) for the task's mask, A with k = R."""
-        a = whole(self.A.detach())
-        if self.is_whole:
-            return a
-        mask = k_hot_mask(whole(self.mask_weight.detach()).float(), self.active_rank).to(a.dtype).unsqueeze(1)
-        if not self.hadamard:
-            return a * mask
-        return hadamard_transform(hadamard_transform(a) * mask)
-
-    def lora_factors(self, gate: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (R, in) and B (out, R) with s B A the update at constant mask values (R,), or with the one mask."""
-        if gate is None:
-            return self.masked_a(), self.B.detach()
-        a, b = self.A.detach(), self.B.detach()
-        if self.hadamard:
-            a, b = hadamard_transform(a), hadamard_transform(b.t()).t()
-        return a * gate.to(a.dtype).unsqueeze(1), b
-
-    @staticmethod
-    def weighted_fields(configs: Sequence[Any], weights: Sequence[float]) -> dict[str, Any]:
-        return {"mask_scope": "task", "value_gate": False, "use_hadamard_path": False}
-
-    @staticmethod
-    def weighted_sizes(parts: Sequence[tuple[Any, float]]) -> dict[str, Any]:
-        """The ranks that the masks keep, all of them active."""
-        rank = sum(part.active_rank for part, _ in parts)
-        return {"total_rank": rank, "active_rank": rank}
-
-    def fill_weighted(self, parts: Sequence[tuple[Any, float]]) -> None:
-        """[w_i (s_i / s) B_i], [A_i], of the ranks that are kept, in the masks' basis."""
-        left, right = [], []
-        for part, weight in parts:
-            mask = (
-                torch.ones_like(part.B[0]) if part.is_whole else k_hot_mask(part.mask_weight.float(), part.active_rank)
-            )
-            a, b = part.lora_factors(mask)
-            left.append(b[:, mask > 0] * (weight * part.scaling / self.scaling))
-            right.append(a[mask > 0])
-        self.A.copy_(torch.cat(right))
-        self.B.copy_(torch.cat(left, dim=1))
-        self.mask_weight.zero_()
-
-    def merge_into(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not self.is_mergeable:
-            return super().merge_into(weight, bias)
-        return weight + (self.B.detach() @ self.masked_a() * self.scaling).to(weight), bias
-
-    def unmerge_from(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not self.is_mergeable:
-            return super().unmerge_from(weight, bias)
-        return weight - (self.B.detach() @ self.masked_a() * self.scaling).to(weight), bias
-
-
-def is_mirrored(a: torch.Tensor) -> bool:
-    """Whether A is read as [A, -A], (2 R, in): in inference on a GPU, where launches are what a decoding step costs:
-    three fewer a site. Never for stacks, of each expert's.
-    """
-    return a.device.type != "cpu" and not torch.is_grad_enabled() and a.dim() == 2
 
 
 def rank_root(a: torch.Tensor) -> float:

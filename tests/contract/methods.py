@@ -38,7 +38,9 @@ VARIANTS: dict[str, Callable[..., Any]] = {
         total_rank=6, active_rank=2, use_hadamard_path=False, value_gate=False, **k
     ),
     "rank_mask_task": lambda **k: DynamicRankMaskConfig(mask_scope="task", value_gate=False, **k),
+    "rank_mask_task_blocks": lambda **k: DynamicRankMaskConfig(mask_scope="task", value_gate=False, num_blocks=2, **k),
     "rank_mask_task_gated": lambda **k: DynamicRankMaskConfig(mask_scope="task", **k),
+    "rank_mask_blocks": lambda **k: DynamicRankMaskConfig(total_rank=8, active_rank=4, num_blocks=4, **k),
     "rank_mask_whole": lambda **k: DynamicRankMaskConfig(total_rank=4, active_rank=4, value_gate=False, **k),
     "kronecker_random": lambda **k: KroneckerConfig(u_rank=2, v_rank=3, init_method="random", u_dim=4, v_dim=12, **k),
     "film_spatial": lambda **k: ResidualFiLMConfig(mode="spatial", **k),

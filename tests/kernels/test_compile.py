@@ -29,6 +29,7 @@ CONFIGS: dict[str, PeftConfig] = {
     "PT1 uneven": HeadGroupGatingConfig(num_groups=2, rank_per_group=[1, 3]),
     "PT2": DynamicRankMaskConfig(total_rank=8, active_rank=3),
     "PT2 a task": DynamicRankMaskConfig(total_rank=8, active_rank=3, mask_scope="task"),
+    "PT2 blocks": DynamicRankMaskConfig(total_rank=8, active_rank=3, num_blocks=4),
     "PT3": KroneckerConfig(u_rank=3, v_rank=5),
     "PT4": ResidualFiLMConfig(gamma_dim=3, beta_dim=5),
     "composite": CompositeConfig([HeadGroupGatingConfig(rank_per_group=4), KroneckerConfig(u_rank=2, v_rank=2)]),

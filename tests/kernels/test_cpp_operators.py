@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import scipy.linalg
 import torch
 from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,6 +55,16 @@ CASES: dict[str, tuple[type[Adapter], Any, tuple[int, ...]]] = {
     ),
     "PT2 a task": (
         DynamicRankMaskAdapter, DynamicRankMaskConfig(total_rank=8, active_rank=5, mask_scope="task"), (65,),
+    ),
+    "PT2 blocks": (
+        DynamicRankMaskAdapter, DynamicRankMaskConfig(total_rank=8, active_rank=3, num_blocks=4), (12, 68, 576),
+    ),
+    "PT2 blocks, odd, a task": (
+        DynamicRankMaskAdapter,
+        DynamicRankMaskConfig(
+            total_rank=21, active_rank=18, num_blocks=3, use_hadamard_path=False, mask_scope="task"
+        ),
+        (51,),
     ),
     "PT3": (KroneckerAdapter, KroneckerConfig(u_rank=5, v_rank=3, init_method="random"), (30, 221, 1536)),
     "PT3 wide": (KroneckerAdapter, KroneckerConfig(u_rank=9, v_rank=17, u_dim=9, v_dim=17), (153,)),
@@ -105,7 +116,12 @@ def formula(adapter: Adapter, x: torch.Tensor, y: torch.Tensor, weights: tuple[t
             low = torch.cat([gates[g] * (groups[g] @ w[0][g])[:rank] for g, rank in enumerate(adapter.ranks)])
             rows.append(base + s * low @ w[1])
         elif isinstance(adapter, DynamicRankMaskAdapter):
-            z = token @ w[0]
+            if w[0].dim() == 2:
+                z = token @ w[0]
+            else:
+                z = torch.cat([part @ a for part, a in zip(token.chunk(len(w[0])), w[0], strict=True)])
+                h = scipy.linalg.hadamard(len(z)) / len(z) ** 0.5 if adapter.hadamard else None
+                z = z if h is None else torch.from_numpy(h) @ z
             unit = z / z.square().sum().sqrt()
             logits = adapter.mask_weight.double() if adapter.is_task_mask else unit @ w[2][:, -len(z) :]
             kept = sorted(range(len(z)), key=lambda i, given=logits: (-float(given[i]), i))[: adapter.active_rank]
@@ -135,6 +151,7 @@ def formula(adapter: Adapter, x: torch.Tensor, y: torch.Tensor, weights: tuple[t
 
 def both_forms(adapter: Adapter, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(operator, torch form, formula in float64 of the same rounded weights)."""
+    cpp.build()
     with torch.no_grad():
         weights = adapter.weights(y.dtype, MANY)
         plain = adapter.transform(x, y, *weights)

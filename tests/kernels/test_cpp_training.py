@@ -64,10 +64,11 @@ def in_float64(adapter: Adapter, dtype: torch.dtype) -> tuple[Adapter, tuple[tor
         size, a, b = len(wide.A), wide.A, wide.B.t()
         if wide.hadamard:
             h = torch.from_numpy(scipy.linalg.hadamard(size)).double() / size**0.5
-            a, b = h @ a, h @ b
+            a, b = h @ a if wide.num_blocks == 1 else a, h @ b
         control = [wide.C.t()] if wide.has_value_gate else []
         control += [] if wide.is_task_mask else [wide.mask_weight.t()]
-        weights = [rounded(a).t(), rounded(b), torch.cat(control, dim=1) * size**0.5]
+        a_t = rounded(a).t() if wide.num_blocks == 1 else rounded(a).view(wide.num_blocks, -1, a.shape[1]).mT
+        weights = [a_t, rounded(b), torch.cat(control, dim=1) * size**0.5]
     elif isinstance(adapter, KroneckerAdapter):
         weights = [rounded(wide.U), rounded(wide.V), rounded(wide.B).t()]
     else:
@@ -209,7 +210,7 @@ def test_torchs_own_checks() -> None:
         "rank_mask_train": (
             x, y, torch.randn(2, 6), torch.randn(4, 2), None, torch.randn(2, 2), 1, False, True, 1.0, 1.0,
         ),
-        "rank_mask_pack": (x, torch.randn(2, 6), torch.randn(4, 2), None, torch.randn(2, 2), False, True),
+        "rank_mask_pack": (x, torch.randn(2, 6), torch.randn(4, 2), None, torch.randn(2, 2), 1, False, True),
         "film_pack": (x, torch.randn(2, 6), torch.randn(2), None, torch.randn(4, 1), 1.0, 0.5, 0.5),
         "head_gating_train": (
             x, y, torch.randn(2, 3), torch.randn(4, 2), torch.randn(2, 4), torch.randn(2), 2, [1, 1], 1.0, 1.0,

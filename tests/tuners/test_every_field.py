@@ -180,6 +180,7 @@ TABLE: dict[type, dict[str, Sets]] = {
         "active_rank": Sets(3, "output"),
         "use_hadamard_path": Sets(False, "output"),
         "value_gate": Sets(False, "shapes"),
+        "num_blocks": Sets(4, "shapes"),
         "mask_scope": Sets("task", "shapes"),
         "mask_temperature": Sets(0.3, "gradients"),
         "balance_strength": Sets(1.0, "gradients"),

@@ -439,6 +439,34 @@ def test_equal_adapters_of_each_expert_are_the_shared_one(
         torch.testing.assert_close(found, gradient, rtol=max(near, 2e-6), atol=max(near, 1e-7))
 
 
+@pytest.mark.parametrize("sharing", ["shared", *OWN])
+def test_blocks_at_experts_are_a_matrix_with_zeros_around_them(sharing: str) -> None:
+    """Output, and the blocks' gradients, in float64."""
+    ids, outputs, gradients = tokens(), [], []
+    blocks = adapted(small("mixtral").double(), "rank_mask", expert_sharing=sharing, num_blocks=4)
+    wide = adapted(small("mixtral").double(), "rank_mask", expert_sharing=sharing)
+    known = dict(blocks.named_parameters())
+
+    def placed(a: torch.Tensor) -> torch.Tensor:
+        of_each = [torch.block_diag(*one.chunk(4)) for one in (a if a.dim() == 3 else a[None])]
+        return torch.stack(of_each) if a.dim() == 3 else of_each[0]
+
+    with torch.no_grad():
+        for name, parameter in wide.named_parameters():
+            if "bem_" in name:
+                parameter.copy_(placed(known[name]) if name.endswith(".A") else known[name])
+    for model in (blocks, wide):
+        outputs.append(model(ids).logits)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-10)
+    for name, gradient in gradients[0].items():
+        found = gradients[1][name]
+        if name.endswith(".A"):
+            gradient, found = placed(gradient), found * (placed(torch.ones_like(gradient)) > 0)
+        torch.testing.assert_close(found, gradient, rtol=1e-8, atol=1e-12)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("sharing", OWN)
 @pytest.mark.parametrize(

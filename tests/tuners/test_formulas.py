@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import hadamard
+from scipy.linalg import block_diag, hadamard
 from torch import nn
 
 from bem_peft import DynamicRankMaskConfig, HeadGroupGatingConfig, KroneckerConfig, ResidualFiLMConfig
-from bem_peft.tuners import pt2_rank_mask
 from bem_peft.tuners.base.adapter import Adapter, SiteShape
 from bem_peft.tuners.calls.call_state import CallState
 from bem_peft.tuners.head_groups import resolve_groups
@@ -81,28 +80,32 @@ def test_groups_are_the_nearest_divisor(heads: int, wanted: int, found: int) -> 
     assert resolve_groups(heads, wanted, False, "site") == found
 
 
-@pytest.mark.parametrize("is_mirrored", [False, True])  # as on a GPU in inference
+@pytest.mark.parametrize(("blocks", "is_mirrored"), [(1, False), (1, True), (4, False), (8, False)])  # as on a GPU
 @pytest.mark.parametrize("value_gate", [False, True])
 @pytest.mark.parametrize("use_hadamard", [False, True])
 @pytest.mark.parametrize("scope", ["token", "task"])
 def test_rank_mask_formula(
-    value_gate: bool, use_hadamard: bool, scope: str, is_mirrored: bool, monkeypatch: pytest.MonkeyPatch
+    value_gate: bool, use_hadamard: bool, scope: str, blocks: int, is_mirrored: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pt2_rank_mask, "is_mirrored", lambda a: is_mirrored and not torch.is_grad_enabled())
+    mirrored = lambda self, a: is_mirrored and not torch.is_grad_enabled()  # noqa: E731
+    monkeypatch.setattr(DynamicRankMaskAdapter, "is_mirrored", mirrored)
     config = DynamicRankMaskConfig(
         total_rank=8,
         active_rank=3,
         value_gate=value_gate,
         use_hadamard_path=use_hadamard,
         mask_scope=scope,
+        num_blocks=blocks,
         scaling=0.9,
     )
     adapter, (x, y) = make(DynamicRankMaskAdapter, config), data()
     p = numbers(adapter)
     h = hadamard(8) / np.sqrt(8) if use_hadamard else np.eye(8)
+    a = block_diag(*np.split(p["A"], blocks))
+    assert a.shape == (8, IN)
     expected = y[0].numpy().copy()
     for t, token in enumerate(x[0].numpy()):
-        z = h @ (p["A"] @ token)
+        z = h @ (a @ token)
         unit = z / np.sqrt((z**2).mean())
         logits = p["mask_weight"] if scope == "task" else p["mask_weight"] @ unit
         mask = np.zeros(8)

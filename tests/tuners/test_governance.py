@@ -32,10 +32,11 @@ CONFIGS = {
     "rank_mask_plain": lambda **k: DynamicRankMaskConfig(
         total_rank=8, active_rank=3, value_gate=False, use_hadamard_path=False, **k
     ),
+    "rank_mask_blocks": lambda **k: DynamicRankMaskConfig(total_rank=8, active_rank=4, num_blocks=4, **k),
     "rank_mask_task_gated": lambda **k: DynamicRankMaskConfig(total_rank=8, active_rank=4, mask_scope="task", **k),
     "rank_mask_all_kept": lambda **k: DynamicRankMaskConfig(total_rank=8, active_rank=8, **k),
 }
-MASKED = ("rank_mask", "rank_mask_plain", "rank_mask_task_gated", "rank_mask_all_kept")
+MASKED = ("rank_mask", "rank_mask_plain", "rank_mask_blocks", "rank_mask_task_gated", "rank_mask_all_kept")
 cases = pytest.mark.parametrize("method", CONFIGS)
 
 
@@ -48,6 +49,7 @@ def governed(method: str, **caps: Any) -> nn.Module:
 def masked_factors(adapter: Any) -> tuple[np.ndarray, np.ndarray]:
     """s B (out, R) and A (R, in) in the basis of the masks, by scipy's Hadamard matrix."""
     a, b = adapter.A.detach().double().numpy(), adapter.scaling * adapter.B.detach().double().numpy()
+    a = scipy.linalg.block_diag(*np.split(a, adapter.num_blocks))
     if adapter.hadamard:
         h = scipy.linalg.hadamard(len(a)) / np.sqrt(len(a))
         a, b = h @ a, b @ h

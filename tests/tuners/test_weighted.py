@@ -44,7 +44,7 @@ PAIRS: dict[str, Callable[[], tuple[Any, Any]]] = {
     ),
     "rank_mask, k = R": lambda: (
         DynamicRankMaskConfig(total_rank=4, active_rank=4, value_gate=False),
-        DynamicRankMaskConfig(total_rank=8, active_rank=5, **TASK),
+        DynamicRankMaskConfig(total_rank=8, active_rank=5, num_blocks=4, **TASK),
     ),
     "film": lambda: (
         ResidualFiLMConfig(mode="static"),

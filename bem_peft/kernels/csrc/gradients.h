@@ -140,6 +140,16 @@ Floats sum_over_rows(const float* z, int64_t z_stride, int64_t ranks, const T* x
   return found;
 }
 
+// (ranks, width) = z^T of the `width` columns of x (rows, in) from `from` on
+template <typename T>
+Floats sum_over_part(const float* z, int64_t z_stride, int64_t ranks, const T* x, int64_t rows, int64_t in, int64_t from,
+                     int64_t width) {
+  if (width == in) return sum_over_rows(z, z_stride, ranks, x, rows, width);
+  std::vector<T> part(rows * width);
+  for (int64_t n = 0; n < rows; ++n) std::copy_n(x + n * in + from, width, &part[n * width]);
+  return sum_over_rows(z, z_stride, ranks, part.data(), rows, width);
+}
+
 // the column sums of z (rows, z_stride)
 inline Floats column_sums(const Floats& z, int64_t rows, int64_t z_stride, int64_t columns) {
   Floats found(columns, 0.0f), part(columns);

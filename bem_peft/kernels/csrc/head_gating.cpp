@@ -254,11 +254,8 @@ void head_gating_backward(const View& gradient, const View& x, const View& a, co
     turn_back(sum_over_rows(gated.data(), rank, rank, p, rows, width), rank, width, gb);
     // the rows of A of a group meet its columns of x alone
     float* pga = result<float>(ga, rank * w.group_dim, "a gradient");
-    std::vector<T> columns(rows * w.group_dim);
     for (int64_t g = 0, start = 0; g < w.groups; start += ranks[g++]) {
-      for (int64_t n = 0; n < rows; ++n)
-        std::copy_n(px + n * in + g * w.group_dim, w.group_dim, &columns[n * w.group_dim]);
-      const Floats part = sum_over_rows(&of_low[start], rank, ranks[g], columns.data(), rows, w.group_dim);
+      const Floats part = sum_over_part(&of_low[start], rank, ranks[g], px, rows, in, g * w.group_dim, w.group_dim);
       std::copy(part.begin(), part.end(), pga + start * w.group_dim);
     }
     const Floats control = sum_over_rows(of_logits.data(), padded, w.groups, all_stats.data(), rows, stats_width);

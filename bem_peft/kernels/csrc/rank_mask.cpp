@@ -6,6 +6,44 @@ namespace {
 
 using namespace bem;
 
+// the orthonormal Walsh-Hadamard transform along the rows of (rows, width); rows a power of two
+void hadamard(float* w, int64_t rows, int64_t width) {
+  for (int64_t half = 1; half < rows; half *= 2)
+    for (int64_t start = 0; start < rows; start += 2 * half)
+      for (int64_t i = start; i < start + half; ++i)
+        for (int64_t j = 0; j < width; ++j) {
+          const float low = w[i * width + j], high = w[(i + half) * width + j];
+          w[i * width + j] = low + high;
+          w[(i + half) * width + j] = low - high;
+        }
+  const float scale = 1.0f / std::sqrt(static_cast<float>(rows));
+  for (int64_t i = 0; i < rows * width; ++i) w[i] *= scale;
+}
+
+// A (rank, in / count): as many rows in turn read one of the equal parts of x. `is_mixed`: z is H (A x), which one part
+// folds into A
+struct Blocks {
+  int64_t count, rank, width;
+  bool is_mixed;
+
+  Blocks(const View& a, int64_t in, bool has_hadamard) : rank(a.rows), width(a.columns) {
+    check(width > 0 && in % width == 0 && rank % (in / width) == 0, "a ", a, " must be of equal parts of ", in, " columns");
+    count = in / width;
+    is_mixed = has_hadamard && count > 1;
+  }
+  int64_t own() const { return rank / count; }
+};
+
+// z (ROWS, padded) of rows of x
+template <int ROWS, typename T, typename W>
+void project(const Blocks& of, const T* x, int64_t in, const W* a, float* z, int64_t padded) {
+  const int64_t own = of.own();
+  for (int64_t g = 0; g < of.count; ++g)
+    dots<ROWS>(x + g * of.width, in, of.width, a + g * own * of.width, own, z + g * own, padded);
+  if (of.is_mixed)
+    for (int i = 0; i < ROWS; ++i) hadamard(z + i * padded, of.rank, 1);
+}
+
 // PT2's control of one token: c_t, m_t (rank, padded), or m_t (1, padded) the logits of a task's mask
 struct Control {
   const float *c_t, *m_t;
@@ -41,7 +79,7 @@ float control_row(const Control& w, const float* z, float* unit, float* gate, fl
 
 // z = scaling m (1 + tanh(C u)) a, a = A x, u = sqrt(R) a / |a|; m: the k largest logits M u (or of the task)
 void rank_mask(const View& x, const View& y, const View& a, const View& b, const View& gate_t, const View& mask_t,
-               int64_t active, bool is_task_mask, double scaling, const View& out) {
+               int64_t active, bool is_task_mask, bool has_hadamard, double scaling, const View& out) {
   check_rows(x, y);
   const int64_t in = x.columns, width = y.columns, padded = mask_t.columns, rank = b.rows;
   const bool has_gate = gate_t.rows > 0;
@@ -49,19 +87,20 @@ void rank_mask(const View& x, const View& y, const View& a, const View& b, const
   const float* pm = weight<float>(mask_t, is_task_mask ? 1 : rank, padded, "mask_t");
   check(padded % kLanes == 0 && rank <= padded, "mask_t must be padded to 16 columns");
   const Control control{pc, pm, has_gate, is_task_mask, rank, padded, active};
+  const Blocks blocks(a, in, has_hadamard);
   const float s = static_cast<float>(scaling);
   for_type(y, [&](auto zero) {
     using T = decltype(zero);
     const T *px = x.as<T>(), *py = y.as<T>();
     T* po = result<T>(out, y.count(), "y'");
-    const T *pa = weight<T>(a, rank, in, "a"), *pb = weight<T>(b, rank, width, "b");
+    const T *pa = weight<T>(a, rank, blocks.width, "a"), *pb = weight<T>(b, rank, width, "b");
     over_rows(y.rows, [&](int64_t row, auto count) {
       constexpr int ROWS = decltype(count)::value;
       thread_local std::vector<float> scratch;
       scratch.assign((ROWS + 4) * padded, 0.0f);
       float *z = scratch.data(), *unit = z + ROWS * padded, *gate = unit + padded, *logits = gate + padded;
       float* kept = logits + padded;
-      dots<ROWS>(px + row * in, in, in, pa, rank, z, padded);
+      project<ROWS>(blocks, px + row * in, in, pa, z, padded);
       for (int i = 0; i < ROWS; ++i) {
         float* line = z + i * padded;
         control_row(control, line, unit, gate, logits, kept);
@@ -73,35 +112,34 @@ void rank_mask(const View& x, const View& y, const View& a, const View& b, const
   });
 }
 
-// the orthonormal Walsh-Hadamard transform along the rows of (rows, width); rows a power of two
-void hadamard(Floats& w, int64_t rows, int64_t width) {
-  for (int64_t half = 1; half < rows; half *= 2)
-    for (int64_t start = 0; start < rows; start += 2 * half)
-      for (int64_t i = start; i < start + half; ++i)
-        for (int64_t j = 0; j < width; ++j) {
-          const float low = w[i * width + j], high = w[(i + half) * width + j];
-          w[i * width + j] = low + high;
-          w[(i + half) * width + j] = low - high;
-        }
-  const float scale = 1.0f / std::sqrt(static_cast<float>(rows));
-  for (float& value : w) value *= scale;
+// the gradient (ROWS, in) of rows of x from that of A x, z (ROWS, padded)
+template <int ROWS, typename T>
+void project_back(const Blocks& of, const float* z, int64_t padded, const float* a, T* gx, int64_t in) {
+  if (of.count == 1) return up<ROWS>(Rows<T, float>{nullptr, gx, in, z, of.rank, padded, a});
+  thread_local std::vector<T> part;
+  part.resize(ROWS * of.width);
+  const int64_t own = of.own();
+  for (int64_t g = 0; g < of.count; ++g) {
+    up<ROWS>(Rows<T, float>{nullptr, part.data(), of.width, z + g * own, own, padded, a + g * own * of.width});
+    for (int i = 0; i < ROWS; ++i) std::copy_n(&part[i * of.width], of.width, gx + i * in + g * of.width);
+  }
 }
 
 template <typename T>
 struct RankMask {
+  Blocks blocks;
   Floats a, b, c_t, m_t;
   Control control;
 
   RankMask(const View& a_, const View& b_, const View& c_, const View& m_, int64_t in, int64_t width, int64_t active,
-           bool is_task_mask, bool has_hadamard) {
+           bool is_task_mask, bool has_hadamard)
+      : blocks(a_, in, has_hadamard) {
     const int64_t rank = a_.rows, padded = whole_vectors(rank);
-    const float *from = master(a_, rank, in, "A"), root = std::sqrt(static_cast<float>(rank));
-    a = Floats(from, from + rank * in);
+    const float *from = master(a_, rank, blocks.width, "A"), root = std::sqrt(static_cast<float>(rank));
+    a = Floats(from, from + rank * blocks.width);
     b = turned(master(b_, width, rank, "B"), width, rank, width);
-    if (has_hadamard) {
-      hadamard(a, rank, in);
-      hadamard(b, rank, width);
-    }
+    if (has_hadamard && !blocks.is_mixed) hadamard(a.data(), rank, in);
+    if (has_hadamard) hadamard(b.data(), rank, width);
     round_to_type<T>(a);
     round_to_type<T>(b);
     if (c_.is_there()) c_t = turned(master(c_, rank, rank, "C"), rank, rank, padded, root);
@@ -131,7 +169,7 @@ void rank_mask_train(const View& x, const View& y, const View& a, const View& b,
       float *h = scratch.data(), *unit = h + ROWS * padded, *gate = unit + padded, *logits = gate + padded;
       float* kept = logits + padded;
       std::fill_n(pz + row * padded, ROWS * padded, 0.0f);
-      dots<ROWS>(px + row * in, in, in, w.a.data(), rank, pz + row * padded, padded);
+      project<ROWS>(w.blocks, px + row * in, in, w.a.data(), pz + row * padded, padded);
       for (int i = 0; i < ROWS; ++i) {
         const float* line = pz + (row + i) * padded;
         control_row(w.control, line, unit, gate, logits, kept);
@@ -215,17 +253,19 @@ void rank_mask_backward(const View& gradient, const View& x, const View& a, cons
             for (int64_t j = 0; j < rank; ++j) along += of_unit[j] * unit[j];
           for (int64_t j = 0; j < rank; ++j) mine_z[j] += (of_unit[j] - unit[j] * along) / norm;
         }
+        if (w.blocks.is_mixed) hadamard(mine_z, rank, 1);  // H is its own inverse
       }
-      if (needs_x)
-        up<ROWS>(Rows<T, float>{nullptr, pgx + row * in, in, &of_z[row * padded], rank, padded, w.a.data()});
+      if (needs_x) project_back<ROWS>(w.blocks, &of_z[row * padded], padded, w.a.data(), pgx + row * in, in);
     });
-    Floats sum_a = sum_over_rows(of_z.data(), padded, rank, px, rows, in);
-    Floats sum_b = sum_over_rows(h.data(), padded, rank, p, rows, width);
-    if (has_hadamard) {
-      hadamard(sum_a, rank, in);
-      hadamard(sum_b, rank, width);
+    float* pga = result<float>(ga, a.count(), "a gradient");
+    const int64_t own = w.blocks.own(), part = w.blocks.width;
+    for (int64_t g = 0; g < w.blocks.count; ++g) {
+      Floats sum_a = sum_over_part(&of_z[g * own], padded, own, px, rows, in, g * part, part);
+      if (has_hadamard && !w.blocks.is_mixed) hadamard(sum_a.data(), rank, in);
+      std::copy(sum_a.begin(), sum_a.end(), pga + g * own * part);
     }
-    copy(sum_a, ga);
+    Floats sum_b = sum_over_rows(h.data(), padded, rank, p, rows, width);
+    if (has_hadamard) hadamard(sum_b.data(), rank, width);
     turn_back(sum_b, rank, width, gb);
     const auto control_sum = [&](const Floats& of, const View& out) {
       const Floats wide = sum_over_rows(of.data(), padded, rank, units.data(), rows, padded);
@@ -245,13 +285,14 @@ void rank_mask_backward(const View& gradient, const View& x, const View& a, cons
   });
 }
 
-// what `rank_mask` reads, of the masters as `rank_mask_train` folds them: H A and B^T H in the dtype of `like`, the control
-// padded in float32
-void rank_mask_pack(const View& like, const View& a, const View& b, const View& c, const View& m, bool is_task_mask,
-                    bool has_hadamard, const View& to_a, const View& to_b, const View& to_c, const View& to_m) {
+// what `rank_mask` reads, of the masters as `rank_mask_train` folds them: H A, or A of blocks, and B^T H in the dtype of
+// `like`, the control padded in float32
+void rank_mask_pack(const View& like, const View& a, const View& b, const View& c, const View& m, int64_t num_blocks,
+                    bool is_task_mask, bool has_hadamard, const View& to_a, const View& to_b, const View& to_c,
+                    const View& to_m) {
   for_type(like, [&](auto zero) {
     using T = decltype(zero);
-    const RankMask<T> w(a, b, c, m, a.columns, b.rows, 1, is_task_mask, has_hadamard);
+    const RankMask<T> w(a, b, c, m, num_blocks * a.columns, b.rows, 1, is_task_mask, has_hadamard);
     write_as<T>(w.a, a.count(), to_a, "H A");
     write_as<T>(w.b, b.count(), to_b, "B^T H");
     if (c.is_there()) copy(w.c_t, to_c);

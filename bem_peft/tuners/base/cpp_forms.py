@@ -84,7 +84,10 @@ def _head_gating_drops_nothing(adapter: _HeadGating) -> bool:
 class _RankMask(_Adapted, Protocol):
     C: torch.Tensor
     mask_weight: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
     active_rank: int
+    num_blocks: int
     temperature: float
     hadamard: bool
     is_task_mask: bool
@@ -95,15 +98,16 @@ def _pack_rank_mask(adapter: _RankMask, dtype: torch.dtype) -> Weights:
     """The control is multiplied in float32, as the training operator does it: both choose by the same logits."""
     masters = adapter.held_masters()
     if _are_plain(masters):
-        like = torch.empty(0, dtype=dtype)
-        packed: Weights = cpp_operators.call("rank_mask_pack", like, *masters, adapter.is_task_mask, adapter.hadamard)
+        like, options = torch.empty(0, dtype=dtype), (adapter.num_blocks, adapter.is_task_mask, adapter.hadamard)
+        packed: Weights = cpp_operators.call("rank_mask_pack", like, *masters, *options)
         return packed
-    a, b_t, *_ = adapter.derive(dtype)
-    root = math.sqrt(b_t.shape[0])
-    gate = adapter.C.float().t() * root if adapter.has_value_gate else b_t.new_zeros(0, b_t.shape[0])
+    a_t, b_t, *_ = adapter.derive(dtype)
+    rank = b_t.shape[0]
+    gate = adapter.C.float().t() * math.sqrt(rank) if adapter.has_value_gate else b_t.new_zeros(0, rank)
     mask = adapter.mask_weight.float()
-    mask = mask.unsqueeze(0) if adapter.is_task_mask else mask.t() * root
-    return a.t().to(dtype).contiguous(), b_t.contiguous(), cpp.padded(gate), cpp.padded(mask)
+    mask = mask.unsqueeze(0) if adapter.is_task_mask else mask.t() * math.sqrt(rank)
+    a = a_t.mT.reshape(rank, -1)  # of blocks (G, R / G, in / G) as well
+    return a.to(dtype).contiguous(), b_t.contiguous(), cpp.padded(gate), cpp.padded(mask)
 
 
 def _train_rank_mask(adapter: _RankMask, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -175,7 +179,8 @@ CPP_FORMS: dict[str, CppForm] = {
     ),
     "rank_mask": CppForm(
         ("A", "B", "C", "mask_weight"), _pack_rank_mask,
-        lambda adapter: (adapter.active_rank, adapter.is_task_mask, adapter.scaling), _train_rank_mask,
+        lambda adapter: (adapter.active_rank, adapter.is_task_mask, adapter.hadamard, adapter.scaling),
+        _train_rank_mask,
     ),
     "kronecker": CppForm(
         ("U", "V", "B"), _pack_kronecker, lambda adapter: (adapter.v_rank, adapter.scaling), _train_kronecker
