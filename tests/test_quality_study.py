@@ -104,6 +104,20 @@ def test_the_exponent_of_the_size_is_found_again(parts: Any) -> None:
     assert row == {"system": "pt3", "r=4": "0.82", "r=8": "0.00", "r=16": "-0.82", "r=64": "-2.46", "exponent": "-0.41"}
 
 
+def test_what_was_changed_after_slice_b_had_been_read_is_not_scored_there(parts: Any) -> None:
+    """It is searched as all are, and scored on Slice-D with seeds of its own, at the k next to the parabola."""
+    grid, known = parts["grid"], {}
+    tasks = list(grid.GRID["tasks"])
+    assert not [run for run in grid.wanted_again(known, tasks, ["pt2_blocks"])]
+    while wanted := [run for run in grid.wanted_runs(known, tasks, ["pt2_blocks"]) if run.is_search]:
+        known[wanted[0]] = 1.0 + 0.01 * (wanted[0].k - 0.8) ** 2 - 0.1 * (wanted[0].k == 2)  # 2: one run's luck
+    assert {run.task for run in grid.wanted_runs(known, tasks, ["pt2_blocks"])} == {"definitions"}
+    again = list(grid.wanted_again(known, tasks, ["pt2_blocks"]))
+    assert {(run.task, run.slice) for run in again} == {("verses", "D"), ("records", "D")}
+    assert {run.k for run in again} == {1}
+    assert len(again) == 5 + 10
+
+
 def test_a_search_that_diverges_goes_down_and_one_that_never_ends_is_bounded(parts: Any) -> None:
     search = parts["grid"].GRID["search"]
     chosen, _ = searched_through(parts, lambda k: math.inf if k > -5 else 2.0 - 0.1 * k)
@@ -250,7 +264,7 @@ def test_what_the_docs_say_of_quality_is_what_was_measured(parts: Any) -> None:
         changes = list(csv.DictReader(file))
     found = parts["tables"].ablation_rows(parts["study"].losses())
     assert changes == [{name: str(value) for name, value in row.items()} for row in found]
-    later = parts["tables"].again_rows()
+    later = parts["tables"].again_rows(parts["study"].losses())
     text = STUDY / "results" / "again.csv"
     written = list(csv.DictReader(text.read_text(encoding="utf-8").splitlines())) if text.is_file() else []
     assert written == [{name: str(value) for name, value in row.items()} for row in later]

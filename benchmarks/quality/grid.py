@@ -99,9 +99,18 @@ def wanted_again(losses: Losses, tasks: Sequence[str], names: Collection[str]) -
     for task in tasks:
         again = GRID["again"].get(task, {"seeds": []})
         for seed in again["seeds"]:
-            for system, k in again["of"].items():
-                if system in names and Run(task, system, k, seed) not in losses:
+            for system in again["of"]:
+                k = again_rate(losses, task, system)
+                if k is not None and system in names and Run(task, system, k, seed) not in losses:
                     yield Run(task, system, k, seed)
+
+
+def again_rate(losses: Losses, task: str, system: str) -> int | None:
+    """The k of what is run once more, or None before its search has ended."""
+    given: int | None = GRID["again"][task]["of"][system]
+    if given is not None or next_rates(losses, task, system):
+        return given
+    return _next_to_parabola(searched(losses, task, system))
 
 
 def transfers() -> list[str]:
@@ -168,10 +177,13 @@ def _chosen(found: Mapping[int, float], task: str) -> int:
     """Of k -> loss the k of the lowest loss; where the task says `parabola`, the one next to a parabola's lowest point,
     which one run's luck moves less.
     """
-    lowest = min(found, key=lambda k: (found[k], k))
     if GRID["tasks"][task]["choose"] == "lowest":
-        return lowest
-    point = lowest_point(found)
+        return min(found, key=lambda k: (found[k], k))
+    return _next_to_parabola(found)
+
+
+def _next_to_parabola(found: Mapping[int, float]) -> int:
+    lowest, point = min(found, key=lambda k: (found[k], k)), lowest_point(found)
     return min((k for k in found if abs(k - lowest) <= 3 and found[k] < inf), key=lambda k: (abs(k - point), k))
 
 
@@ -198,8 +210,9 @@ def wanted_runs(losses: Losses, tasks: Sequence[str], names: Collection[str] = G
             for system in systems:
                 for k in next_rates(losses, task, system):
                     yield Run(task, system, k, GRID["search"]["seed"])
+            read = [s for s in systems if task not in GRID["systems"][s].get("after_slice_b", [])]
             for seed in GRID["seeds"]:
-                for system in systems:
+                for system in read:
                     best = best_rate(losses, task, system)
                     if best is not None and Run(task, system, best, seed) not in losses:
                         yield Run(task, system, best, seed)

@@ -26,7 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grid import GRID, Losses, Run, ablation_rate, ablations, best_rate, lowest_point, searched, systems_of, transfers
+from grid import (
+    GRID,
+    Losses,
+    Run,
+    ablation_rate,
+    ablations,
+    again_rate,
+    best_rate,
+    lowest_point,
+    searched,
+    systems_of,
+    transfers,
+)
 from records_json import record_scores
 from splits import read_items
 from study import RESULTS, items_of, losses
@@ -114,12 +126,12 @@ def ablated(known: Losses, task: str, system: str) -> dict[int, dict[str, Any]]:
     return _of_seeds(task, system, ablation_rate(known, system), GRID["ablations"]["seeds"])
 
 
-def again_rows() -> list[dict[str, Any]]:
+def again_rows(known: Losses) -> list[dict[str, Any]]:
     """What was run once more after Slice-B had been read against its anchors, on Slice-D."""
     found = []
     for task, again in GRID["again"].items():
         groups = {item["id"]: item["group"] for item in items_of(task)}
-        runs = {system: _of_seeds(task, system, k, again["seeds"]) for system, k in again["of"].items()}
+        runs = {s: _of_seeds(task, s, again_rate(known, task, s), again["seeds"]) for s in again["of"]}
         whole = {system: values_of(task, of_seeds) for system, of_seeds in runs.items()}
         rows = [
             _compared(task, system, anchor, metric, whole, groups)
@@ -183,7 +195,8 @@ def _compared(
 
 NAMES = {
     "lora_o": "W_O", "lora_down": "W_down", "lora_both": "both",
-    "pt1_o": "PT1 at W_O", "pt1_o_large": "PT1 at W_O, larger", "pt2": "PT2 at both", "pt3": "PT3 at W_down",
+    "pt1_o": "PT1 at W_O", "pt1_o_large": "PT1 at W_O, larger", "pt2": "PT2 at both",
+    "pt2_blocks": "PT2 of blocks at both", "pt3": "PT3 at W_down",
     "pt4": "PT4 at both", "composite": "PT1 and PT3 composed",
 }  # fmt: skip
 
@@ -306,7 +319,7 @@ def main() -> None:
     add_to_leaderboard([row for task in GRID["tasks"] for row in leaderboard_rows(known, task, rows)])
     changes = ablation_rows(known)
     write(RESULTS / "ablations.csv", changes)
-    later = again_rows()
+    later = again_rows(known)
     write(RESULTS / "again.csv", later)
     for row in rows + changes + later:
         print(*(f"{row[name]}" for name in row), sep="  ")
