@@ -48,7 +48,7 @@ def placed_blocks(a: torch.Tensor, blocks: int) -> torch.Tensor:
 
 def _wide_product(x: torch.Tensor, a_t: torch.Tensor) -> torch.Tensor:
     wide = choice_dtype(x.dtype, x.device)
-    if a_t.dim() == 3:
+    if isinstance(a_t, torch.Tensor) and a_t.dim() == 3:  # of each row's expert it is no tensor
         return _side_by_side(torch.bmm(_parts(x, a_t.shape[0]).to(wide), a_t.to(wide)))
     return torch.mm(x.to(wide), a_t.to(wide))
 

@@ -439,8 +439,9 @@ def test_equal_adapters_of_each_expert_are_the_shared_one(
         torch.testing.assert_close(found, gradient, rtol=max(near, 2e-6), atol=max(near, 1e-7))
 
 
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
 @pytest.mark.parametrize("sharing", ["shared", *OWN])
-def test_blocks_at_experts_are_a_matrix_with_zeros_around_them(sharing: str) -> None:
+def test_blocks_at_experts_are_a_matrix_with_zeros_around_them(sharing: str, implementation: str) -> None:
     """Output, and the blocks' gradients, in float64."""
     ids, outputs, gradients = tokens(), [], []
     blocks = adapted(small("mixtral").double(), "rank_mask", expert_sharing=sharing, num_blocks=4)
@@ -456,6 +457,7 @@ def test_blocks_at_experts_are_a_matrix_with_zeros_around_them(sharing: str) -> 
             if "bem_" in name:
                 parameter.copy_(placed(known[name]) if name.endswith(".A") else known[name])
     for model in (blocks, wide):
+        model.base_model.model.set_experts_implementation(implementation)
         outputs.append(model(ids).logits)
         model.train()(input_ids=ids, labels=ids).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
