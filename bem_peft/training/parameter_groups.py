@@ -138,7 +138,7 @@ def parameter_groups(model: nn.Module, config: LearningRates | TrainingArguments
     if not found:
         raise ValueError("the model has no trainable parameter: load the adapter with is_trainable=True.")
     known = [f"{v}/{g}" for v in VARIANT_LR_MULTIPLIERS for g in GROUPS]
-    others = {"/".join(key.split("/")[:2]) for key in found if not key.startswith(OTHER)} - {*known}  # not ours
+    others = {"/".join(key.split("/")[:2]) for key in found if not key.startswith(OTHER)} - set(known)  # not ours
     order = [*known, *sorted(others), OTHER]
     ends = ("", "/no_decay", OUTPUT, f"{OUTPUT}/no_decay")
     names = [f"{key}{end}" for key in order for end in ends if f"{key}{end}" in found]

@@ -169,7 +169,7 @@ class DynamicRankMaskAdapter(MaskedUpdate):
         A^T is (G, in / G, R / G), and H (R, R), with `use_hadamard_path`, comes last.
         """
         if self.num_blocks == 1 or self.at_experts:
-            return self._derived(placed_blocks(self.A, self.num_blocks), dtype, is_folded=self.hadamard)
+            return self.derive_few_rows(dtype)
         a_t, *rest = self._derived(self.A, dtype, is_folded=False)
         parts = a_t.mT.unflatten(0, (self.num_blocks, -1)).mT
         if not self.hadamard:
@@ -178,7 +178,7 @@ class DynamicRankMaskAdapter(MaskedUpdate):
         return parts, *rest, hadamard_transform(torch.eye(self.rank, dtype=wide, device=a_t.device))
 
     def derive_few_rows(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """As `derive`, but of blocks one matrix A^T: G times the multiplications, in fewer calls."""
+        """As `derive` for one block; of several one matrix A^T: G times the multiplications, in fewer calls."""
         return self._derived(placed_blocks(self.A, self.num_blocks), dtype, is_folded=self.hadamard)
 
     def _derived(self, a: torch.Tensor, dtype: torch.dtype, is_folded: bool) -> tuple[torch.Tensor, ...]:

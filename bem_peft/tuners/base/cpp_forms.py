@@ -84,8 +84,6 @@ def _head_gating_drops_nothing(adapter: _HeadGating) -> bool:
 class _RankMask(_Adapted, Protocol):
     C: torch.Tensor
     mask_weight: torch.Tensor
-    A: torch.Tensor
-    B: torch.Tensor
     active_rank: int
     num_blocks: int
     temperature: float
@@ -102,10 +100,10 @@ def _pack_rank_mask(adapter: _RankMask, dtype: torch.dtype) -> Weights:
         packed: Weights = cpp_operators.call("rank_mask_pack", like, *masters, *options)
         return packed
     a_t, b_t, *_ = adapter.derive(dtype)
-    rank = b_t.shape[0]
-    gate = adapter.C.float().t() * math.sqrt(rank) if adapter.has_value_gate else b_t.new_zeros(0, rank)
+    rank, root = b_t.shape[0], math.sqrt(b_t.shape[0])
+    gate = adapter.C.float().t() * root if adapter.has_value_gate else b_t.new_zeros(0, rank)
     mask = adapter.mask_weight.float()
-    mask = mask.unsqueeze(0) if adapter.is_task_mask else mask.t() * math.sqrt(rank)
+    mask = mask.unsqueeze(0) if adapter.is_task_mask else mask.t() * root
     a = a_t.mT.reshape(rank, -1)  # of blocks (G, R / G, in / G) as well
     return a.to(dtype).contiguous(), b_t.contiguous(), cpp.padded(gate), cpp.padded(mask)
 
